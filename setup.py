@@ -1,0 +1,20 @@
+"Reads everything from settings.ini; edit there, not here."
+from configparser import ConfigParser
+from pathlib import Path
+import setuptools
+
+config = ConfigParser(delimiters=["="])
+config.read("settings.ini", encoding="utf-8")
+c = config["DEFAULT"]
+extras = {name: c[f"{name}_requirements"].split() for name in ("dev", "bench")}
+
+setuptools.setup(
+    name=c["lib_name"], version=c["version"], description=c["description"], keywords=c["keywords"],
+    author=c["author"], author_email=c["author_email"], url=c["git_url"], license="Apache-2.0",
+    classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Science/Research",
+                 "Framework :: Jupyter", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
+    packages=setuptools.find_packages(include=[c["lib_path"], c["lib_path"] + ".*"]),
+    package_data={"gradnb": ["*.mplstyle", "figure_notebooks/*.ipynb"]},
+    python_requires=">=" + c["min_python"], install_requires=c["requirements"].split(), extras_require=extras,
+    entry_points={"console_scripts": c["console_scripts"].split()})

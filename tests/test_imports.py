@@ -1,0 +1,86 @@
+"""Every module imports on its own, and `import gradnb` stays light.
+
+Each module is imported in a child of its own, forked from one process that holds torch and nothing of gradnb. So an
+import cycle or a name that a notebook forgot to export shows up, whichever module comes first.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / "gradnb").rglob("*.py"))]
+MODULES = [".".join(path.parts).removesuffix(".__init__") for path in FILES if path.name != "_modidx"]
+
+IMPORT_EACH = """
+import importlib, json, os, sys, traceback
+import torch._dynamo, torchvision
+for name in sys.argv[1:]:
+    end, start = os.pipe()
+    if os.fork() == 0:
+        try:
+            importlib.import_module(name)
+            said = ""
+        except BaseException:
+            said = traceback.format_exc()
+        with open(start, "w") as pipe:
+            pipe.write(said)
+        os._exit(0)
+    os.close(start)
+    with open(end) as pipe:
+        said = pipe.read()
+    status = os.wait()[1]
+    print(json.dumps([name, said or (f"the import ended the process, status {status}" if status else "")]))
+"""
+
+LIGHT = """
+import sys
+import gradnb
+print(*sorted({"torch", "numpy", "pandas", "matplotlib", "scipy"} & set(sys.modules)))
+"""
+
+RESOLVE = """
+import json, traceback
+import gradnb
+failed = {}
+for name in sorted({*gradnb.__all__, *gradnb._NAMES}):
+    try:
+        getattr(gradnb, name)
+    except Exception:
+        failed[name] = traceback.format_exc()
+print(json.dumps(failed))
+"""
+
+
+def python(code, *args):
+    "What `code` prints in a fresh interpreter that finds this checkout of gradnb."
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tracebacks():
+    "Module name → the traceback of its import, empty when it went well."
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    return dict(map(json.loads, python(IMPORT_EACH, *MODULES).splitlines()))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_alone(module, tracebacks):
+    assert not tracebacks[module], tracebacks[module]
+
+
+def test_import_gradnb_is_light():
+    assert python(LIGHT).split() == []
+
+
+def test_public_names_resolve():
+    failed = json.loads(python(RESOLVE))
+    assert not failed, "\n".join(failed.values())
