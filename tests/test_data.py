@@ -13,10 +13,12 @@ from gradnb.data import SOURCES, Dataset, data_root, load_dataset, pixel_scale, 
 REAL = os.environ.get("GRADNB_DATA")
 
 
-def real(path): return pytest.mark.skipif(not (REAL and Path(REAL, path).exists()), reason=f"needs {path} in GRADNB_DATA")
+def real(path):
+    return pytest.mark.skipif(not (REAL and Path(REAL, path).exists()), reason=f"needs {path} in GRADNB_DATA")
 
 
-def numbers(*shape, seed=0, dtype=torch.float32): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def numbers(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def pixels(*shape, seed=0): return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -61,7 +63,7 @@ def holed(value, *index):
     (dict(classes=None, y=numbers(3, 1)), ValueError, r"got shape \(3, 1\)"),
     (dict(classes=None, y=numbers(4, 0)), ValueError, r"got shape \(4, 0\)"),
     (dict(classes=None, y=holed(torch.nan, 3, 0), y_test=numbers(2, 3)), ValueError, "y holds"),
-    (dict(classes=None, y=numbers(4, 2), y_test=numbers(2, 1)), ValueError, r"y has shape \(2,\), but one of y_test \(1,\)"),
+    (dict(classes=None, y=numbers(4, 2), y_test=numbers(2, 1)), ValueError, r"shape \(2,\), but .* y_test \(1,\)"),
     (dict(classes=None, y=numbers(4, 2, dtype=torch.float64), y_test=numbers(2, 2)), TypeError, "y is torch.float64"),
     (dict(x_test=numbers(2, 4)), ValueError, r"x has shape \(3,\), but one of x_test \(4,\)"),
     (dict(x_test=numbers(2, 3, dtype=torch.float64)), TypeError, "x_test is torch.float64"),
@@ -97,7 +99,8 @@ def test_dataset_on_cuda():
 
 # --- scaling
 
-@pytest.mark.parametrize("shape, each", list(itertools.product([(1, 1, 2, 2), (2, 3, 1, 5), (301, 3, 6, 7)], (True, False))))
+@pytest.mark.parametrize("each", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 1, 5), (301, 3, 6, 7)])
 def test_pixel_scale_is_numpys(shape, each):
     a = pixels(*shape)
     a[:, 0, 0, 0] = 255
@@ -121,14 +124,16 @@ def test_constant_pixels_have_no_rounding(value):
     ("chebyshev-3-20", "chebyshev-{degree}-{n}", dict(degree="3", n="20"), None),
     ("chebyshev-3-20-10", "chebyshev-{degree}-{n}", dict(degree="3", n="20"), 10),
     ("npz:/a b/c-5k.npz", "npz:{path}", dict(path="/a b/c-5k.npz"), None),
-    ("npz:c.npz-1k", "npz:{path}", dict(path="c.npz"), 1000), ("npz:C:\\x.npz-7", "npz:{path}", dict(path="C:\\x.npz"), 7),
+    ("npz:c.npz-1k", "npz:{path}", dict(path="c.npz"), 1000),
+    ("npz:C:\\x.npz-7", "npz:{path}", dict(path="C:\\x.npz"), 7),
 ])
 def test_names(name, source, found, take): assert read_name(name) == (SOURCES[source], found, take)
 
 
 @pytest.mark.parametrize("name, error, says", [
-    ("mnits", ValueError, "Did you mean 'mnist'"), ("digits-2.5k", ValueError, "no dataset"), ("digits-", ValueError, "no dataset"),
-    ("digits-1m", ValueError, "no dataset"), ("", ValueError, "chebyshev-{degree}-{n}"), ("mine.npz", ValueError, "npz:PATH"),
+    ("mnits", ValueError, "Did you mean 'mnist'"), ("digits-2.5k", ValueError, "no dataset"),
+    ("digits-", ValueError, "no dataset"), ("digits-1m", ValueError, "no dataset"),
+    ("", ValueError, "chebyshev-{degree}-{n}"), ("mine.npz", ValueError, "npz:PATH"),
     ("chebyshev-3", ValueError, "no dataset"), ("chebyshev-x-20", ValueError, "whole numbers"),
     ("chebyshev-3-0", ValueError, "whole numbers"), ("npz:mine-5", ValueError, "must end in .npz"),
     ("digits-0", ValueError, "asks for the first 0 training examples, there are 1,437"),
@@ -156,7 +161,8 @@ def test_digits_are_sklearns_in_order():
     np.testing.assert_allclose(data.x[:, 0], (bunch.images[:1437] - mean) / std, atol=1e-6)
     np.testing.assert_allclose(data.x_test[:, 0], (bunch.images[1437:] - mean) / std, atol=1e-6)
     assert data.y.tolist() == bunch.target[:1437].tolist() and data.y_test.tolist() == bunch.target[1437:].tolist()
-    assert (data.in_shape, data.classes, data.n_test, data.x.dtype, data.name) == ((1, 8, 8), 10, 360, torch.float32, "digits")
+    assert (data.in_shape, data.classes, data.n_test) == ((1, 8, 8), 10, 360)
+    assert (data.x.dtype, data.name) == (torch.float32, "digits")
 
 
 @pytest.mark.parametrize("n", [1, 100, 1437])
@@ -226,7 +232,8 @@ def test_short_files_are_not_taken_for_mnist(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(RuntimeError, match="There is no folder .*needs no download"): load_dataset("mnist", tmp_path / "file")
+    with pytest.raises(RuntimeError, match="There is no folder .*needs no download"):
+        load_dataset("mnist", tmp_path / "file")
 
 
 @real("MNIST/raw")
@@ -252,9 +259,9 @@ def stand_in(classes=10, n=40):
 @pytest.mark.parametrize("name, classes", [("cifar10", 10), ("cifar100", 100)])
 def test_cifar_is_scaled_by_the_whole_training_set(name, classes, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, name.upper(), make := stand_in(classes))
-    train, test = (make(None, t).data.transpose(0, 3, 1, 2) / 255 for t in (True, False))
-    mean, std = train.mean(0), train.std(0)
-    std[std == 0] = 1
+    train, test = (make(None, t).data.transpose(0, 3, 1, 2).astype(float) for t in (True, False))
+    mean, std = train.mean(0), train.std(0)      # of whole numbers: std is exactly zero where it should be
+    std[std == 0] = 255
     cut = load_dataset(f"{name}-15")
     np.testing.assert_allclose(cut.x, (train[:15] - mean) / std, atol=1e-5)
     np.testing.assert_allclose(cut.x_test, (test - mean) / std, atol=1e-5)
@@ -378,7 +385,7 @@ class Trap:
     (dict(y_train=np.eye(6, 3, dtype=int)), ValueError, "y_train in .* one-hot"),
     (dict(y_train=np.arange(5)), ValueError, r"y_train in .* n = 6, .* got shape \(5,\)"),
     (dict(y_test=np.arange(4)), ValueError, r"y_test in .* n = 3, .* got shape \(4,\)"),
-    (dict(y_train=np.array([0, 1, -1, 0, -1, 0])), ValueError, "y_train in .* 2 labels outside 0 … 2, the first is -1 in example 2"),
+    (dict(y_train=np.array([0, 1, -1, 0, -1, 0])), ValueError, "y_train in .* 2 labels .* first is -1 in example 2"),
     (dict(y_train=np.array(list("abcdef"))), TypeError, "y_train in .* is <U1"),
     (dict(y_train=np.zeros(6)), ValueError, "y_train and y_test in .* differ"),
     (dict(y_train=np.full(6, np.inf), y_test=np.zeros(3)), ValueError, "y_train in .* infinite"),
@@ -396,7 +403,8 @@ def test_npz_files_that_are_none(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="bad.npz is not an .npz archive"): load_dataset(f"npz:{file}")
     np.savez(file, x_train=np.zeros(3), other=np.zeros(1))
-    with pytest.raises(ValueError, match="lacks y_train, x_test, y_test; it holds x_train, other"): load_dataset(f"npz:{file}")
+    with pytest.raises(ValueError, match="lacks y_train, x_test, y_test; it holds x_train, other"):
+        load_dataset(f"npz:{file}")
     np.savez(file, **arrays())
     whole = file.read_bytes()
     at = whole.index(b"x_train.npy") + 300

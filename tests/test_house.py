@@ -84,15 +84,17 @@ def test_names_what_it_imports(room):
     assert not [name for name in room.imports() if name.endswith(".*")]
 
 
-def global_draws(node):
-    "Calls below `node` that draw from or set torch's global generator, outside functions that name fork_rng."
-    if isinstance(node, ast.FunctionDef) and "fork_rng" in ast.unparse(node):
-        return
-    if (isinstance(node, ast.Call) and DRAWS.fullmatch(ast.unparse(node.func))
-            and not any(keyword.arg == "generator" for keyword in node.keywords)):
-        yield ast.unparse(node)
+def global_draws(node, around=""):
+    "Calls below `node` that draw from or set torch's global generator, but for functions that fork or restore it."
+    if isinstance(node, ast.FunctionDef):
+        around += ast.unparse(node)
+    if isinstance(node, ast.Call) and DRAWS.fullmatch(call := ast.unparse(node.func)):
+        given = any(keyword.arg == "generator" for keyword in node.keywords)
+        restores = call.endswith("set_rng_state") and "get_rng_state" in around
+        if not (given or restores or "fork_rng" in around):
+            yield ast.unparse(node)
     for child in ast.iter_child_nodes(node):
-        yield from global_draws(child)
+        yield from global_draws(child, around)
 
 
 @every_room

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import gradnb
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / "gradnb").rglob("*.py"))]
 MODULES = [".".join(path.parts).removesuffix(".__init__") for path in FILES if path.name != "_modidx"]
@@ -43,14 +45,17 @@ print(*sorted({"torch", "numpy", "pandas", "matplotlib", "scipy"} & set(sys.modu
 """
 
 RESOLVE = """
-import json, traceback
+import json, traceback, types
 import gradnb
-failed = {}
-for name in sorted({*gradnb.__all__, *gradnb._NAMES}):
+first, failed = {}, {}
+for name in gradnb.__all__:
     try:
-        getattr(gradnb, name)
+        first[name] = getattr(gradnb, name)
     except Exception:
         failed[name] = traceback.format_exc()
+for name, value in first.items():
+    if isinstance(value, types.ModuleType) or getattr(gradnb, name) is not value:
+        failed[name] = f"gradnb.{name} is {value!r} at first and {getattr(gradnb, name)!r} once modules are loaded"
 print(json.dumps(failed))
 """
 
@@ -84,3 +89,8 @@ def test_import_gradnb_is_light():
 def test_public_names_resolve():
     failed = json.loads(python(RESOLVE))
     assert not failed, "\n".join(failed.values())
+
+
+def test_public_names_have_one_home():
+    names = [name for names in gradnb._NAMES.values() for name in names]
+    assert sorted(names) == sorted(gradnb.__all__)

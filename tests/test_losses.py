@@ -1,4 +1,4 @@
-"Losses: two dtypes, many classes, autograd of both orders, vmap over single examples, and every shape that must not pass."
+"Losses: two dtypes, many classes, both orders of autograd, vmap over single examples, and what must not pass."
 import itertools
 import pytest
 import torch
@@ -78,11 +78,14 @@ def test_float_targets_under_vmap():
     torch.testing.assert_close(rows, f - t)
 
 
+def zeros(*shape): return torch.zeros(shape, dtype=torch.int64)
+
+
 bad = [
-    ("ce", (4, 3), torch.zeros(4, 1, dtype=torch.int64)), ("ce", (4, 3), torch.zeros(5, dtype=torch.int64)),
-    ("ce", (4,), torch.zeros(4, dtype=torch.int64)), ("mse", (4, 1), torch.zeros(4)), ("mse", (4, 3), torch.zeros(4, 1)),
-    ("mse", (4, 3), torch.zeros(3)), ("mse", (4,), torch.zeros(4)), ("mse", (4, 3, 2), torch.zeros(4, 3, 2)),
-    ("linear_hinge", (4, 3), torch.zeros(1, dtype=torch.int64)), ("linear_hinge", (4, 3), torch.zeros(4, 3, dtype=torch.int64)),
+    ("ce", (4, 3), zeros(4, 1)), ("ce", (4, 3), zeros(5)), ("ce", (4,), zeros(4)), ("ce", (4, 3, 2), zeros(4, 2)),
+    ("mse", (4, 1), torch.zeros(4)), ("mse", (4, 3), torch.zeros(4, 1)), ("mse", (4, 3), torch.zeros(3)),
+    ("mse", (4,), torch.zeros(4)), ("mse", (4, 3, 2), torch.zeros(4, 3, 2)), ("mse", (4, 3), zeros(4, 3)),
+    ("linear_hinge", (4, 3), zeros(1)), ("linear_hinge", (4, 3), zeros(4, 3)), ("linear_hinge", (3,), zeros(3)),
 ]
 
 

@@ -7,7 +7,8 @@ from torch import nn
 from gradnb.data import Dataset, load_dataset
 from gradnb.models import MODELS, build_model
 
-FAMILY = {"fc-relu": nn.ReLU, "fc-tanh": nn.Tanh, "fc-elu": nn.ELU, "fc-hardtanh": nn.Hardtanh, "fc-softplus": nn.Softplus}
+FAMILY = {"fc-relu": nn.ReLU, "fc-tanh": nn.Tanh, "fc-elu": nn.ELU, "fc-hardtanh": nn.Hardtanh,
+          "fc-softplus": nn.Softplus}
 
 
 def data(in_shape=(1, 8, 8), classes=10, dtype=torch.float32):
@@ -28,8 +29,9 @@ def test_fully_connected(name, w, d, shape):
     assert net(torch.zeros(9, *shape)).shape == (9, 6)
 
 
-@pytest.mark.parametrize("name, params", [("fc-relu", 656_810), ("fc-tanh:depth=1", 616_610), ("fc-tanh:depth=2", 656_810),
-                                          ("fc-tanh:depth=3", 697_010), ("fc-tanh:depth=4", 737_210)])
+@pytest.mark.parametrize("name, params", [
+    ("fc-relu", 656_810), ("fc-tanh:depth=1", 616_610), ("fc-tanh:depth=2", 656_810), ("fc-tanh:depth=3", 697_010),
+    ("fc-tanh:depth=4", 737_210)])
 def test_counts_on_cifar(name, params): assert count(build_model(name, data((3, 32, 32)))) == params
 
 
@@ -50,18 +52,19 @@ def test_regression_network():
     assert isinstance(net.act1, nn.Tanh) and not net.fc1.bias.any()
 
 
-@pytest.mark.parametrize("layer, distribution", [
-    ("fc1.weight", lambda n: stats.uniform(-1 / n**0.5, 2 / n**0.5)), ("fc1.bias", lambda n: stats.uniform(-1 / n**0.5, 2 / n**0.5)),
-])
-def test_default_init_is_torchs(layer, distribution):
-    drawn = build_model("fc-tanh:width=400", data((64,))).get_parameter(layer).detach().flatten().numpy()
-    assert stats.kstest(drawn, distribution(64).cdf).pvalue > 1e-4
+def drawn(net, layer): return net.get_parameter(layer).detach().flatten().numpy()
+
+
+@pytest.mark.parametrize("layer", ["fc1.weight", "fc1.bias"])
+def test_default_init_is_uniform_on_one_over_root_of_inputs(layer):
+    net = build_model("fc-tanh:width=400", data((64,)))
+    assert stats.kstest(drawn(net, layer), stats.uniform(-1 / 8, 1 / 4).cdf).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("layer, gain", [("fc1.weight", 1.9), ("out.weight", 1.0)])
 def test_regression_init_is_xavier_normal(layer, gain):
-    drawn = build_model("regression:width=3000", load_dataset("chebyshev-3-20")).get_parameter(layer).detach().flatten().numpy()
-    assert stats.kstest(drawn, stats.norm(0, gain * (2 / 3001)**0.5).cdf).pvalue > 1e-4
+    net = build_model("regression:width=3000", load_dataset("chebyshev-3-20"))
+    assert stats.kstest(drawn(net, layer), stats.norm(0, gain * (2 / 3001)**0.5).cdf).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -124,4 +127,5 @@ def test_a_name_is_no_dataset():
     with pytest.raises(TypeError, match="load_dataset"): build_model("fc-tanh", "digits")
 
 
-def test_regression_targets_give_as_many_outputs(): assert build_model("fc-tanh", data(classes=None)).out.out_features == 3
+def test_regression_targets_give_as_many_outputs():
+    assert build_model("fc-tanh", data(classes=None)).out.out_features == 3
