@@ -22,7 +22,7 @@ _NAMES = {
     "curvature": ["sharpness"],
     "traces": ["Trace"],
     "probes": ["View", "Probe", "PROBES", "probe", "every", "at", "log_spaced"],
-    "train": ["train", "Outcome"],
+    "training": ["train", "Outcome"],
     "laws": ["check_estimator", "check_rule", "check_stepper", "check_probe"],
     "runs": ["Spec", "Run", "Store", "kind"],
     "claims": ["Claim", "claim", "save_claims", "load_claims"],

@@ -31,9 +31,9 @@ class Claim:
 
     def __post_init__(self):
         low, high = self.expected
-        if not low <= high: raise ValueError(f"{self.text!r} expects the interval [{low}, {high}], which holds nothing.")
-        if self.holds != within(self.measured.value, self.expected):
-            raise ValueError(f"{self.text!r} says holds={self.holds}, but {self.measured.value} against [{low}, {high}] says otherwise.")
+        if not low <= high: raise ValueError(f"{self.text!r} expects [{low}, {high}], an interval that holds nothing.")
+        if self.holds != within(value := self.measured.value, self.expected):
+            raise ValueError(f"{self.text!r} says holds={self.holds}, but {value} against [{low}, {high}] says otherwise.")
 
 def within(
     value: float,                    # measured
@@ -50,7 +50,8 @@ def claim(
     note: str = "",                  # what a reader should know; of a failing claim: the likely reason
 ) -> Claim:
     "Check a claim. Raises ValueError where it has no text, no source, or an empty interval."
-    if not (text.strip() and source.strip()): raise ValueError(f"a claim needs a text and a source, got {text!r} and {source!r}.")
+    if not (text.strip() and source.strip()):
+        raise ValueError(f"a claim needs a text and a source, got {text!r} and {source!r}.")
     if not isinstance(measured, Estimate): measured = Estimate(float(measured), 0., float(measured), float(measured))
     low, high = map(float, expected)
     return Claim(text, source, (low, high), measured, within(measured.value, (low, high)), note)
@@ -83,7 +84,8 @@ def claims_table(
         first, *rest = wrap(c.text, width)
         rows.append(("✓" if c.holds else "✗", first, interval(c.expected), measurement(c.measured)))
         note = c.note if c.holds else f"FAILS: {c.note or 'no reason is given'}"
-        rows += [("", line, "", "") for line in [*rest, *wrap(note, width - 2, initial_indent="  ", subsequent_indent="  ")]]
+        below = [*rest, *("  " + line for line in wrap(note, width - 2))]
+        rows += [("", line, "", "") for line in below]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
@@ -94,7 +96,8 @@ def save_claims(
 ):
     "Write claims as JSON, in place of what is there only when the new file is whole."
     finite = lambda values: [v if math.isfinite(v) else None for v in values]
-    rows = [asdict(c) | {"expected": finite(c.expected), "measured": dict(zip(Estimate._fields, finite(c.measured)))} for c in claims]
+    named = lambda measured: dict(zip(Estimate._fields, finite(measured)))
+    rows = [asdict(c) | {"expected": finite(c.expected), "measured": named(c.measured)} for c in claims]
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
@@ -103,15 +106,17 @@ def save_claims(
 def load_claims(
     path: str | Path,          # what save_claims wrote
 ) -> list[Claim]:
-    "Read claims. Raises ValueError, naming the file, on anything that is not a list of claims or whose verdict is wrong."
-    try: return [read_claim(row) for row in json.loads(Path(path).read_text("utf-8"))]
-    except (ValueError, TypeError, KeyError, AttributeError) as e: raise ValueError(f"{path} holds no claims: {e}") from None
+    "Read claims. Raises ValueError, naming the file, where there are none or a verdict is wrong."
+    text = Path(path).read_text("utf-8")
+    try: return [read_claim(row) for row in json.loads(text)]
+    except (ValueError, TypeError, KeyError) as e: raise ValueError(f"{path} holds no claims: {e!r}") from None
 
 def read_claim(row: dict) -> Claim:
     "One claim from its JSON data."
     low, high = row["expected"]
     expected = (-math.inf if low is None else float(low), math.inf if high is None else float(high))
-    measured = Estimate(*(math.nan if row["measured"][f] is None else float(row["measured"][f]) for f in Estimate._fields))
+    measured = (row["measured"][f] for f in Estimate._fields)
+    measured = Estimate(*(math.nan if v is None else float(v) for v in measured))
     if not isinstance(row["holds"], bool): raise TypeError(f"holds is {row['holds']!r}, not true or false")
     return Claim(str(row["text"]), str(row["source"]), expected, measured, row["holds"], str(row.get("note", "")))
 
@@ -124,7 +129,7 @@ def batch_means(
     "The mean of a correlated series. Raises ValueError on fewer than two values a block."
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or blocks < 2 or len(x) < 2 * blocks:
-        raise ValueError(f"batch means in {blocks} blocks need a series of at least {max(2 * blocks, 4)} values, got shape {x.shape}.")
+        raise ValueError(f"{blocks} blocks need a series of {max(2 * blocks, 4)} values or more, got shape {x.shape}.")
     means = np.array([block.mean() for block in np.array_split(x, blocks)])
     stderr = means.std(ddof=1) / math.sqrt(blocks)
     half = student.ppf((1 + level) / 2, blocks - 1) * stderr

@@ -17,7 +17,7 @@ from .roles import Estimator, Rule, Stepper
 from .rules.gd import GD
 from .steppers import Descent, trajectory
 from .streams import Stream
-from .train import train
+from .training import train
 from .trees import flatten, leaves, unflatten
 
 # %% ../nbs/51_laws.ipynb #ground

@@ -24,12 +24,13 @@ class Eigs(NamedTuple):
 
     def __repr__(self):
         pairs = ", ".join(f"{v:.6g} ± {r:.1g}" for v, r in zip(self.values.tolist(), self.residuals.tolist()))
-        return f"Eigs({pairs}; {self.matvecs} products{'' if self.converged else ', NOT converged'})"
+        paid = f"{self.matvecs} product{'s' * (self.matvecs != 1)}"
+        return f"Eigs({pairs}; {paid}{'' if self.converged else ', NOT converged'})"
 
 # %% ../nbs/10_linalg.ipynb #chunks
 def _chunks(Q: Tensor) -> Iterator[slice]:
     "Slices of columns: on a CPU small enough for its cache, on a GPU large enough to fill it."
-    width = 2**14 if Q.device.type == "cpu" else 2**20
+    width = 2**15 if Q.device.type == "cpu" else 2**20
     return (slice(i, i + width) for i in range(0, Q.shape[1], width))
 
 def _inner(
@@ -75,12 +76,12 @@ def _rows(
 ) -> Tensor:         # (j, p)
     "The columns of a start as rows, refused unless k eigenpairs can grow from them."
     if start.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"start has dtype {start.dtype}; the basis needs float32 or float64, so convert it with .float().")
-    rows = start.detach().reshape(len(start), -1).T if start.ndim in (1, 2) else start[:0]
-    if not 1 <= len(rows) <= rows.shape[-1]:
+        raise TypeError(f"start has dtype {start.dtype}; the basis needs float32 or float64: convert it with .float().")
+    p, *j = start.shape if start.ndim else (0,)
+    if len(j) > 1 or not 1 <= (j[0] if j else 1) <= p:
         raise ValueError(f"start has shape {tuple(start.shape)}; it must be (p,) or (p, j) with 1 ≤ j ≤ p.")
-    if not 1 <= k <= rows.shape[1]:
-        raise ValueError(f"k = {k} eigenpairs of a matrix of size {rows.shape[1]}; choose 1 ≤ k ≤ {rows.shape[1]}.")
+    rows = start.detach().reshape(p, -1).T
+    if not 1 <= k <= p: raise ValueError(f"k = {k} eigenpairs of a matrix of size {p}; choose 1 ≤ k ≤ {p}.")
     if not rows.isfinite().all(): raise ValueError("start holds a NaN or an infinity; check where it comes from.")
     return rows
 
@@ -160,12 +161,13 @@ def _open(
     k: int,         # how many of them are wanted; the others are guards
     tol: float,     # residual allowed, relative to the largest |θ|
     eps: float,     # rounding of the images, relative
+    settle: float = 1 / 4,  # residual allowed to a guard, relative to its distance from the lowest Ritz value
 ) -> tuple[Tensor, float]:  # which of the c pairs need more work (c,), and the residual allowed
     "The stopping rule."
     scale, v = theta.abs().max(), theta[:len(r)]
     allowed = max(tol, 10 * eps) * scale
     large = r > allowed
-    loose = (r > (v - theta[-1]) / 8) & (r > 10 * eps * scale)
+    loose = (r > (v - theta[-1]) * settle) & (r > 10 * eps * scale)
     guard = torch.arange(len(r)) >= k
     return torch.where(guard, loose | large & (v + r > theta[min(k, len(r)) - 1]), large), allowed
 
@@ -193,7 +195,7 @@ def lanczos(
     while True:
         theta, Y = B.ritz()
         R, r = B.residuals(theta[:k + guards], Y[:k + guards])
-        open, allowed = _open(theta, r, k, tol, torch.finfo(rows.dtype).eps)
+        open, allowed = _open(theta, r, k, tol, torch.finfo(rows.dtype).eps, 1 / 4 if found is None else 1 / 16)
         settled = B.m >= k and not open.any()
         sure = j >= k or found is not None and bool((theta[:k] - found).abs().max() <= allowed)
         done = B.m == p or settled and sure

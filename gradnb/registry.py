@@ -45,7 +45,8 @@ def unknown(
 ) -> ValueError:      # to be raised
     "The error for a word that means nothing here: the nearest known ones first, then all."
     known = sorted(map(str, known))
-    near = get_close_matches(str(name), known, n=3)
+    lower = {k.lower(): k for k in known}
+    near = [lower[k] for k in get_close_matches(str(name).lower(), lower, n=3)]
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return ValueError(f"no {kind} {name!r}.{hint} Known: {', '.join(known)}.")
 

@@ -39,7 +39,7 @@ from .rules.rmsprop import RMSProp
 from .rules.schedule import Cosine, Piecewise, Scheduled
 from .steppers import Descent
 from .traces import Trace
-from .train import train
+from .training import train
 from .trees import flatten, unflatten
 
 # %% ../nbs/60_runs.ipynb #kinds
@@ -172,13 +172,15 @@ def read_trace(
 ) -> Trace:       # all whole rows
     "Read a trace."
     head, start, width = read_header(path)
-    rows = np.frombuffer(path.read_bytes()[start:], "<f8", count=(path.stat().st_size - start) // width * (width // 8))
-    rows, columns, i = rows.reshape(-1, width // 8), {}, 1
+    data = path.read_bytes()[start:]
+    rows = np.frombuffer(data[:len(data) // width * width], "<f8").reshape(-1, width // 8)      # a torn last row is left out
+    columns, i = {}, 1
     for name, shape in head["columns"]:
         m = shape[0] if shape else 1
         columns[name] = rows[:, i:i + m] if shape else rows[:, i]
         i += m
-    return Trace.of(head["name"], rows[:, 0], columns)
+    if not np.isfinite(rows[:, 0]).all(): raise ValueError(f"{path} is damaged: a row has no step.")
+    return Trace(head["name"], rows[:, 0].astype(np.int64), columns)
 
 # %% ../nbs/60_runs.ipynb #write
 def replace_file(path: Path, write):

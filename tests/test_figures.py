@@ -1,0 +1,251 @@
+"Figures, claims and plots: what must keep holding beyond what their notebooks show."
+import json
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+from nbformat import v4
+
+from gradnb import figures
+from gradnb.claims import batch_means, claim, claims_table, load_claims, save_claims
+from gradnb.estimate import Estimate
+from gradnb.figures import as_declared, figure_specs, find_figures, run_figures, set_parameters
+from gradnb.plots import STYLE, label_end, palette, plot_sharpness, plot_trace, save_figure, style
+from gradnb.runs import Spec, Store
+from gradnb.traces import Trace
+
+PARAMETERS = 'size: str = "smoke"  # how long\nseed: int = 0  # of the weights\nstore: str = ""\nout: str = ""'
+SPECS = "from gradnb import GD, Spec\nspecs = {'a': Spec('digits-50', 'fc-tanh:width=4', 'mse', GD(.05), 3, seed=seed)}"
+
+
+def write(folder, name, parameters=PARAMETERS, specs=SPECS, body="pass"):
+    "A throw-away figure notebook."
+    cells = [v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}, id="parameters"),
+             v4.new_code_cell(specs, metadata={"tags": ["specs"]}, id="specs"), v4.new_code_cell(body, id="body")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    "Instead of a kernel: write what a good notebook writes, and note the parameters."
+    seen = []
+
+    def execute(path, folder, params, timeout):
+        seen.append((path.stem, params))
+        for kind in ("png", "svg", "ipynb", "html"):
+            (folder / f"{path.stem}.{kind}").write_text("new")
+        save_claims([claim("one is positive", "Peano 1889", (0, math.inf), 1.)], folder / "claims.json")
+    monkeypatch.setattr(figures, "execute", execute)
+    return seen
+
+
+# --- the notebooks that come with gradnb --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", find_figures())
+def test_shipped_notebooks(name):
+    "Every figure notebook is smoke-sized as it stands, names its runs at each size, and stores no outputs."
+    path = find_figures()[name]
+    cells = nbformat.read(path, as_version=4).cells
+    assert not any(c.get("outputs") for c in cells), "figure notebooks are stored without outputs"
+    assert figures.known_parameters(path)["size"]["default"].strip("'\"") == "smoke"
+    specs = {size: figure_specs(path, set_parameters(path, size, {})) for size in figures.SIZES}
+    assert figure_specs(path, {}) == specs["smoke"]
+    work = {size: sum(s.steps for s in found.values()) for size, found in specs.items()}
+    assert 0 < work["smoke"] < work["default"] <= work["full"]
+    for spec in specs["default"].values():
+        assert Spec.from_json(spec.to_json()) == spec
+
+
+def test_edge_of_stability(tmp_path):
+    "The first figure, short but real: every file is there, and every claim can be checked from the file alone."
+    params = {"datasets": "chebyshev-3-20", "rates": "0.4", "steps": "1000"}
+    result, = run_figures(["edge_of_stability"], tmp_path / "out", params=params, store=tmp_path / "runs", progress=False)
+    assert result.ok, result.error
+    wanted = {"claims.json", *(f"edge_of_stability.{kind}" for kind in ("png", "svg", "ipynb", "html"))}
+    assert {f.name for f in result.folder.iterdir()} == wanted
+    assert plt.imread(result.folder / "edge_of_stability.png").std() > .01
+    assert len({r.spec.rule for r in Store(tmp_path / "runs").list()}) == 2
+    claims = load_claims(result.folder / "claims.json")
+    assert tuple(claims) == result.claims and len(claims) == 5
+    rising, hovering, *_ = claims
+    assert rising.holds and "keeps rising" in rising.text
+    assert hovering.measured.low < hovering.measured.value < hovering.measured.high
+    assert "<img" in (result.folder / "edge_of_stability.html").read_text("utf-8")
+
+
+# --- the runner ---------------------------------------------------------------------------------------------------
+
+def test_runs_are_reused_and_others_go_on(tmp_path, drawn):
+    "A figure whose runs cannot be trained is reported; the next is made; what is trained is not trained again."
+    home = tmp_path / "nbs"
+    write(home, "a_bad", specs=SPECS.replace("digits-50", "digitz"))
+    write(home, "b_good")
+    first = run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
+    assert [r.ok for r in first] == [False, True] and "digitz" in first[0].error
+    assert drawn[0][1] == {"size": "default", "store": str(tmp_path / "runs"), "out": str(tmp_path / "out" / "b_good")}
+    run, = Store(tmp_path / "runs").list()
+    stamp = (run.path / "manifest.json").stat().st_mtime_ns
+    again, = run_figures(["b_good"], tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
+    assert again.ok and (run.path / "manifest.json").stat().st_mtime_ns == stamp
+    run_figures(["b_good"], tmp_path / "out", params={"seed": "1"}, store=tmp_path / "runs", folder=home, progress=False)
+    assert len(Store(tmp_path / "runs").list()) == 2
+
+
+def test_no_file_of_an_earlier_time_stays(tmp_path, drawn, monkeypatch):
+    "When a notebook fails, yesterday's picture and claims do not stand beside it."
+    home = tmp_path / "nbs"
+    write(home, "one")
+    call = dict(out=tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
+    assert run_figures(**call)[0].ok
+    (tmp_path / "out" / "one" / "mine.txt").write_text("keep")
+    monkeypatch.setattr(figures, "execute", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    result, = run_figures(**call)
+    assert not result.ok and "disk full" in str(result)
+    assert [f.name for f in result.folder.iterdir()] == ["mine.txt"]
+
+
+def test_missing_output_is_an_error(tmp_path, monkeypatch):
+    write(tmp_path, "silent")
+    monkeypatch.setattr(figures, "execute", lambda path, folder, *a: (folder / "silent.png").write_text(""))
+    result, = run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False)
+    assert not result.ok and "wrote no silent.svg" in result.error and "claims.json" in result.error
+
+
+def test_interrupt_is_passed_on(tmp_path, monkeypatch):
+    write(tmp_path, "one")
+
+    def execute(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(figures, "execute", execute)
+    with pytest.raises(KeyboardInterrupt):
+        run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("message, calls, ok", [("Kernel died before replying to kernel_info", 2, True), ("no such file", 1, False)])
+def test_a_kernel_that_does_not_start_is_tried_once_more(tmp_path, monkeypatch, message, calls, ok):
+    import papermill
+    path, made = write(tmp_path, "one"), []
+
+    def execute_notebook(source, target, *args, **kwargs):
+        made.append(kwargs)
+        if len(made) == 1: raise RuntimeError(message)
+        Path(target).write_text(Path(source).read_text())
+    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+    (tmp_path / "out").mkdir()
+    if ok: figures.execute(path, tmp_path / "out", {}, 60)
+    else:
+        with pytest.raises(RuntimeError, match=message): figures.execute(path, tmp_path / "out", {}, 60)
+    assert len(made) == calls and (tmp_path / "out" / "one.html").exists() == ok
+
+
+def test_everything_is_checked_before_any_work(tmp_path, drawn):
+    home = tmp_path / "nbs"
+    write(home, "a")
+    write(home, "b", parameters=PARAMETERS.replace("seed", "start"), specs=SPECS.replace("seed=seed", "seed=start"))
+    call = dict(out=tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
+    with pytest.raises(ValueError, match="figure 'b' has no parameter 'seed'.*\n.*size.*\n.*start = 0  of the weights"):
+        run_figures(params={"seed": 1}, **call)
+    with pytest.raises(ValueError, match="no figure 'c'.*Known: a, b"): run_figures(["a", "c"], **call)
+    with pytest.raises(ValueError, match="no size 'huge'"): run_figures(size="huge", **call)
+    with pytest.raises(TypeError, match="seed is declared int, got 1.5"): run_figures(["a"], params={"seed": "1.5"}, **call)
+    assert not drawn and not (tmp_path / "out").exists() and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("parameters, message", [
+    ("size: str = 'smoke'\nstore: str = ''", "declares no out"),
+    (PARAMETERS + "\nwidth: int = 3  # as in fc:width=3", "cannot read width"),
+    (PARAMETERS + "\na = 1; b = 2", "cannot read"),
+])
+def test_a_parameters_cell_that_papermill_would_misread(tmp_path, parameters, message):
+    with pytest.raises(ValueError, match=message): set_parameters(write(tmp_path, "one", parameters), "smoke", {})
+
+
+@pytest.mark.parametrize("kind, given, value", [
+    ("str", "007", "007"), ("str", "1e-3", "1e-3"), ("str", "a b=c", "a b=c"), ("str", 3, "3"), ("int", "7", 7), ("float", "1e-3", 1e-3),
+    ("float", "2", 2), ("bool", "true", True), ("bool", "False", False), ("None", "word", "word"), ("None", "(1, 2)", [1, 2]),
+    ("list", "[1]", [1])])
+def test_values_keep_their_declared_type(kind, given, value):
+    got = as_declared("x", kind, given)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("kind, given", [("int", "7.5"), ("int", "word"), ("int", True), ("float", "x"), ("bool", "1"), ("list", "3")])
+def test_values_that_do_not_fit(kind, given):
+    with pytest.raises(TypeError, match=f"parameter x is declared {kind}"): as_declared("x", kind, given)
+
+
+@pytest.mark.parametrize("specs", ["specs = 3", "specs = {'a': 1}", "pass"])
+def test_specs_cell_must_define_specs(tmp_path, specs):
+    with pytest.raises(TypeError, match="must define specs"): figure_specs(write(tmp_path, "one", specs=specs), {})
+
+
+# --- claims -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("value, low, high, holds", [
+    (1., 1., 1., True), (1., 1., 2., True), (2., 1., 2., True), (1 - 1e-12, 1., 2., False), (2 + 1e-12, 1., 2., False),
+    (5., -math.inf, 3., False), (-5., -math.inf, 3., True), (5., 3., math.inf, True), (math.nan, -math.inf, math.inf, False),
+    (math.inf, 0., math.inf, False), (-math.inf, -math.inf, 0., False)])
+def test_claims_hold_by_their_interval_alone_and_survive_a_file(tmp_path, value, low, high, holds):
+    made = claim("x", "y", (low, high), Estimate(value, 0., value, value), note="α ≤ β")
+    assert made.holds is holds
+    save_claims([made], tmp_path / "c.json")
+    json.loads((tmp_path / "c.json").read_text("utf-8"), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    back, = load_claims(tmp_path / "c.json")
+    assert (back.text, back.source, back.expected, back.holds, back.note) == ("x", "y", (low, high), holds, "α ≤ β")
+    assert back.measured.value == value or not math.isfinite(value) and math.isnan(back.measured.value)
+    assert [f.name for f in tmp_path.iterdir()] == ["c.json"]
+
+
+@pytest.mark.parametrize("text", ["{}1", "3", "[3]", '[{"text": "x"}]', '{"a": 1}', "null",
+                                  '[{"text":"x","source":"y","expected":[0,1],"measured":{"value":0},"holds":true}]'])
+def test_a_file_that_holds_no_claims(tmp_path, text):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ValueError, match="c.json holds no claims"): load_claims(tmp_path / "c.json")
+
+
+def test_table_shows_what_fails_and_why():
+    lines = claims_table([claim("a long text " * 12, "s", (1, math.inf), 2.), claim("no", "s", (0, 1), 2., "too hot")]).split("\n")
+    assert max(map(len, lines)) < 110
+    assert lines[1].startswith("✓") and "≥ 1" in lines[1] and lines[-2].startswith("✗") and "FAILS: too hot" in lines[-1]
+
+
+def test_batch_means_of_independent_draws():
+    "Without correlation the blocks add nothing: value and standard error are the textbook's, up to the spread of 50 blocks."
+    x = np.random.default_rng(0).standard_normal(5000)
+    blocks, plain = batch_means(x, blocks=50), Estimate.mean(x)
+    assert blocks.value == pytest.approx(plain.value) and .7 < blocks.stderr / plain.stderr < 1.4
+
+
+# --- plots --------------------------------------------------------------------------------------------------------
+
+def test_style_is_found_and_colours_differ():
+    assert STYLE.is_file()
+    assert len({tuple(c) for c in palette(8)}) == 8 and len({tuple(c) for c in palette(20)}) == 20
+
+
+def test_bands_only_where_something_was_measured():
+    estimate = Trace.of("noise", [0, 10], {"value": np.array([1., 2.]), "stderr": np.ones(2), "low": np.zeros(2), "high": np.full(2, 3.)})
+    plain, wide = Trace.of("loss", [0, 1], {"value": np.array([1., 2.])}), Trace.of("q", [0, 1], {"value": np.ones((2, 3))})
+    eigs = Trace.of("sharpness", [0, 10], {"value": np.array([5., 6.]), "residual": np.array([.1, .2]), "converged": np.ones(2)})
+    with style(): fig, axes = plt.subplots(4)
+    counts = [(len(plot_trace(ax, t)), len(ax.collections)) for ax, t in zip(axes, (estimate, plain, wide))]
+    assert counts == [(1, 1), (1, 0), (3, 0)]
+    plot_sharpness(axes[3], eigs, [10, 20])
+    band, = axes[3].collections
+    corners = band.get_paths()[0].get_extents()
+    assert (corners.y0, corners.y1) == pytest.approx((4.9, 6.2))
+    label_end(axes[3], 20, "2/η")
+    plt.close(fig)
+
+
+def test_saving_creates_folders_or_nothing(tmp_path):
+    fig = plt.figure()
+    assert [p.name for p in save_figure(fig, tmp_path / "a" / "b", "f")] == ["f.png", "f.svg"]
+    assert "<dc:date>" not in (tmp_path / "a" / "b" / "f.svg").read_text()
+    assert save_figure(fig, "", "f") == []
+    plt.close(fig)

@@ -1,0 +1,338 @@
+"Eigenvalues and traces against dense eigenvalues, SciPy, a textbook Lanczos and closed forms."
+from contextlib import contextmanager
+from math import sqrt
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy.sparse.linalg import LinearOperator, eigsh
+from gradnb.linalg import Eigs, hutchinson, lanczos, lobpcg, power_iteration
+from gradnb.streams import Stream
+
+F64 = torch.float64
+SPECTRA = {
+    "cluster": lambda n: torch.cat([1 + 2e-4 * torch.arange(5, dtype=F64), torch.linspace(.5, -.5, n, dtype=F64)])[:n],
+    "copies": lambda n: torch.cat([torch.ones(3, dtype=F64), torch.linspace(.6, -.7, n, dtype=F64)])[:n],
+    "negative": lambda n: -1 - torch.linspace(0, 1, n, dtype=F64).sqrt(),
+    "decay": lambda n: 100 / torch.arange(1, n + 1, dtype=F64)**2,
+    "identity": lambda n: torch.ones(n, dtype=F64),
+    "zero": lambda n: torch.zeros(n, dtype=F64),
+}
+
+
+def randn(seed, *shape, dtype=F64): return torch.randn(*shape, dtype=F64, generator=Stream(seed).generator()).to(dtype)
+
+
+def symmetric(lam, seed=0, dtype=F64):
+    "A dense matrix with these eigenvalues, exactly symmetric, and its eigenvectors."
+    U = torch.linalg.qr(randn(seed, len(lam), len(lam)))[0]
+    A = ((U * lam) @ U.T).to(dtype)
+    return (A + A.T) / 2, U
+
+
+class Counter:
+    "A @ v that counts the columns it multiplies."
+    def __init__(self, A): self.A, self.n = A, 0
+    def __call__(self, v):
+        self.n += 1 if v.ndim == 1 else v.shape[1]
+        return self.A @ v
+
+
+def check(e, A, k, matvec, start, tol):
+    "What every answer owes: shapes, true residuals, an eigenvalue in each interval, an honest count."
+    assert isinstance(e, Eigs) and isinstance(e.matvecs, int) and isinstance(e.converged, bool)
+    assert e.values.shape == e.residuals.shape == (k,) and e.values.dtype == e.residuals.dtype == F64
+    assert e.vectors.shape == (len(A), k) and e.vectors.dtype == start.dtype
+    assert (e.values.diff() <= 0).all() and e.matvecs == matvec.n
+    B, V, eps = A.double(), e.vectors.double(), 100 * torch.finfo(start.dtype).eps
+    true = torch.linalg.eigvalsh(B).flip(0)
+    scale = true.abs().max()
+    torch.testing.assert_close(V.T @ V, torch.eye(k, dtype=F64), atol=eps, rtol=0)
+    torch.testing.assert_close((B @ V - V * e.values).norm(dim=0), e.residuals, atol=float(eps * scale), rtol=1e-3)
+    assert ((e.values[:, None] - true).abs().min(1).values <= e.residuals + eps * scale).all()
+    if e.converged:
+        assert (e.residuals <= tol * scale + eps * scale).all()
+        assert ((e.values - true[:k]).abs() <= tol * scale + eps * scale).all(), (e, true[:k])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 30, 200])
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("method", ["vector", "guarded", "lobpcg"])
+def test_top_k_of_known_spectra(method, name, n, dtype):
+    A, _ = symmetric(SPECTRA[name](n), seed=n, dtype=dtype)
+    for k in range(1, min(n, 5) + 1):
+        matvec, tol = Counter(A), 1e-3
+        start = randn(k, n, 1 if method == "vector" else min(k + 2, n), dtype=dtype)
+        e = lobpcg(matvec, start, k) if method == "lobpcg" else lanczos(matvec, start.squeeze(1), k)
+        assert e.converged
+        check(e, A, k, matvec, start, tol)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 10**6))
+def test_any_spectrum(lam, k, seed):
+    A, _ = symmetric(torch.tensor(lam, dtype=F64), seed)
+    k, matvec, start = min(k, len(lam)), Counter(A), randn(seed + 1, len(lam))
+    check(lanczos(matvec, start, k, tol=1e-6), A, k, matvec, start, 1e-6)
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-6, 1e-10, 0])
+def test_tolerance_is_reached(tol):
+    A, _ = symmetric(SPECTRA["decay"](100))
+    matvec, start = Counter(A), randn(1, 100)
+    e = lanczos(matvec, start, 3, tol=tol)
+    assert e.converged
+    check(e, A, 3, matvec, start, max(tol, 3e-15))
+
+
+def textbook(A, q, m):
+    "Lanczos as in the textbooks, with full reorthogonalisation in float64: Ritz values after m products."
+    Q, alpha, beta = [q / q.norm()], [], []
+    for _ in range(m):
+        w = A @ Q[-1]
+        alpha.append(w @ Q[-1])
+        for _ in range(2): w = w - sum((w @ x) * x for x in Q)
+        beta.append(w.norm())
+        Q.append(w / w.norm())
+    off = torch.stack(beta[:-1]) if m > 1 else torch.zeros(0, dtype=F64)
+    return torch.linalg.eigvalsh(torch.stack(alpha).diag() + off.diag(1) + off.diag(-1)).flip(0)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_one_start_vector_is_textbook_lanczos(k):
+    lam = torch.cat([torch.tensor([106.7, 101.4, 100.4, 100.2, 97], dtype=F64), 90 / torch.arange(1, 196, dtype=F64)])
+    A, _ = symmetric(lam)
+    q = randn(1, 200)
+    for m in range(k, 21):
+        e = lanczos(A.__matmul__, q, k, tol=0, max_matvecs=m)
+        assert e.matvecs == m
+        torch.testing.assert_close(e.values, textbook(A, q, m)[:k], rtol=1e-9, atol=0)
+
+
+def test_restarts_change_the_price_and_not_the_answer():
+    A, _ = symmetric(torch.linspace(-1, 1, 150, dtype=F64))
+    q = randn(1, 150)
+    small, large = (lanczos(A.__matmul__, q, 2, tol=1e-8, basis=b, max_matvecs=2000) for b in (8, 150))
+    assert small.converged and large.converged and small.matvecs > large.matvecs
+    torch.testing.assert_close(small.values, large.values, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_scipy_agrees(k):
+    A, _ = symmetric(torch.linspace(0, 1, 120, dtype=F64)**4)
+    op = LinearOperator(A.shape, matvec=lambda v: A.numpy() @ v, dtype=float)
+    ref = torch.from_numpy(eigsh(op, k=k, which="LA", return_eigenvectors=False).copy()).sort(descending=True).values
+    for solve, start in ((lanczos, randn(1, 120)), (lobpcg, randn(2, 120, k + 2))):
+        e = solve(A.__matmul__, start, k, tol=1e-8)
+        assert e.converged
+        torch.testing.assert_close(e.values, ref, atol=1e-9, rtol=0)
+
+
+def test_lobpcg_is_a_conjugate_gradient_method():
+    A, _ = symmetric(torch.linspace(-1, 1, 200, dtype=F64))
+    q, tight = randn(1, 200, 1), dict(k=1, tol=1e-6, max_iters=1000)
+    full = lanczos(A.__matmul__, q, basis=200, tol=1e-6)
+    assert lobpcg(A.__matmul__, q, **tight).matvecs < 2 * full.matvecs       # steepest ascent needs some ten times more
+
+
+# --- warm starts ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_exact_vectors_cost_one_product_each(k, dtype):
+    A, U = symmetric(SPECTRA["decay"](200), dtype=dtype)
+    V = U[:, :k].to(dtype)
+    assert lanczos(A.__matmul__, V, k).matvecs == lobpcg(A.__matmul__, V).matvecs == k
+    assert lanczos(A.__matmul__, torch.cat([V, randn(1, 200, 1, dtype=dtype)], 1), k).matvecs <= k + 8
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("solve", [lanczos, lobpcg])
+@pytest.mark.parametrize("p", [50, 5000])
+@pytest.mark.parametrize("top", [101.5, 110, 200])
+def test_an_overtaken_eigenvector_is_left(top, p, solve, k):
+    lam = torch.cat([torch.tensor([top, 100, 98, 97, 96]), 90 / torch.arange(1., p - 4)]).to(F64)     # diagonal
+    old = torch.zeros(p, k, dtype=F64)
+    old[range(1, k + 1), range(k)] = 1                       # exact eigenvectors, but a new top has come from below
+    matvec = lambda v: lam * v if v.ndim == 1 else lam[:, None] * v
+    alone, guarded = solve(matvec, old, k), solve(matvec, torch.cat([old, randn(3, p, 1)], 1), k)
+    torch.testing.assert_close(alone.values, lam[1:k + 1])   # what nobody looks for is not seen
+    assert guarded.converged
+    torch.testing.assert_close(guarded.values, lam[:k], atol=1e-3 * top, rtol=0)
+
+
+def test_an_eigenvector_alone_does_not_hide_the_others():
+    A, U = symmetric(SPECTRA["copies"](60))
+    e = lanczos(A.__matmul__, U[:, 0], 4)
+    torch.testing.assert_close(e.values, torch.tensor([1, 1, 1, .6], dtype=F64), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("start", [torch.zeros(40), torch.zeros(40, 3), torch.ones(40, 3)], ids=["0", "000", "111"])
+def test_deficient_starts_are_filled(start):
+    start = start.to(F64)
+    A, _ = symmetric(SPECTRA["decay"](40))
+    top = torch.tensor([100.], dtype=F64)
+    assert lanczos(A.__matmul__, start).converged
+    torch.testing.assert_close(lanczos(A.__matmul__, start).values, top, atol=.1, rtol=0)
+    if start.ndim == 2: torch.testing.assert_close(lobpcg(A.__matmul__, start, 1).values, top, atol=.1, rtol=0)
+    if start.ndim == 1: torch.testing.assert_close(power_iteration(A.__matmul__, start).values, top, atol=.1, rtol=0)
+
+
+# --- precision --------------------------------------------------------------------------------------------------
+
+@contextmanager
+def matmul_precision(name):
+    old = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try: yield
+    finally: torch.set_float32_matmul_precision(old)
+
+
+def test_float32_with_many_parameters():
+    p = 300_000
+    lam = torch.cat([torch.tensor([106.7, 101.4, 100.4, 100.2, 97.0]), 90 / torch.arange(1., p - 4)**.8])
+    matvec, g = lambda v: lam * v if v.ndim == 1 else lam[:, None] * v, lam * randn(1, p, dtype=torch.float32)
+    e = lanczos(matvec, g, 2, tol=1e-4)
+    assert e.converged
+    torch.testing.assert_close(e.values, lam[:2].double(), rtol=1e-6, atol=0)
+    with matmul_precision("medium"): same = lanczos(matvec, g, 2, tol=1e-4)
+    assert torch.equal(same.values, e.values) and torch.equal(same.vectors, e.vectors)
+
+
+def test_huge_and_tiny_scales():
+    for scale in (1e-30, 1e30):
+        A, _ = symmetric(SPECTRA["decay"](50), dtype=torch.float32)
+        e = lanczos((A * scale).__matmul__, randn(1, 50, dtype=torch.float32) * scale, 2)
+        assert e.converged
+        torch.testing.assert_close(e.values / scale, torch.tensor([100., 25], dtype=F64), atol=.1, rtol=0)
+
+
+# --- manners ----------------------------------------------------------------------------------------------------
+
+def test_nothing_is_disturbed_and_everything_repeats():
+    A, _ = symmetric(SPECTRA["copies"](60))
+    q = randn(1, 60)
+    kept, state = q.clone(), torch.get_rng_state()
+    runs = [lanczos(A.__matmul__, q, 4) for _ in range(2)]
+    runs += [lobpcg(A.__matmul__, torch.zeros(60, 4, dtype=F64), 4) for _ in range(2)]
+    trace = [hutchinson(A.__matmul__, 60, dtype=F64) for _ in range(2)]
+    assert torch.equal(runs[0].vectors, runs[1].vectors) and torch.equal(runs[2].vectors, runs[3].vectors)
+    assert trace[0] == trace[1] and trace[0] != hutchinson(A.__matmul__, 60, stream=Stream(1), dtype=F64)
+    assert torch.equal(q, kept) and torch.equal(state, torch.get_rng_state())
+
+
+def test_a_matvec_may_use_autograd():
+    A, _ = symmetric(SPECTRA["decay"](20))
+    theta = randn(1, 20).requires_grad_()
+
+    def hvp(v):
+        (grad,) = torch.autograd.grad(theta @ A @ theta / 2, theta, create_graph=True)
+        return torch.autograd.grad(grad @ v, theta, create_graph=True)[0]
+    e = lanczos(hvp, theta)
+    assert not e.vectors.requires_grad
+    torch.testing.assert_close(e.values.item(), 100., atol=.1, rtol=0)
+
+
+def test_a_short_budget_is_admitted():
+    A, _ = symmetric(torch.linspace(-1, 1, 200, dtype=F64))
+    for n in (1, 5, 30):
+        matvec, start = Counter(A), randn(1, 200)
+        e = lanczos(matvec, start, max_matvecs=n)
+        assert (e.matvecs, e.converged) == (n, False) and "NOT converged" in str(e)
+        check(e, A, 1, matvec, start, 1e-3)
+    assert not lobpcg(A.__matmul__, randn(1, 200, 2), max_iters=2).converged
+    assert not power_iteration(A.__matmul__, randn(1, 200), max_matvecs=3).converged
+
+
+def test_a_noisy_matvec_ends_unconverged():
+    A, _ = symmetric(SPECTRA["decay"](300))
+    draws = Stream(5).generator()
+    noisy = lambda v: A @ v + torch.randn(v.shape, generator=draws, dtype=F64)
+    e = lanczos(noisy, randn(1, 300), tol=1e-6, max_matvecs=60)
+    assert not e.converged and e.matvecs == 60
+
+
+def test_non_finite_products_are_named():
+    A, _ = symmetric(SPECTRA["decay"](30))
+    matvec = Counter(A)
+
+    def breaks(v):
+        out = matvec(v)
+        if matvec.n >= 7: out[3] = float("nan")
+        return out
+    with pytest.raises(RuntimeError, match="non-finite value at product 7;"): lanczos(breaks, randn(1, 30), tol=1e-9)
+    matvec.n = 0
+    with pytest.raises(RuntimeError, match="value at product 7;"): power_iteration(breaks, randn(1, 30), tol=1e-9)
+    block = lambda V: torch.cat([V[:, :2], V[:, 2:] * float("inf")], 1)
+    with pytest.raises(RuntimeError, match="non-finite value at product 3;"): lobpcg(block, randn(1, 30, 4))
+
+
+A10 = torch.eye(10)
+ONE, BLOCK = torch.ones(10), torch.eye(10)[:, :3]
+REFUSED = {
+    "k too large": (lambda: lanczos(A10.__matmul__, ONE, 11), ValueError, "choose 1 ≤ k ≤ 10"),
+    "k zero": (lambda: lanczos(A10.__matmul__, ONE, 0), ValueError, "k = 0"),
+    "integers": (lambda: lanczos(A10.__matmul__, ONE.long()), TypeError, "int64"),
+    "bfloat16": (lambda: lanczos(A10.__matmul__, ONE.bfloat16()), TypeError, "float32 or float64"),
+    "three axes": (lambda: lanczos(A10.__matmul__, ONE.reshape(1, 2, 5)), ValueError, r"\(1, 2, 5\)"),
+    "scalar": (lambda: lanczos(A10.__matmul__, torch.tensor(1.)), ValueError, r"shape \(\)"),
+    "no columns": (lambda: lanczos(A10.__matmul__, ONE[:, None][:, :0]), ValueError, r"\(10, 0\)"),
+    "wide": (lambda: lanczos(A10.__matmul__, torch.ones(2, 10)), ValueError, r"\(2, 10\)"),
+    "NaN start": (lambda: lanczos(A10.__matmul__, ONE * float("nan")), ValueError, "NaN"),
+    "small basis": (lambda: lanczos(A10.__matmul__, ONE, 3, basis=4), ValueError, "give at least 6"),
+    "small budget": (lambda: lanczos(A10.__matmul__, ONE, 3, max_matvecs=2), ValueError, "max_matvecs = 2"),
+    "matvec's shape": (lambda: lanczos(lambda v: v[:5], ONE), ValueError, r"\(10,\) into \(5,\)"),
+    "narrow block": (lambda: lobpcg(A10.__matmul__, BLOCK, 4), ValueError, "3 columns for k = 4"),
+    "power of a block": (lambda: power_iteration(A10.__matmul__, BLOCK), ValueError, r"\(10, 3\)"),
+    "no budget": (lambda: power_iteration(A10.__matmul__, ONE, max_matvecs=0), ValueError, "max_matvecs = 0"),
+    "one probe": (lambda: hutchinson(A10.__matmul__, 10, 1), ValueError, "at least 2 samples"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_misuse_is_refused(case):
+    call, error, match = REFUSED[case]
+    with pytest.raises(error, match=match): call()
+
+
+# --- power iteration and traces ---------------------------------------------------------------------------------
+
+def test_power_iteration_finds_the_largest_magnitude():
+    A, _ = symmetric(torch.tensor([-5., 4, 1, 0, -2], dtype=F64))
+    matvec, start = Counter(A), randn(1, 5)
+    e = power_iteration(matvec, start, tol=1e-8)
+    assert e.converged and e.matvecs == matvec.n
+    torch.testing.assert_close(e.values.item(), -5., rtol=1e-12, atol=0)
+    assert not power_iteration(torch.diag(torch.tensor([3., -3])).__matmul__, torch.ones(2), max_matvecs=50).converged
+    assert power_iteration(torch.zeros(4, 4).__matmul__, torch.ones(4)).values.item() == 0
+
+
+def test_hutchinson_covers_at_its_nominal_rate():
+    A, _ = symmetric(torch.linspace(-1, 3, 60, dtype=F64))
+    A = A.double()
+    held = sum(A.trace().item() in hutchinson(A.__matmul__, 60, 64, Stream(0) / i, dtype=F64) for i in range(200)) / 200
+    rate = .9456                                     # Student with 63 degrees of freedom at the Gaussian 1.96
+    assert abs(held - rate) < 3.3 * sqrt(rate * (1 - rate) / 200)
+
+
+def test_hutchinson_is_exact_on_diagonals_and_blind_to_blocks():
+    lam = torch.linspace(-1, 3, 33)
+    matvec = lambda Z: lam[:, None] * Z
+    e = hutchinson(matvec, 33, 9)
+    assert e.stderr < 1e-6 and abs(e.value - lam.sum().item()) < 1e-5
+    A, _ = symmetric(torch.linspace(-1, 3, 33, dtype=F64))
+    one, five, all_ = (hutchinson(A.__matmul__, 33, 9, dtype=F64, block=b) for b in (1, 5, 32))
+    torch.testing.assert_close(one, five)
+    torch.testing.assert_close(one, all_)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees():
+    A, _ = symmetric(SPECTRA["copies"](100), dtype=torch.float32)
+    q, G = randn(1, 100, 6, dtype=torch.float32), A.cuda()
+    for solve, start in ((lanczos, q[:, 0]), (lanczos, q), (lobpcg, q)):
+        cpu, gpu = solve(A.__matmul__, start, 4), solve(G.__matmul__, start.cuda(), 4)
+        assert gpu.vectors.is_cuda and gpu.converged
+        torch.testing.assert_close(cpu.values, gpu.values, atol=2e-3, rtol=0)
+    cpu, gpu = hutchinson(A.__matmul__, 100), hutchinson(G.__matmul__, 100, device="cuda")
+    torch.testing.assert_close(tuple(cpu), tuple(gpu), atol=1e-3, rtol=1e-4)

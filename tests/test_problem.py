@@ -1,0 +1,106 @@
+"Derivatives of every model and loss against the dense Hessian and finite differences; chunks, weights, dtypes, devices."
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from gradnb import Batch, Problem, Stream, build_model, load_dataset, sharpness
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+CASES = [("fc-tanh:width=6,depth=2", "mse"), ("fc-softplus:width=6,depth=1", "ce"), ("fc-elu:width=6,depth=1", "ce"),
+         ("fc-relu:width=6,depth=2", "ce"), ("fc-hardtanh:width=6,depth=1", "mse"), ("fc:width=6,depth=3", "linear_hinge")]
+
+
+def make(model="fc-tanh:width=6,depth=1", loss="mse", dtype=torch.float64, chunk=None, device="cpu", data="digits-60"):
+    dataset = load_dataset(data)
+    return Problem(build_model(model, dataset).to(device, dtype), loss, dataset, chunk)
+
+
+def draw(*shape, name="test", like=None):
+    v = torch.randn(*shape, generator=Stream(0, (name,)).generator(), dtype=torch.float64)
+    return v if like is None else v.to(like)
+
+
+def dense(problem, theta):
+    chunk, = problem.chunks()
+    return torch.autograd.functional.hessian(lambda t: problem.piece(t, *chunk), theta)
+
+
+@pytest.mark.parametrize("model, loss", CASES)
+def test_hvp_is_the_dense_hessian(model, loss):
+    problem = make(model, loss)
+    H, V = dense(problem, problem.theta0), draw(problem.p, 3)
+    torch.testing.assert_close(problem.hvp(problem.theta0, V), H @ V, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(problem.hvp(problem.theta0, V[:, 0]), H @ V[:, 0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("model, loss", [c for c in CASES if "relu" not in c[0] and "hardtanh" not in c[0] and c[1] != "linear_hinge"])
+def test_hvp_is_a_difference_of_gradients(model, loss):
+    problem = make(model, loss)
+    v, eps = draw(problem.p), 1e-5
+    g = [problem.grad_and_loss(problem.theta0 + s * eps * v)[0] for s in (1, -1)]
+    torch.testing.assert_close(problem.hvp(problem.theta0, v), (g[0] - g[1]) / (2 * eps), rtol=1e-5, atol=1e-7)
+
+
+def test_regression_network():
+    problem = make("regression", data="chebyshev-3-20")
+    eigs = sharpness(problem, problem.theta0, k=2, tol=1e-8)
+    truth = torch.linalg.eigvalsh(dense(problem, problem.theta0)).flip(0)[:2]
+    torch.testing.assert_close(eigs.values, truth, rtol=1e-8, atol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(chunk=st.integers(1, 70), rows=st.lists(st.integers(0, 59), min_size=1, max_size=40), weighted=st.booleans())
+def test_chunks_change_only_rounding(chunk, rows, weighted):
+    whole, parts = make(), make(chunk=chunk)
+    batch = Batch(torch.tensor(rows), draw(len(rows)).abs() if weighted else None)
+    theta, V = whole.theta0, draw(whole.p, 2)
+    for b in (None, batch):
+        for f in ("loss", "grad_and_loss"):
+            torch.testing.assert_close(getattr(parts, f)(theta, b), getattr(whole, f)(theta, b), rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(parts.hvp(theta, V, b), whole.hvp(theta, V, b), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(parts.example_grads(theta, b), whole.example_grads(theta, b), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(parts.evaluate(theta), whole.evaluate(theta), rtol=1e-11, atol=0)
+
+
+def test_weights_are_a_weighted_mean():
+    problem = make()
+    batch = Batch(torch.tensor([3, 3, 7]), torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64))
+    g = problem.example_grads(problem.theta0, batch)
+    torch.testing.assert_close(problem.grad_and_loss(problem.theta0, batch)[0], (batch.weight @ g) / 3, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_device_and_dtype_follow_the_module(dtype, device):
+    problem, reference = make(dtype=dtype, device=device), make()
+    v = draw(problem.p, like=problem.theta0)
+    grad, loss = problem.grad_and_loss(problem.theta0)
+    assert {t.dtype for t in (grad, loss, problem.hvp(problem.theta0, v))} == {dtype}
+    assert grad.device.type == device
+    tol = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(grad.cpu().double(), reference.grad_and_loss(reference.theta0)[0], **tol)
+    torch.testing.assert_close(problem.hvp(problem.theta0, v).cpu().double(), reference.hvp(reference.theta0, v.cpu().double()), **tol)
+
+
+def test_nothing_is_disturbed():
+    dataset = load_dataset("digits-60")
+    net = build_model("fc-tanh:width=6", dataset)
+    before, rng = [p.clone() for p in net.parameters()], torch.get_rng_state()
+    problem = Problem(net, "ce", dataset)
+    problem.hvp(problem.theta0, problem.theta0)
+    problem.example_grads(problem.theta0)
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, net.parameters()))
+    assert net.training and torch.equal(rng, torch.get_rng_state())
+
+
+def test_frozen_parameters_stay_out():
+    dataset = load_dataset("digits-60")
+    net = build_model("fc-tanh:width=6,depth=1", dataset)
+    net.fc1.requires_grad_(False)
+    assert Problem(net, "ce", dataset).p == 6 * 10 + 10
+
+
+def test_a_piecewise_linear_loss_has_no_curvature():
+    dataset = load_dataset("digits-60")
+    problem = Problem(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), "linear_hinge", dataset)
+    assert problem.hvp(problem.theta0, torch.ones_like(problem.theta0)).abs().max() == 0

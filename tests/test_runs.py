@@ -1,0 +1,163 @@
+"A run survives kills and interrupts, is read while it goes on, and a stranger's run is only data."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from gradnb import GD, Adam, Cosine, FromTorch, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
+from gradnb.runs import Recorder, read_trace
+from gradnb.traces import as_row
+
+SPEC = Spec("digits-200", "fc-tanh:width=10", "mse", Momentum(0.02), 400, MiniBatch(20), ("sharpness:every=20", "train:every=50"))
+CHILD = """
+import sys, signal
+from gradnb import Spec, Store
+signal.signal(signal.SIGINT, signal.default_int_handler)      # a background job may have inherited "ignore"
+Store(sys.argv[1]).run(Spec.from_json(sys.argv[2]), progress=False, interval=float(sys.argv[3]))
+"""
+
+
+def child(root, spec=SPEC, interval=0.05):
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(root), spec.to_json(), str(interval)], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_rows(run, rows, process):
+    "Until the run has so many losses on disk; the child must live to write them."
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if run.path.exists() and len(run.traces.get("loss", "")) >= rows: return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    raise AssertionError("the child wrote nothing in two minutes")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory): return Store(tmp_path_factory.mktemp("whole")).run(SPEC, progress=False)
+
+
+@pytest.mark.parametrize("how, interval", [(signal.SIGKILL, 0.05), (signal.SIGKILL, 1e9), (signal.SIGTERM, 0.2), (signal.SIGINT, 1e9)])
+def test_a_killed_run_resumes_bitwise(tmp_path, whole, how, interval):
+    run, process = Run(tmp_path / SPEC.hash), child(tmp_path, interval=interval)
+    for rows in (40, 150):
+        wait_for_rows(run, rows, process)
+        assert run.status == "running"
+        with pytest.raises(RuntimeError, match="is being written by process"): Store(tmp_path).run(SPEC)
+        process.send_signal(how)
+        process.wait(60)
+        assert run.status == ("interrupted" if how == signal.SIGINT else "unfinished")
+        assert len(run.traces["loss"]) >= rows
+        process = child(tmp_path, interval=interval)
+    assert process.wait(120) == 0, process.stderr.read()
+    assert run.status == "finished"
+    assert torch.equal(run.theta, whole.theta)
+    assert run.frame().equals(whole.frame())
+    assert run.frame()["step"].tolist() == list(range(401))
+
+
+def test_a_torn_row_is_left_out_and_written_again(tmp_path, whole):
+    spec_dir = tmp_path / SPEC.hash
+    process = child(tmp_path)
+    wait_for_rows(Run(spec_dir), 60, process)
+    process.kill()
+    process.wait()
+    with open(spec_dir / "traces" / "loss.trace", "ab") as f: f.write(b"\x00" * 7)
+    read_trace(spec_dir / "traces" / "loss.trace")
+    assert Store(tmp_path).run(SPEC, progress=False).frame().equals(whole.frame())
+
+
+def test_divergence_is_an_outcome(tmp_path):
+    spec = Spec("digits-200", "fc-tanh:width=10", "mse", GD(1e4), 400)
+    with pytest.warns(RuntimeWarning, match=r"the loss is .* at step \d+ of .*GD\(lr=10000.0\)"):
+        run = Store(tmp_path).run(spec, progress=False)
+    assert run.status == "diverged" and run.done
+    loss = run.traces["loss"]
+    assert not np.isfinite(loss.values[-1]) and np.isfinite(loss.values[:-1]).all()
+
+
+def test_goals_end_a_run(tmp_path):
+    spec = Spec("digits-200", "fc-tanh:width=10", "ce", Adam(0.05), 400, acc_goal=0.9)
+    run = Store(tmp_path).run(spec, progress=False)
+    assert run.status == "goal" and "accuracy" in run.manifest["message"]
+
+
+specs = st.builds(
+    Spec, dataset=st.sampled_from(["digits", "chebyshev-3-20"]), model=st.just("fc-tanh"), loss=st.sampled_from(["ce", "mse"]),
+    rule=st.one_of(st.builds(GD, st.floats(0, 10)), st.builds(Adam, lr=st.floats(0, 1), beta1=st.floats(0, 0.99)),
+                   st.builds(lambda lr, m: FromTorch(torch.optim.SGD, lr=lr, momentum=m), st.floats(0, 1), st.floats(0, 0.9)),
+                   st.builds(lambda lr, k: Scheduled(GD(lr), Piecewise(((k, 0.5),))), st.floats(0, 1), st.integers(0, 99)),
+                   st.builds(lambda lr, k: Scheduled(GD(lr), Cosine(k, k // 2)), st.floats(0, 1), st.integers(1, 99))),
+    steps=st.integers(0, 10**6), estimator=st.builds(MiniBatch, st.integers(1, 500), st.booleans()),
+    probes=st.lists(st.text(max_size=20), max_size=3), seed=st.integers(-2**70, 2**70),
+    loss_goal=st.none() | st.floats(allow_nan=False, allow_infinity=False))
+
+
+@settings(max_examples=200, deadline=None)
+@given(specs)
+def test_specs_come_back(spec):
+    again = Spec.from_json(spec.to_json())
+    assert again == spec and again.hash == spec.hash
+
+
+def test_every_field_has_a_say_in_the_hash():
+    changed = dict(dataset="digits", model="fc-relu", loss="ce", rule=GD(0.02), steps=1, estimator=MiniBatch(21), probes=(), seed=1,
+                   dtype="float64", chunk_size=7, loss_goal=0.1, acc_goal=0.5)
+    from dataclasses import fields, replace
+    assert changed.keys() == {f.name for f in fields(Spec)}
+    assert len({SPEC.hash, *(replace(SPEC, **{k: v}).hash for k, v in changed.items())}) == len(changed) + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.text(min_size=1, max_size=30).filter(lambda s: len(s.encode("utf-8", "ignore")) < 60 and s.isprintable()),
+       rows=st.lists(st.floats(), min_size=1, max_size=20))
+def test_traces_come_back_under_any_name(tmp_path_factory, name, rows):
+    path = tmp_path_factory.mktemp("run")
+    recorder = Recorder(path)
+    for k, v in enumerate(rows): recorder.append(name, k, as_row({"a": v, "b": [v, k]}))
+    (path / "spec.json").write_text("{}")
+    trace, = Run(path).traces.items()
+    recorder.close()
+    assert trace[0] == name and {p.parent for p in (path / "traces").iterdir()} == {path / "traces"}
+    np.testing.assert_array_equal(trace[1].columns["b"], np.array([[v, k] for k, v in enumerate(rows)]))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"kind":"Spec"}', '{"kind":"Spec","rule":{"kind":"GD","lr":-1}}',
+                                  '{"kind":"eval","x":1}', '{"kind":"GD","lr":1,"boom":2}', '{"kind":"optimizer","name":"lr_scheduler"}'])
+def test_a_strangers_spec_is_refused_or_read(text):
+    with pytest.raises((ValueError, TypeError)): Spec.from_json(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cut=st.integers(0, 400), junk=st.binary(max_size=40))
+def test_a_damaged_trace_is_named_or_read(tmp_path_factory, cut, junk):
+    path = tmp_path_factory.mktemp("run") / "x.trace"
+    recorder = Recorder(path.parent)
+    for k in range(10): recorder.append("x", k, as_row(k / 2))
+    recorder.close()
+    good = (path.parent / "traces" / "x.trace").read_bytes()
+    path.write_bytes(good[:cut] + junk)
+    try: trace = read_trace(path)
+    except ValueError as e: assert "x.trace" in str(e)
+    else: assert len(trace) <= 13
+
+
+def test_a_manifest_says_where_and_with_what(whole):
+    m = whole.manifest
+    assert m["torch"] == torch.__version__ and m["device"] == "cpu" and m["seconds"] > 0 and m["p"] == 870 and m["n"] == 200
+    json.dumps(m, allow_nan=False)
+
+
+def test_two_specs_two_folders(tmp_path):
+    from dataclasses import replace
+    store, short = Store(tmp_path), replace(SPEC, steps=3)
+    runs = [store.run(replace(short, seed=s), progress=False) for s in (0, 1)]
+    assert [r.hash for r in store.list()] == sorted(r.hash for r in runs)
+    assert not torch.equal(runs[0].theta, runs[1].theta)
+    assert store.open(runs[0].hash[:9]).spec == runs[0].spec
+    with pytest.raises(KeyError, match="begins 2 runs|no run"): store.open(os.path.commonprefix([r.hash for r in runs]) or "0")
