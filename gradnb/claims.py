@@ -33,7 +33,7 @@ class Claim:
         low, high = self.expected
         if not low <= high: raise ValueError(f"{self.text!r} expects [{low}, {high}], an interval that holds nothing.")
         if self.holds != within(value := self.measured.value, self.expected):
-            raise ValueError(f"{self.text!r} says holds={self.holds}, but {value} against [{low}, {high}] says otherwise.")
+            raise ValueError(f"{self.text!r} says holds={self.holds}, but {value} in [{low}, {high}] says otherwise.")
 
 def within(
     value: float,                    # measured

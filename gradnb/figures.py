@@ -201,8 +201,8 @@ def make_figure(
         bar.set_postfix_str("notebook")
         execute(path, folder, params | {"store": str(store.root.resolve()), "out": str(folder.resolve())}, timeout)
     if missing := [f.name for f in wanted if not f.exists()]:
-        raise RuntimeError(f"{path.name} wrote no {', '.join(missing)}; it ends with save_figure(fig, out, {path.stem!r}) "
-                           "and save_claims(claims, Path(out) / 'claims.json').")
+        raise RuntimeError(f"{path.name} wrote no {', '.join(missing)}; a figure notebook calls "
+                           f"save_figure(fig, out, {path.stem!r}) and save_claims(claims, Path(out) / 'claims.json').")
     return tuple(load_claims(wanted[-1]))
 
 # %% ../nbs/73_figures.ipynb #run

@@ -78,7 +78,7 @@ class Point:
         total = torch.zeros_like(v)
         for _, g in self._pieces():
             if not g.requires_grad: continue                     # a piecewise linear loss: H = 0 where it exists
-            if v.ndim == 1: total += torch.autograd.grad(g, self.theta, v, retain_graph=True, materialize_grads=True)[0]
+            if v.ndim == 1: total += torch.autograd.grad(g @ v, self.theta, retain_graph=True, materialize_grads=True)[0]
             else: total += torch.autograd.grad(g, self.theta, v.T, retain_graph=True, is_grads_batched=True,
                                                materialize_grads=True)[0].T
         return total
@@ -92,9 +92,8 @@ class Point:
         with torch.enable_grad():
             for _, g in self._pieces():
                 if not g.requires_grad: continue
-                hv = torch.autograd.grad(g, self.theta, v, create_graph=True, materialize_grads=True)[0]
-                if hv.requires_grad:
-                    total += torch.autograd.grad(hv, self.theta, u, retain_graph=True, materialize_grads=True)[0]
+                hv, = torch.autograd.grad(g @ v, self.theta, create_graph=True, materialize_grads=True)
+                if hv.requires_grad: total += torch.autograd.grad(hv @ u, self.theta, retain_graph=True, materialize_grads=True)[0]
         return total
 
 # %% ../nbs/20_problem.ipynb #problem

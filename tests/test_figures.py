@@ -65,7 +65,8 @@ def test_shipped_notebooks(name):
 def test_edge_of_stability(tmp_path):
     "The first figure, short but real: every file is there, and every claim can be checked from the file alone."
     params = {"datasets": "chebyshev-3-20", "rates": "0.4", "steps": "1000"}
-    result, = run_figures(["edge_of_stability"], tmp_path / "out", params=params, store=tmp_path / "runs", progress=False)
+    call = dict(params=params, store=tmp_path / "runs", progress=False)
+    result, = run_figures(["edge_of_stability"], tmp_path / "out", **call)
     assert result.ok, result.error
     wanted = {"claims.json", *(f"edge_of_stability.{kind}" for kind in ("png", "svg", "ipynb", "html"))}
     assert {f.name for f in result.folder.iterdir()} == wanted
@@ -86,14 +87,15 @@ def test_runs_are_reused_and_others_go_on(tmp_path, drawn):
     home = tmp_path / "nbs"
     write(home, "a_bad", specs=SPECS.replace("digits-50", "digitz"))
     write(home, "b_good")
-    first = run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
+    call = dict(out=tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
+    first = run_figures(**call)
     assert [r.ok for r in first] == [False, True] and "digitz" in first[0].error
     assert drawn[0][1] == {"size": "default", "store": str(tmp_path / "runs"), "out": str(tmp_path / "out" / "b_good")}
     run, = Store(tmp_path / "runs").list()
     stamp = (run.path / "manifest.json").stat().st_mtime_ns
-    again, = run_figures(["b_good"], tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
+    again, = run_figures(["b_good"], **call)
     assert again.ok and (run.path / "manifest.json").stat().st_mtime_ns == stamp
-    run_figures(["b_good"], tmp_path / "out", params={"seed": "1"}, store=tmp_path / "runs", folder=home, progress=False)
+    run_figures(["b_good"], params={"seed": "1"}, **call)
     assert len(Store(tmp_path / "runs").list()) == 2
 
 
@@ -126,7 +128,10 @@ def test_interrupt_is_passed_on(tmp_path, monkeypatch):
         run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("message, calls, ok", [("Kernel died before replying to kernel_info", 2, True), ("no such file", 1, False)])
+@pytest.mark.parametrize("message, calls, ok", [
+    ("Kernel died before replying to kernel_info", 2, True),
+    ("no such file", 1, False),
+])
 def test_a_kernel_that_does_not_start_is_tried_once_more(tmp_path, monkeypatch, message, calls, ok):
     import papermill
     path, made = write(tmp_path, "one"), []
@@ -152,7 +157,8 @@ def test_everything_is_checked_before_any_work(tmp_path, drawn):
         run_figures(params={"seed": 1}, **call)
     with pytest.raises(ValueError, match="no figure 'c'.*Known: a, b"): run_figures(["a", "c"], **call)
     with pytest.raises(ValueError, match="no size 'huge'"): run_figures(size="huge", **call)
-    with pytest.raises(TypeError, match="seed is declared int, got 1.5"): run_figures(["a"], params={"seed": "1.5"}, **call)
+    with pytest.raises(TypeError, match="seed is declared int, got 1.5"):
+        run_figures(["a"], params={"seed": "1.5"}, **call)
     assert not drawn and not (tmp_path / "out").exists() and not (tmp_path / "runs").exists()
 
 
@@ -166,15 +172,18 @@ def test_a_parameters_cell_that_papermill_would_misread(tmp_path, parameters, me
 
 
 @pytest.mark.parametrize("kind, given, value", [
-    ("str", "007", "007"), ("str", "1e-3", "1e-3"), ("str", "a b=c", "a b=c"), ("str", 3, "3"), ("int", "7", 7), ("float", "1e-3", 1e-3),
-    ("float", "2", 2), ("bool", "true", True), ("bool", "False", False), ("None", "word", "word"), ("None", "(1, 2)", [1, 2]),
-    ("list", "[1]", [1])])
+    ("str", "007", "007"), ("str", "1e-3", "1e-3"), ("str", "a b=c", "a b=c"), ("str", 3, "3"),
+    ("int", "7", 7), ("float", "1e-3", 1e-3), ("float", "2", 2), ("bool", "true", True), ("bool", "False", False),
+    ("None", "word", "word"), ("None", "(1, 2)", [1, 2]), ("list", "[1]", [1]),
+])
 def test_values_keep_their_declared_type(kind, given, value):
     got = as_declared("x", kind, given)
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize("kind, given", [("int", "7.5"), ("int", "word"), ("int", True), ("float", "x"), ("bool", "1"), ("list", "3")])
+@pytest.mark.parametrize("kind, given", [
+    ("int", "7.5"), ("int", "word"), ("int", True), ("float", "x"), ("bool", "1"), ("list", "3"),
+])
 def test_values_that_do_not_fit(kind, given):
     with pytest.raises(TypeError, match=f"parameter x is declared {kind}"): as_declared("x", kind, given)
 
@@ -188,8 +197,9 @@ def test_specs_cell_must_define_specs(tmp_path, specs):
 
 @pytest.mark.parametrize("value, low, high, holds", [
     (1., 1., 1., True), (1., 1., 2., True), (2., 1., 2., True), (1 - 1e-12, 1., 2., False), (2 + 1e-12, 1., 2., False),
-    (5., -math.inf, 3., False), (-5., -math.inf, 3., True), (5., 3., math.inf, True), (math.nan, -math.inf, math.inf, False),
-    (math.inf, 0., math.inf, False), (-math.inf, -math.inf, 0., False)])
+    (5., -math.inf, 3., False), (-5., -math.inf, 3., True), (5., 3., math.inf, True),
+    (math.nan, -math.inf, math.inf, False), (math.inf, 0., math.inf, False), (-math.inf, -math.inf, 0., False),
+])
 def test_claims_hold_by_their_interval_alone_and_survive_a_file(tmp_path, value, low, high, holds):
     made = claim("x", "y", (low, high), Estimate(value, 0., value, value), note="α ≤ β")
     assert made.holds is holds
@@ -209,13 +219,15 @@ def test_a_file_that_holds_no_claims(tmp_path, text):
 
 
 def test_table_shows_what_fails_and_why():
-    lines = claims_table([claim("a long text " * 12, "s", (1, math.inf), 2.), claim("no", "s", (0, 1), 2., "too hot")]).split("\n")
+    claims = [claim("a long text " * 12, "s", (1, math.inf), 2.), claim("no", "s", (0, 1), 2., "too hot")]
+    lines = claims_table(claims).split("\n")
     assert max(map(len, lines)) < 110
-    assert lines[1].startswith("✓") and "≥ 1" in lines[1] and lines[-2].startswith("✗") and "FAILS: too hot" in lines[-1]
+    assert lines[1].startswith("✓") and "≥ 1" in lines[1]
+    assert lines[-2].startswith("✗") and "FAILS: too hot" in lines[-1]
 
 
 def test_batch_means_of_independent_draws():
-    "Without correlation the blocks add nothing: value and standard error are the textbook's, up to the spread of 50 blocks."
+    "Without correlation the blocks add nothing: the textbook's standard error, up to the spread of 50 blocks."
     x = np.random.default_rng(0).standard_normal(5000)
     blocks, plain = batch_means(x, blocks=50), Estimate.mean(x)
     assert blocks.value == pytest.approx(plain.value) and .7 < blocks.stderr / plain.stderr < 1.4
@@ -229,9 +241,10 @@ def test_style_is_found_and_colours_differ():
 
 
 def test_bands_only_where_something_was_measured():
-    estimate = Trace.of("noise", [0, 10], {"value": np.array([1., 2.]), "stderr": np.ones(2), "low": np.zeros(2), "high": np.full(2, 3.)})
-    plain, wide = Trace.of("loss", [0, 1], {"value": np.array([1., 2.])}), Trace.of("q", [0, 1], {"value": np.ones((2, 3))})
-    eigs = Trace.of("sharpness", [0, 10], {"value": np.array([5., 6.]), "residual": np.array([.1, .2]), "converged": np.ones(2)})
+    interval = {"value": np.array([1., 2.]), "stderr": np.ones(2), "low": np.zeros(2), "high": np.full(2, 3.)}
+    estimate, plain = Trace("noise", [0, 10], interval), Trace("loss", [0, 1], {"value": np.array([1., 2.])})
+    wide = Trace("q", [0, 1], {"value": np.ones((2, 3))})
+    eigs = Trace("sharpness", [0, 10], {"value": np.array([5., 6.]), "residual": np.array([.1, .2])})
     with style(): fig, axes = plt.subplots(4)
     counts = [(len(plot_trace(ax, t)), len(ax.collections)) for ax, t in zip(axes, (estimate, plain, wide))]
     assert counts == [(1, 1), (1, 0), (3, 0)]
