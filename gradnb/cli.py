@@ -10,7 +10,7 @@ __all__ = ['add_train', 'add_store', 'spec_from', 'drop', 'train', 'add_runs', '
 import argparse
 import json
 import sys
-from . import __version__
+from importlib.metadata import version
 from .registry import parse_call
 
 # %% ../nbs/80_cli.ipynb #train
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     "The `gradnb` command."
     parser = argparse.ArgumentParser("gradnb", description="Watch deep-learning optimisation from the inside.",
                                      epilog="`gradnb COMMAND --help` explains each.")
-    parser.add_argument("--version", action="version", version=f"gradnb {__version__}")
+    parser.add_argument("--version", action="version", version=f"gradnb {version('gradnb')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (add_train, add_runs, add_figures, add_bench, add_names): add(commands)
     args = parser.parse_args(argv)
