@@ -10,6 +10,7 @@ __all__ = ['add_train', 'add_store', 'spec_from', 'drop', 'train', 'add_runs', '
 import argparse
 import json
 import sys
+import warnings
 from importlib.metadata import version
 from .registry import parse_call
 
@@ -66,7 +67,9 @@ def train(args) -> int:
     before = next((r for r in store.list() if r.hash == spec.hash), None)
     if before and before.done: print(f"{spec.hash} is already there: {before.manifest['message']}"); return 0
     if before: print(f"{spec.hash} is {before.status}; going on", file=sys.stderr)
-    run = store.run(spec, device=args.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)      # divergence is said below, as the outcome
+        run = store.run(spec, device=args.device)
     print(f"{run.hash} {run.manifest['message']}, {run.manifest['seconds']:.1f} s, in {run.path}")
     return 1 if run.status == "diverged" else 0
 
