@@ -12,7 +12,6 @@ import json
 import sys
 import warnings
 from importlib.metadata import version
-from .registry import parse_call
 
 # %% ../nbs/80_cli.ipynb #train
 def add_train(commands):
@@ -116,14 +115,16 @@ def add_figures(commands):
     p.add_argument("--size", default="default", choices=("smoke", "default", "full"), help="seconds, minutes, or the paper's (default: %(default)s)")
     p.add_argument("-p", "--param", action="append", default=[], metavar="NAME=VALUE", help="override a parameter of the notebooks; may repeat")
     p.add_argument("--list", action="store_true", help="only name the figures")
+    p.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, … (default: %(default)s)")
     add_store(p)
     p.set_defaults(go=figures)
 
 def figures(args) -> int:
     from gradnb.figures import find_figures, run_figures
     if args.list: print("\n".join(sorted(find_figures()))); return 0
-    params = parse_call("p:" + ",".join(args.param))[1]
-    results = run_figures(args.names or None, out=args.out, size=args.size, params=params, store=args.store)
+    if bare := [p for p in args.param if "=" not in p]: raise ValueError(f"-p takes NAME=VALUE, got {bare[0]!r}.")
+    params = dict(p.split("=", 1) for p in args.param)
+    results = run_figures(args.names or None, out=args.out, size=args.size, params=params, store=args.store, device=args.device)
     return 0 if all(r.ok for r in results) else 1
 
 def add_bench(commands):

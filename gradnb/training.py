@@ -63,7 +63,7 @@ def train(
     if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps must be a whole number ≥ 0, got {steps!r}.")
     traces = Traces({name: Trace(name) for name in ("loss", *(p.name for p in probes))})
     memory = {} if memory is None else memory
-    bar = tqdm(total=steps, initial=state.step if state else 0, desc="train", unit="step", delay=1, disable=not progress)
+    bar = tqdm(total=steps, initial=state.step if state else 0, desc="train", unit="step", delay=1, leave=None, disable=not progress)
 
     def keep(name, step, row):
         traces[name].append(step, row)
