@@ -9,7 +9,6 @@ __all__ = ['Claim', 'within', 'claim', 'number', 'interval', 'measurement', 'cla
 # %% ../nbs/71_claims.ipynb #imports
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from textwrap import wrap
 import numpy as np
 from scipy.stats import t as student
 from .estimate import Estimate
+from .runs import replace_file
 
 # %% ../nbs/71_claims.ipynb #claim
 @dataclass(frozen=True)
@@ -98,10 +98,8 @@ def save_claims(
     finite = lambda values: [v if math.isfinite(v) else None for v in values]
     named = lambda measured: dict(zip(Estimate._fields, finite(measured)))
     rows = [asdict(c) | {"expected": finite(c.expected), "measured": named(c.measured)} for c in claims]
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-    os.replace(part, path)
+    text = json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(Path(path), lambda part: part.write_text(text, "utf-8"))
 
 def load_claims(
     path: str | Path,          # what save_claims wrote
