@@ -8,7 +8,6 @@ __all__ = ['PROBES', 'every', 'at', 'log_spaced', 'View', 'Probe', 'probe', 'sha
 # %% ../nbs/45_probes.ipynb #imports
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 import torch
 from torch import Tensor
 from .curvature import sharpness
