@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from gradnb import GD, Adam, Cosine, FromTorch, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
-from gradnb.runs import Recorder, read_trace
-from gradnb.traces import as_row
+from gradnb.runs import Recorder
+from gradnb.traces import as_row, read_trace
 
 SPEC = Spec("digits-200", "fc-tanh:width=10", "mse", Momentum(0.02), 400, MiniBatch(20), ("sharpness:every=20", "train:every=50"))
 CHILD = """
@@ -161,3 +161,13 @@ def test_two_specs_two_folders(tmp_path):
     assert not torch.equal(runs[0].theta, runs[1].theta)
     assert store.open(runs[0].hash[:9]).spec == runs[0].spec
     with pytest.raises(KeyError, match="begins 2 runs|no run"): store.open(os.path.commonprefix([r.hash for r in runs]) or "0")
+
+
+def test_a_torn_header_is_written_again_and_other_columns_are_refused(tmp_path):
+    recorder = Recorder(tmp_path)
+    (tmp_path / "traces" / "x.trace").write_bytes(b'{"format": "gra')
+    assert recorder.resume(None) == (None, None)
+    recorder.append("x", 0, as_row(1.0))
+    recorder.close()
+    assert read_trace(tmp_path / "traces" / "x.trace").values.tolist() == [1.0]
+    with pytest.raises(ValueError, match="other columns than probe 'x'"): Recorder(tmp_path).append("x", 1, as_row([1.0, 2.0]))
