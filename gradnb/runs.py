@@ -145,8 +145,11 @@ class Spec:
         device: str = "cpu",   # where to compute; no part of the run's identity
     ):
         "The problem, the stepper and the probes. Whatever is wrong with a spec is said here, before any work."
+        where = torch.device(device)
+        if where.type == "cuda" and (where.index or 0) >= (there := torch.cuda.device_count()):
+            raise ValueError(f"no device {device!r}: torch sees {there} CUDA devices here; use device='cpu'.")
         data = load_dataset(self.dataset)
-        module = build_model(self.model, data, seed=self.seed).to(device, getattr(torch, self.dtype))
+        module = build_model(self.model, data, seed=self.seed).to(where, getattr(torch, self.dtype))
         problem = Problem(module, self.loss, data, self.chunk_size)
         return problem, Descent(self.rule, self.estimator), tuple(PROBES.build(p) for p in self.probes)
 
