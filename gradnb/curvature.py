@@ -8,7 +8,7 @@ __all__ = ['sharpness', 'unit']
 # %% ../nbs/36_curvature.ipynb #imports
 import torch
 from torch import Tensor
-from .linalg import Eigs, lanczos
+from .linalg import Eigs, Sketch, lanczos
 from .problem import Point
 from .streams import Stream
 
@@ -18,7 +18,7 @@ def sharpness(
     theta: Tensor | None = None,    # where, (p,)
     k: int = 1,                     # how many of the largest eigenvalues
     tol: float = 1e-3,              # residuals allowed, relative to the largest eigenvalue
-    warm: Tensor | None = None,     # eigenvectors from nearby, (p,) or (p, j): an earlier step's
+    warm: Tensor | Sketch | None = None,   # from an earlier step: its answer's sketch, or eigenvectors (p,) or (p, j)
     batch=None,                     # on these examples only (an abridged training set); None: all
     stream: Stream = Stream() / "sharpness",   # of the random part of the start
     max_matvecs: int | None = None, # Hessian products allowed; None: the solver's default
@@ -30,9 +30,14 @@ def sharpness(
             bad = [n for n, b in point.problem.layout.named(vec).items() if not torch.isfinite(b).all()]
             raise ValueError(f"{what} is not finite in {', '.join(bad[:4])}; the run has diverged, so no Hessian exists here.")
     noise = torch.randn(point.problem.p, generator=stream.generator(), dtype=torch.float64).to(point.theta)
-    fresh = unit(point.grad) + unit(noise)
-    start = fresh if warm is None else torch.column_stack([warm, fresh])
-    return lanczos(point.hvp, start, k=k, tol=tol, max_matvecs=max_matvecs, stream=stream / "lanczos")
+    fresh, sketch, start = unit(point.grad) + unit(noise), None, warm
+    if warm is None: start = fresh
+    elif isinstance(warm, Tensor): start = torch.column_stack([warm, fresh])
+    else:
+        sketch = Sketch(warm[0], warm[1].T.contiguous().T)       # strides decide roundings, and a resumed run has others
+        start = sketch.vectors[:, :k].clone()
+        start[:, -1] += 0.3 * unit(sketch.vectors[:, k:].sum(1)) + 0.3 * unit(point.grad) + 0.1 * unit(noise)
+    return lanczos(point.hvp, start, k, tol, max_matvecs, stream=stream / "lanczos", sketch=sketch, keep=k + 8)
 
 def unit(v: Tensor) -> Tensor:
     "v / ‖v‖, and zero for zero."

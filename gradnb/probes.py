@@ -138,8 +138,8 @@ def sharpness_probe(
 ) -> Probe:
     "The k largest Hessian eigenvalues, each search warm from the last; columns value, residual, converged, matvecs."
     def measure(view):
-        eigs = sharpness(view.point, k=k, tol=tol, warm=view.memory.get("vectors"), stream=view.stream)
-        view.memory["vectors"] = eigs.vectors
+        eigs = sharpness(view.point, k=k, tol=tol, warm=view.memory.get("sketch"), stream=view.stream)
+        view.memory["sketch"] = eigs.sketch
         one = lambda v: v[0] if k == 1 else v
         return dict(value=one(eigs.values), residual=one(eigs.residuals), converged=eigs.converged, matvecs=eigs.matvecs)
     return Probe("sharpness", _every(every), measure)

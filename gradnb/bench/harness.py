@@ -8,6 +8,7 @@ __all__ = ['Row', 'Times', 'alternate', 'drain', 'peer', 'attempt', 'find_benche
 # %% ../../nbs/75_bench/00_harness.ipynb #imports
 import gc
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -109,8 +110,11 @@ def attempt(
     work: Callable,    # what may fail: a peer at work
     *args,             # its arguments
 ) -> tuple[object | None, str]:    # what it returns, or None and why
-    "The answer, or what to say about its absence."
-    try: return work(*args), ""
+    "The answer, or what to say about its absence. Warnings of what a peer has not kept up with are dropped."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return work(*args), ""
     except ImportError as e: return None, str(e)
     except Exception as e: return None, f"{work.__name__} failed ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
 

@@ -7,7 +7,6 @@ __all__ = ['images', 'synthetic', 'PlainLoop', 'speed_rows', 'curvlinops_product
            'with_eigenthings', 'with_pyhessian', 'flaw', 'Verdict', 'judge', 'sharpness_rows', 'rows']
 
 # %% ../../nbs/75_bench/01_train.ipynb #imports
-import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -36,7 +35,7 @@ def images(
     "CIFAR-10 if it is here, else a stand-in of its shape."
     root = data_root()
     if (root / "cifar-10-batches-py").is_dir(): return load_dataset(f"cifar10-{n}")
-    if (root / "cifar10-5k.npz").is_file(): return load_dataset(f"npz:{root / 'cifar10-5k.npz'}-{n}")
+    if (root / "cifar10-5k.npz").is_file(): return load_dataset(f"npz:cifar10-5k.npz-{n}", root)
     return synthetic(n)
 
 def synthetic(
@@ -78,9 +77,10 @@ def speed_rows(
     repeats: int = 9,    # pairs
 ) -> Iterator[Row]:
     "A step, a product on a new point and on a kept one, a product of curvlinops', the overhead of a step."
-    where = f"{problem.dataset.name}, {torch.get_num_threads()} threads"
+    where = f"{problem.dataset.name} on {problem.device}, {torch.get_num_threads()} threads"
     loop, run = PlainLoop(problem, 0.02), trajectory(problem, Descent(GD(0.02)))
-    yield alternate(lambda: next(run), loop.step, repeats).row("full-batch step", 1.1, f"against a plain torch loop, {where}")
+    note = f"against a plain torch loop, {where}"
+    yield alternate(lambda: next(run), loop.step, repeats).row("full-batch step", 1.1, note)
 
     loop, theta = PlainLoop(problem, 0.02), problem.theta0
     v = torch.randn(problem.p, generator=(Stream() / "bench" / "v").generator()).to(theta)
@@ -98,7 +98,7 @@ def speed_rows(
     loop, run = PlainLoop(tiny, 0.2), trajectory(tiny, Descent(GD(0.2)))
     some = lambda step: lambda: [step() for _ in range(200)]
     yield alternate(some(lambda: next(run)), some(loop.step), repeats).row(
-        f"200 steps of {tiny.p} parameters", None, f"against a plain torch loop, {tiny.dataset.name}: nothing but overhead")
+        f"200 steps of {tiny.p} parameters", None, f"nothing but overhead: a plain torch loop on {tiny.dataset.name}")
 
 def curvlinops_product(
     problem: Problem,
@@ -108,7 +108,9 @@ def curvlinops_product(
     lib = peer("curvlinops", "curvlinops-for-pytorch")
     H = lib.HessianLinearOperator(loop.net, torch.nn.MSELoss(reduction="sum"), loop.params, [(loop.x, loop.y)],
                                   check_deterministic=False)
-    return lambda v: (H @ v) / (2 * problem.n)
+    product = lambda v: (H @ v) / (2 * problem.n)
+    product(problem.theta0)                                                 # what cannot multiply fails here
+    return product
 
 # %% ../../nbs/75_bench/01_train.ipynb #peers
 class Found(NamedTuple):
@@ -148,9 +150,8 @@ def with_pyhessian(problem: Problem, theta: Tensor, tol: float) -> Found:
     with torch.no_grad():
         for p, b in zip(net.parameters(), problem.layout.split(theta)): p.copy_(b)
     loss = Counted(lambda pair: problem.per_example(*pair).mean())          # evaluated once in a product
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        warnings.simplefilter("ignore")                                     # of graphs kept alive by backward
         data = [(problem.dataset.x, problem.dataset.y)]
         H = lib.hessian(net, lambda *pair: loss(pair), dataloader=data, cuda=theta.is_cuda)
         vectors = H.eigenvalues(tol=tol, top_n=1)[1]
@@ -229,4 +230,5 @@ def rows(
     large, few = (Problem(build_model("fc-tanh", d, width=width), "mse", d) for d in (large, few))
     yield from speed_rows(large, Problem(build_model("regression", line), "mse", line), repeats)
     for steps in (0, 50): yield from sharpness_rows(large, 0.02, steps)
-    yield from sharpness_rows(few, 2 / (1.08 * sharpness(few, few.theta0).values[0].item()), edge_steps)
+    lr = 2 / (1.08 * sharpness(few, few.theta0).values[0].item())
+    for steps in (edge_steps // 4, edge_steps): yield from sharpness_rows(few, lr, steps)
