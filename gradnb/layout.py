@@ -61,8 +61,9 @@ class Layout:
         "The blocks of a flat vector, as views of it."
         if vec.ndim < 1 or vec.shape[-1] != self.p:
             raise ValueError(f"this layout has p = {self.p} parameters, got a tensor of shape {tuple(vec.shape)}.")
-        return tuple(b.unflatten(-1, s) if s else b.squeeze(-1)
-                     for b, s in zip(vec.split(self.sizes, -1), self.shapes))
+        blocks = zip(vec.split(self.sizes, -1), self.shapes)
+        if vec.ndim == 1: return tuple(b.view(s) for b, s in blocks)
+        return tuple(b.unflatten(-1, s) if s else b.squeeze(-1) for b, s in blocks)
 
     def join(
         self,

@@ -243,6 +243,7 @@ def lanczos(
         done = B.m == p or settled and sure
         if done or B.products >= budget:
             return B.eigs(theta[:k], Y[:k], r[:k], done, _updated(B, sketch, keep) if keep else None)
+        if keep and (settled or B.m == size): sketch = _updated(B, sketch, keep)   # before the basis forgets
         if settled:                                                    # now a fresh direction has to agree
             found, guards = theta[:k], 1
             B.rotate(Y[:k])

@@ -113,6 +113,7 @@ class Problem:
         if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.module, self.layout, self.chunk_size = module, Layout.of(module), chunk_size
         params = dict(module.named_parameters())
+        self.tied = len(list(module.named_parameters(remove_duplicate=False))) > len(params)
         kinds = {(v.dtype, v.device) for v in params.values()}
         if len(kinds) > 1: raise TypeError(f"all parameters must share one dtype and device, got {sorted(map(str, kinds))}.")
         self.dtype, self.device = kinds.pop()
@@ -149,7 +150,7 @@ class Problem:
 
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         "The network's outputs on inputs x with parameters theta."
-        return functional_call(self.module, self.layout.named(theta), (x,))
+        return functional_call(self.module, self.layout.named(theta), (x,), tie_weights=self.tied)
 
     def one_chunk(self, batch=None) -> bool:
         "Is everything worked on at once?"

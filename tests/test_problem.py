@@ -104,3 +104,14 @@ def test_a_piecewise_linear_loss_has_no_curvature():
     dataset = load_dataset("digits-60")
     problem = Problem(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), "linear_hinge", dataset)
     assert problem.hvp(problem.theta0, torch.ones_like(problem.theta0)).abs().max() == 0
+
+
+def test_a_tied_parameter_moves_everywhere_at_once():
+    a, b = torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False)
+    b.weight = a.weight
+    net, dataset = torch.nn.Sequential(torch.nn.Flatten(), a, torch.nn.Tanh(), b).double(), load_dataset("digits-60").to(dtype=torch.float64)
+    problem = Problem(net, "ce", dataset)
+    assert problem.p == 64 * 64
+    W = draw(64, 64) / 10
+    x = dataset.x.flatten(1)
+    torch.testing.assert_close(problem.outputs(W.reshape(-1), dataset.x), (x @ W.T).tanh() @ W.T, rtol=1e-12, atol=1e-12)
