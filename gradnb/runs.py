@@ -307,11 +307,11 @@ class Store:
     ) -> Run:                      # the finished run
         "Train what is missing, continue what is unfinished, hand back what is done. Ctrl-C keeps everything and is passed on."
         run = Run(self.root / spec.hash)
-        if run.path.exists() and run.done: return run
+        if run.done: return run
         problem, stepper, probes = spec.build(device)
         run.path.mkdir(parents=True, exist_ok=True)
         with Lock(run.path):
-            if run.manifest["status"] in ("finished", "goal", "diverged"): return run
+            if run.done: return run          # by the process that had the lock before
             replace_file(run.path / "spec.json", lambda p: p.write_text(spec.to_json(), "utf-8"))
             recorder, began = Recorder(run.path, interval), time.time()
             state, memory = recorder.resume(stepper.init(problem, problem.theta0))

@@ -62,7 +62,7 @@ def train(
     probes = check_probes(probes)
     if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps must be a whole number ≥ 0, got {steps!r}.")
     traces = Traces({name: Trace(name) for name in ("loss", *(p.name for p in probes))})
-    memory = {} if memory is None else memory
+    memory, before = {} if memory is None else memory, {}
     bar = tqdm(total=steps, initial=state.step if state else 0, desc="train", unit="step", delay=1, leave=None, disable=not progress)
 
     def keep(name, step, row):
@@ -71,8 +71,8 @@ def train(
 
     try:
         for state in trajectory(problem, stepper, theta, seed, state):
-            k, loss = state.step, float(state.loss)
-            if record is not None: record.checkpoint(state, memory)
+            k, loss, before = state.step, float(state.loss), {name: dict(m) for name, m in memory.items()}
+            if record is not None: record.checkpoint(state, before)
             keep("loss", k, as_row(loss))
             if not math.isfinite(loss):
                 traces.outcome = Outcome("diverged", k, f"the loss is {loss} at step {k} of {stepper!r}; lower the learning rate")
@@ -95,7 +95,7 @@ def train(
         e.add_note(f"at step {state.step if state else 0}; what was measured until then is this error's .traces")
         raise
     finally: bar.close()
-    if record is not None: record.checkpoint(state, memory, last=True)
+    if record is not None: record.checkpoint(state, before, last=True)     # whoever resumes measures this step again
     if traces.outcome.kind in ("diverged", "interrupted"): warnings.warn(traces.outcome.message, RuntimeWarning, stacklevel=2)
     return state, traces
 

@@ -171,3 +171,26 @@ def test_a_torn_header_is_written_again_and_other_columns_are_refused(tmp_path):
     recorder.close()
     assert read_trace(tmp_path / "traces" / "x.trace").values.tolist() == [1.0]
     with pytest.raises(ValueError, match="other columns than probe 'x'"): Recorder(tmp_path).append("x", 1, as_row([1.0, 2.0]))
+
+
+def test_an_interrupt_between_two_probes_of_a_step_resumes_bitwise(tmp_path):
+    from dataclasses import replace
+
+    from gradnb import PROBES, Probe
+    calm = []
+
+    def impatient_probe():
+        def measure(view):
+            if view.step == 40 and not calm: raise KeyboardInterrupt
+            return 0.0
+        return Probe("impatient", lambda step: step % 20 == 0, measure)
+
+    PROBES["impatient"] = impatient_probe
+    try:
+        spec = replace(SPEC, steps=60, probes=("sharpness:every=20", "impatient"))
+        with pytest.warns(RuntimeWarning, match="interrupted at step 40"), pytest.raises(KeyboardInterrupt):
+            Store(tmp_path / "a").run(spec, progress=False, interval=1e9)
+        calm.append(True)
+        again, whole = (Store(tmp_path / where).run(spec, progress=False) for where in "ab")
+    finally: del PROBES["impatient"]
+    assert again.frame().equals(whole.frame()) and torch.equal(again.theta, whole.theta)
