@@ -1,0 +1,121 @@
+"""LAMB and LARS against pytorch_optimizer, timm and torch over thirty steps; and pairs that must differ.
+
+The network has one matrix of norm above 10, where φ binds, and a loss steep enough for the global clip to bind.
+"""
+import pytest
+import torch
+from torch import nn
+
+from gradnb.rules.lamb import LAMB
+from gradnb.rules.lars import LARS
+
+po = pytest.importorskip("pytorch_optimizer", reason="the peers of these rules: pip install pytorch_optimizer timm")
+
+
+def timm_optimizer(name):
+    "An optimizer of timm's, where timm is installed."
+    module = pytest.importorskip(f"timm.optim.{name.lower()}", reason="timm is not installed")
+    return getattr(module, name)
+
+
+def network(dtype):
+    gen = torch.Generator().manual_seed(0)
+    draw = lambda *shape, scale: nn.Parameter(torch.randn(*shape, generator=gen, dtype=torch.float64).mul_(scale).to(dtype))
+    weights = {"w1": draw(64, 20, scale=.5), "b1": draw(64, scale=.1), "w2": draw(64, 64, scale=.15), "b2": draw(64, scale=.1),
+               "w3": draw(5, 64, scale=.12), "b3": draw(5, scale=.1)}
+    assert weights["w1"].norm() > 10 and weights["w2"].norm() < 10
+    x, y = (torch.randn(50, k, generator=gen, dtype=torch.float64).to(dtype) for k in (20, 5))
+
+    def loss(w):
+        h = torch.tanh(x @ w["w1"].T + w["b1"])
+        h = torch.tanh(h @ w["w2"].T + w["b2"])
+        return 20 * (h @ w["w3"].T + w["b3"] - y).square().mean()
+    return weights, loss
+
+
+def ours(rule, dtype, steps=30):
+    blocks, loss = network(dtype)
+    state = rule.init(blocks, {})
+    for _ in range(steps):
+        blocks = {n: b.detach().requires_grad_() for n, b in blocks.items()}
+        grads = dict(zip(blocks, torch.autograd.grad(loss(blocks), blocks.values())))
+        with torch.no_grad(): blocks, state = rule.step(state, blocks, grads)
+    return torch.cat([b.flatten() for b in blocks.values()])
+
+
+def theirs(build, dtype, steps=30, penalty=0.):
+    params, loss = network(dtype)
+    optimizer = build(params.values())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (loss(params) + penalty / 2 * sum(p.square().sum() for p in params.values())).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in params.values()])
+
+
+def lamb_po(**more): return lambda p: po.Lamb(p, lr=.02, **more)
+def lamb_timm(**more): return lambda p: timm_optimizer("Lamb")(p, lr=.02, **more)
+def lars_po(**more): return lambda p: po.LARS(p, lr=.5, **more)
+def lars_timm(**more): return lambda p: timm_optimizer("Lars")(p, lr=.5, **more)
+def in_u(**more): return lamb_po(weight_decouple=False, adam_debias=True, **more)
+
+
+EQUAL = {
+    "cybertronai": (LAMB.cybertronai(.02, ratio_eps=1e-6), in_u()),
+    "cybertronai, decay": (LAMB.cybertronai(.02, weight_decay=.01, ratio_eps=1e-6), in_u(weight_decay=.01)),
+    "cybertronai, one tensor at a time": (LAMB.cybertronai(.02, weight_decay=.01, ratio_eps=1e-6), in_u(weight_decay=.01, foreach=False)),
+    "no averaging": (LAMB.cybertronai(.02, ratio_eps=1e-6, grad_averaging=False), in_u(grad_averaging=False)),
+    "pytorch_optimizer": (LAMB.pytorch_optimizer(.02), lamb_po()),
+    "pytorch_optimizer, decay": (LAMB.pytorch_optimizer(.02, weight_decay=.01), lamb_po(weight_decay=.01)),
+    "timm": (LAMB.timm(.02), lamb_timm()),
+    "timm, one tensor at a time": (LAMB.timm(.02), lamb_timm(foreach=False)),
+    "timm, always": (LAMB.timm(.02, weight_decay=0., adapt="all", max_grad_norm=None),
+                     lamb_timm(weight_decay=0., always_adapt=True, max_grad_norm=None)),
+    "nvlamb": (LAMB.nvlamb(.02, weight_decay=0.), lamb_timm(weight_decay=0., always_adapt=True)),
+    "paper": (LAMB.paper(.02), lamb_timm(max_grad_norm=None)),
+    "LAMBC": (LAMB.timm(.02, ratio_high=1.), lamb_timm(trust_clip=True)),
+    "timm, decoupled": (LAMB.timm(.02, decay="outside"), lamb_timm(decoupled_decay=True)),
+    "Adam": (LAMB.timm(.02, weight_decay=0., max_grad_norm=None), lambda p: torch.optim.Adam(p, lr=.02, eps=1e-6)),
+    "LARS": (LARS.pytorch_optimizer(.5), lars_po()),
+    "LARS, decay": (LARS.pytorch_optimizer(.5, weight_decay=.01), lars_po(weight_decay=.01)),
+    "LARS, Nesterov": (LARS.pytorch_optimizer(.5, weight_decay=.01, nesterov=True), lars_po(weight_decay=.01, nesterov=True)),
+    "LARS, timm": (LARS.timm(.5, beta=.9, weight_decay=.01), lars_timm(momentum=.9, weight_decay=.01)),
+    "LARS, timm, always": (LARS.timm(.5, beta=.9, adapt="all"), lars_timm(momentum=.9, always_adapt=True)),
+    "LARC": (LARS.timm(.5, weight_decay=.01, trust=.2, clip=True), lars_timm(weight_decay=.01, trust_coeff=.2, trust_clip=True)),
+    "LARS at constant rate, inside": (LARS(.5, adapt="matrices", weight_decay=.01), lars_po(weight_decay=.01)),
+    "SGD": (LARS.timm(.05, beta=.9), lambda p: torch.optim.SGD(p, lr=.05, momentum=.9)),
+}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 2e-6)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("rule, peer", EQUAL.values(), ids=EQUAL)
+def test_thirty_steps(rule, peer, dtype, tolerance):
+    a, b = ours(rule, dtype), theirs(peer, dtype)
+    start = torch.cat([p.detach().flatten() for p in network(dtype)[0].values()])
+    assert (b - start).abs().max() > 1e-3
+    assert (a - b).abs().max() <= tolerance * max(1, b.abs().max().item())
+
+
+def test_decay_in_the_gradient_is_a_penalty():
+    "Apex's other mode; timm's LAMB has none, but it can be given the penalised loss."
+    rule, peer = LAMB(.02, decay="l2", weight_decay=.1), lamb_timm(weight_decay=0., always_adapt=True, max_grad_norm=None)
+    assert (ours(rule, torch.float64) - theirs(peer, torch.float64, penalty=.1)).abs().max() < 1e-12
+    assert (ours(rule, torch.float64) - theirs(peer, torch.float64)).abs().max() > 1e-4
+
+
+DIFFERENT = {
+    "pytorch_optimizer is not cybertronai": (LAMB.cybertronai(.02, weight_decay=.01), lamb_po(weight_decay=.01), 1e-2),
+    "cybertronai is not the paper": (LAMB.paper(.02, weight_decay=0.), in_u(), 1e-2),
+    "the global clip binds": (LAMB.nvlamb(.02), lamb_timm(max_grad_norm=None), 1e-6),
+    "timm does not adapt what does not decay": (LAMB.paper(.02, weight_decay=0.), lamb_timm(weight_decay=0.), 1e-2),
+    "decay inside is not outside": (LAMB.timm(.02, weight_decay=.1), lamb_timm(weight_decay=.1, decoupled_decay=True), 1e-4),
+    "the eps of the ratio": (LAMB.cybertronai(.02), in_u(), 1e-12),
+    "without correction it is not Adam": (LAMB(.02, adapt="decayed", bias_correction="none"),
+                                          lambda p: torch.optim.Adam(p, lr=.02, eps=1e-6), .1),
+    "LARS adapts vectors or not": (LARS(.5, rate="outside"), lars_po(), 1e-3),
+}
+
+
+@pytest.mark.parametrize("rule, peer, least", DIFFERENT.values(), ids=DIFFERENT)
+def test_must_differ(rule, peer, least):
+    assert (ours(rule, torch.float64) - theirs(peer, torch.float64)).abs().max() > least
