@@ -10,7 +10,7 @@ _NAMES = {
     "models": ["MODELS", "build_model"],
     "losses": ["LOSSES", "accuracy", "ce", "mse", "linear_hinge"],
     "problem": ["Problem", "Point", "Quadratic"],
-    "roles": ["Batch", "State", "Estimator", "Rule", "Stepper"],
+    "roles": ["Batch", "State", "Estimator", "Rule", "Stepper", "kind"],
     "estimators.minibatch": ["MiniBatch", "FullBatch"],
     "rules.gd": ["GD"],
     "rules.momentum": ["Momentum"],
@@ -24,7 +24,7 @@ _NAMES = {
     "probes": ["View", "Probe", "PROBES", "probe", "every", "at", "log_spaced"],
     "training": ["train", "Outcome"],
     "laws": ["check_estimator", "check_rule", "check_stepper", "check_probe"],
-    "runs": ["Spec", "Run", "Store", "kind"],
+    "runs": ["Spec", "Run", "Store"],
     "claims": ["Claim", "claim", "save_claims", "load_claims"],
     "figures": ["run_figures"],
 }

@@ -45,8 +45,9 @@ def add_store(p):
 
 def spec_from(args):
     "The spec that the flags of `gradnb train` describe."
+    from gradnb.roles import ESTIMATORS, RULES
     from gradnb.rules.schedule import Piecewise, Scheduled
-    from gradnb.runs import ESTIMATORS, RULES, Spec
+    from gradnb.runs import Spec
     if args.batch and args.estimator: raise ValueError("--batch B is short for --estimator minibatch:size=B; give one of them.")
     rule = RULES.build(args.rule, **({} if args.lr is None else {"lr": args.lr}))
     if args.drop: rule = Scheduled(rule, Piecewise(tuple(map(drop, args.drop))))
@@ -154,7 +155,7 @@ def names(args) -> int:
     from gradnb.losses import LOSSES
     from gradnb.models import MODELS
     from gradnb.probes import PROBES
-    from gradnb.runs import ESTIMATORS, RULES
+    from gradnb.roles import ESTIMATORS, RULES
     kinds = dict(dataset=SOURCES, model=MODELS, loss=LOSSES, rule=RULES, estimator=ESTIMATORS, probe=PROBES, figure=find_figures())
     for kind, known in kinds.items():
         if args.kind in (None, kind): print("\n".join(sorted(known)) if args.kind else f"{kind:10}{', '.join(sorted(known))}")

@@ -128,7 +128,7 @@ def probe(
     return lambda fn: Probe(name or fn.__name__, when, fn)
 
 # %% ../nbs/45_probes.ipynb #ready
-PROBES = Registry("probe")
+PROBES = Registry("probe", "gradnb.*_probes")
 
 @PROBES.add("sharpness")
 def sharpness_probe(

@@ -8,7 +8,11 @@ __all__ = ['literal', 'parse_call', 'unknown', 'Registry']
 # %% ../nbs/03_registry.ipynb #imports
 import ast
 import inspect
+from collections import UserDict
 from difflib import get_close_matches
+from fnmatch import fnmatch
+from importlib import import_module
+from pkgutil import iter_modules
 
 # %% ../nbs/03_registry.ipynb #parse
 def literal(
@@ -50,13 +54,30 @@ def unknown(
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return ValueError(f"no {kind} {name!r}.{hint} Known: {', '.join(known)}.")
 
-class Registry(dict):
+class Registry(UserDict):
     "Named builders of one kind of thing."
     def __init__(self,
         kind: str,    # the noun that errors use
+        *where: str,  # modules that file builders here when they are imported: "package.pattern"
     ):
-        super().__init__()
-        self.kind = kind
+        self.kind, self._where, self._known = kind, where, {}
+
+    @property
+    def data(self) -> dict:
+        "What is filed, in the modules named by `where` too."
+        where, self._where = self._where, ()
+        for package, _, pattern in (w.rpartition(".") for w in where):
+            for module in iter_modules(import_module(package).__path__):
+                if fnmatch(module.name, pattern): import_module(f"{package}.{module.name}")
+        return self._known
+
+    def _filed(self, builder) -> dict:
+        "What is filed before this builder; one that a notebook defines comes after the modules, and in their place."
+        return self.data if getattr(builder, "__module__", "") == "__main__" else self._known
+
+    def __setitem__(self, name, builder): self._filed(builder)[name] = builder
+
+    def get(self, name, default=None): return self.data.get(name, default)
 
     def __missing__(self, name): raise unknown(self.kind, name, self)
 
@@ -66,7 +87,9 @@ class Registry(dict):
         "Decorator that files a builder under its names."
         def file(builder):
             for name in names:
-                if name in self: raise ValueError(f"there is a {self.kind} {name!r} already: {dict.__getitem__(self, name)}.")
+                there = self._filed(builder).get(name, builder)
+                if there.__qualname__ != builder.__qualname__:      # the same again: a cell that was run twice
+                    raise ValueError(f"there is a {self.kind} {name!r} already: {there}.")
                 self[name] = builder
             return builder
         return file

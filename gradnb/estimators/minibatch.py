@@ -8,10 +8,11 @@ __all__ = ['MiniBatch', 'FullBatch']
 # %% ../../nbs/30_estimators/01_minibatch.ipynb #imports
 from dataclasses import dataclass
 import torch
-from ..roles import Batch, Estimator, check_range
+from ..roles import Batch, Estimator, check_range, kind
 from ..streams import Stream
 
 # %% ../../nbs/30_estimators/01_minibatch.ipynb #minibatch
+@kind
 @dataclass(frozen=True)
 class MiniBatch(Estimator):
     "The mean gradient of `size` examples drawn uniformly."
@@ -30,6 +31,7 @@ class MiniBatch(Estimator):
         return Batch(torch.randperm(problem.n, generator=gen)[:self.size])
 
 # %% ../../nbs/30_estimators/01_minibatch.ipynb #full
+@kind
 @dataclass(frozen=True)
 class FullBatch(Estimator):
     "The gradient itself, from all examples."

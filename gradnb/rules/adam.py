@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..roles import Rule, check_range
+from ..roles import Rule, check_range, kind
 
 # %% ../../nbs/31_rules/03_adam.ipynb #adam
 class AdamState(NamedTuple):
@@ -19,6 +19,7 @@ class AdamState(NamedTuple):
     exp_avg: dict[str, Tensor]    # m, one tensor a block
     exp_avg_sq: dict[str, Tensor] # v, one tensor a block
 
+@kind
 @dataclass(frozen=True)
 class Adam(Rule):
     "Adam (Kingma & Ba 2015)."

@@ -8,9 +8,10 @@ __all__ = ['GD']
 # %% ../../nbs/31_rules/01_gd.ipynb #imports
 from dataclasses import dataclass
 import torch
-from ..roles import Rule, check_range
+from ..roles import Rule, check_range, kind
 
 # %% ../../nbs/31_rules/01_gd.ipynb #gd
+@kind
 @dataclass(frozen=True)
 class GD(Rule):
     "Gradient descent: θ ← θ − η g."

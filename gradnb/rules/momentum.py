@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..roles import Rule, check_range
+from ..roles import Rule, check_range, kind
 
 # %% ../../nbs/31_rules/02_momentum.ipynb #momentum
 class MomentumState(NamedTuple):
     "The velocity."
     velocity: dict[str, Tensor]   # v, one tensor a block
 
+@kind
 @dataclass(frozen=True)
 class Momentum(Rule):
     "Heavy-ball momentum (Polyak 1964), or Nesterov's (1983) with `nesterov=True`."

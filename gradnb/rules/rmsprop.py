@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..roles import Rule, check_range
+from ..roles import Rule, check_range, kind
 
 # %% ../../nbs/31_rules/04_rmsprop.ipynb #rmsprop
 class RMSPropState(NamedTuple):
     "The running second moment."
     square_avg: dict[str, Tensor]   # ν, one tensor a block
 
+@kind
 @dataclass(frozen=True)
 class RMSProp(Rule):
     "RMSProp (Tieleman & Hinton 2012) with ν₀ = 0 and no bias correction, as in torch."

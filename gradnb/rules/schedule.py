@@ -9,9 +9,10 @@ __all__ = ['Piecewise', 'Cosine', 'ScheduledState', 'Scheduled']
 from dataclasses import dataclass, replace
 from math import cos, pi
 from typing import Any, NamedTuple
-from ..roles import Rule, check_range
+from ..roles import KINDS, Rule, check_range, kind
 
 # %% ../../nbs/31_rules/06_schedule.ipynb #schedules
+@kind
 @dataclass(frozen=True)
 class Piecewise:
     "Factor 1 until the first drop, then each drop's factor from its step on."
@@ -24,6 +25,7 @@ class Piecewise:
 
     def __call__(self, k: int) -> float: return next((f for s, f in reversed(self.drops) if k >= s), 1.0)
 
+@kind
 @dataclass(frozen=True)
 class Cosine:
     "Linear warm-up, then half a cosine down to `floor` (Loshchilov & Hutter 2017)."
@@ -68,3 +70,5 @@ class Scheduled(Rule):
     def step(self, state, blocks, grads):
         blocks, inner = self.at(state.step).step(state.inner, blocks, grads)
         return blocks, ScheduledState(state.step + 1, inner)
+
+KINDS["Scheduled"] = Scheduled      # part of stored runs, but made of objects: it has no word on the command line
