@@ -6,6 +6,7 @@
 __all__ = ['untouched', 'Point', 'Evaluation', 'Problem', 'Bowl', 'Quadratic']
 
 # %% ../nbs/20_problem.ipynb #imports
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Callable, NamedTuple
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from .data import Dataset
+from .layers import LayerIO, capture, verify
 from .layout import Layout
 from .losses import accuracy, resolve_loss
+from .streams import Stream
 
 # %% ../nbs/20_problem.ipynb #pure
 @contextmanager
@@ -208,16 +211,47 @@ class Problem:
             other[1:] += 1                                       # the same first example beside another second
             return not torch.allclose(*(self.outputs(self.theta0, x)[0] for x in (pair, other)), rtol=1e-3, atol=1e-5)
 
-    def example_grads(self, theta: Tensor, batch=None) -> Tensor:   # (b, p)
-        "∇ℓᵢ(θ) of every example of a batch, unweighted, in chunks of at most 32 MB."
+    def _examples(self, batch=None) -> tuple[Tensor, Tensor]:
+        "Inputs and targets of a batch. Raises TypeError where an example has no gradient of its own."
         if self.coupled:
             raise TypeError("examples of this network see each other (BatchNorm in training mode?), so a single example has "
                             "no gradient of its own; use module.eval() or GroupNorm.")
+        where = slice(None) if batch is None else batch.idx.to(self.device)
+        return self.dataset.x[where], self.dataset.y[where]
+
+    def example_grads(self, theta: Tensor, batch=None) -> Tensor:   # (b, p)
+        "∇ℓᵢ(θ) of every example of a batch, unweighted, in chunks of at most 32 MB."
+        x, y = self._examples(batch)
         one = lambda theta, x, y: self.per_example(self.outputs(theta, x[None]), y[None]).squeeze(0)
-        x, y = self.dataset.x, self.dataset.y
-        if batch is not None: x, y = x[batch.idx.to(self.device)], y[batch.idx.to(self.device)]
         rows = max(1, 2**25 // (self.p * self.theta0.element_size()))
         return vmap(grad(one), (None, 0, 0), chunk_size=rows)(self.check(theta).detach(), x, y)
+
+    def _losses(self, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda theta: self.per_example(self.outputs(theta, x), y)
+
+    @cached_property
+    def _layer_bytes(self) -> int:
+        "What one example costs where a layer's output is largest; the layers are verified on 2 and 3 examples, which tells n apart."
+        noise = torch.randn(self.p, generator=(Stream() / "layers").generator(), dtype=torch.float64).to(self.theta0)
+        theta = (self.theta0 + noise * (0.1 * self.theta0.square().mean().sqrt() + 1e-3)).requires_grad_()
+        for n in (2, 3):
+            some = torch.arange(n, device=self.device) % self.n
+            losses = self._losses(self.dataset.x[some], self.dataset.y[some])
+            io = capture(self.module, self.layout, theta, losses)
+            with torch.enable_grad(): total, = torch.autograd.grad(losses(theta).sum(), theta, materialize_grads=True)
+            verify(io, total, self.layout)
+        return self.theta0.element_size() * max((d[0].numel() for l in io.layers for c in l.calls for d in c.grads), default=1)
+
+    def layer_io(self,
+        theta: Tensor,             # where, (p,)
+        batch=None,                # on which examples; None means all
+        rows: int | None = None,   # examples in a part; None: as many as keep every layer's output below 32 MB (1 GB on a GPU)
+    ) -> Iterator[LayerIO]:
+        "Inputs and output gradients of every layer for ℓᵢ, neither weighted nor divided by n: one forward and backward pass a part."
+        (x, y), theta = self._examples(batch), self.check(theta)
+        rows = rows or max(1, 2 ** (25 if self.device.type == "cpu" else 30) // self._layer_bytes)
+        for i in range(0, len(x), rows):
+            yield capture(self.module, self.layout, theta, self._losses(x[i:i + rows], y[i:i + rows]))
 
     @torch.no_grad()
     def evaluate(self, theta: Tensor, split: str = "train") -> Evaluation:
