@@ -11,18 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..inits import unit_of
-from ..layout import role_of
-from ..roles import check_range
+from ..layout import ROLES, role_of
+from ..roles import RULES, check_range, kind
 from .inplace import InPlace
 
 # %% ../../nbs/31_rules/09_agd.ipynb #state
 class AGDState(NamedTuple):
     "What the blocks are, and what the last step was; zeros before the first."
-    roles: dict[str, str]    # matrix, conv, embedding or vector
-    eta: Tensor              # η ()
-    G: Tensor                # G (), the gradients' size
+    role: dict[str, int]    # its number in gradnb.layout.ROLES
+    eta: Tensor             # η ()
+    G: Tensor               # G (), the gradients' size
 
 # %% ../../nbs/31_rules/09_agd.ipynb #agd
+@kind
 @dataclass(frozen=True)
 class AutomaticGradientDescent(InPlace):
     "Automatic gradient descent (Bernstein, Mingard, Huang, Azizan & Yue 2023, algorithm 1)."
@@ -48,10 +49,10 @@ class AutomaticGradientDescent(InPlace):
             if roles[n] == "vector" and not self.vectors:
                 raise ValueError(f"automatic gradient descent has no rule for vectors, but block {n!r} has shape "
                                  f"{tuple(b.shape)}; build the network with bias=False and affine=False, or pass vectors=True (experimental).")
-        return AGDState(roles, *next(iter(blocks.values())).new_zeros(2))
+        return AGDState({n: ROLES.index(r) for n, r in roles.items()}, *next(iter(blocks.values())).new_zeros(2))
 
     def tally(self, state, blocks, grads):   # Σ_k σ_k ‖g_k‖, and how many layers there are
-        layers = [(*unit_of(state.roles[n], g.shape), g) for n, g in grads.items() if state.roles[n] != "vector"]
+        layers = [(*unit_of(r, g.shape), g) for n, g in grads.items() if (r := ROLES[state.role[n]]) != "vector"]
         sizes = [torch.linalg.vector_norm(g, dim=dims).sum() * scale for scale, dims, g in layers]
         return sum(sizes, state.G.new_zeros(())), len(sizes)
 
@@ -62,7 +63,9 @@ class AutomaticGradientDescent(InPlace):
         G = total[0] / L
         eta = torch.log1p(2 * G / (1 + (1 + 4 * G).sqrt()))           # η = log((1 + √(1 + 4G))/2), exact for small G too
         for n, g in grads.items():
-            scale, dims = unit_of(state.roles[n], g.shape)
+            scale, dims = unit_of(ROLES[state.role[n]], g.shape)
             norm = torch.linalg.vector_norm(g, dim=dims, keepdim=True)
             blocks[n].addcmul_(g, torch.where(norm > 0, self.gain * scale * eta / L / norm, 0.), value=-1)
-        return AGDState(state.roles, eta, G)
+        return AGDState(state.role, eta, G)
+
+RULES["agd"] = AutomaticGradientDescent

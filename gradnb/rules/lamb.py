@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..roles import check_range
+from ..roles import check_range, kind
 from .inplace import InPlace, check_choice, columns
 
 # %% ../../nbs/31_rules/07_lamb.ipynb #state
@@ -24,6 +24,7 @@ class LAMBState(NamedTuple):
     trust_ratio: dict[str, Tensor]    # r () as it was used: 1 for a block that does not adapt
 
 # %% ../../nbs/31_rules/07_lamb.ipynb #lamb
+@kind
 @dataclass(frozen=True)
 class LAMB(InPlace):
     "LAMB (You et al. 2020); the defaults are those of its algorithm 2, without weight decay."
@@ -41,6 +42,9 @@ class LAMB(InPlace):
     ratio_high: float | None = None      # largest r; LAMBC has 1
     max_grad_norm: float | None = None   # gradients of all blocks together are scaled down to this norm
     grad_averaging: bool = True          # weigh a new gradient by 1 − β₁ rather than 1
+
+    @property
+    def takes_complex(self) -> bool: return self.adapt != "matrices"     # as pairs of reals vectors look like matrices
 
     def __post_init__(self):
         for name in ("lr", "eps", "weight_decay", "norm_low", "ratio_eps"): check_range(self, name, 0)
@@ -101,8 +105,9 @@ class LAMB(InPlace):
         torch._foreach_add_(u, self.eps * root)
         torch._foreach_reciprocal_(u)
         torch._foreach_mul_(u, m)
-        if wd and self.decay == "outside": torch._foreach_mul_(some(w), 1 - self.lr * wd)
-        if wd and self.decay == "inside": torch._foreach_add_(some(u), some(w), alpha=wd / scale)
+        if wd and any(decays):
+            if self.decay == "outside": torch._foreach_mul_(some(w), 1 - self.lr * wd)
+            if self.decay == "inside": torch._foreach_add_(some(u), some(w), alpha=wd / scale)
 
         weight, adam = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(u)) * scale
         ratio = torch.where((weight > 0) & (adam > 0), weight.clamp(self.norm_low, self.norm_high) / (adam + self.ratio_eps), 1.)

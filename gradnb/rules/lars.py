@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..roles import check_range
+from ..roles import check_range, kind
 from .inplace import InPlace, check_choice, columns
 
 # %% ../../nbs/31_rules/08_lars.ipynb #state
@@ -22,6 +22,7 @@ class LARSState(NamedTuple):
     trust_ratio: dict[str, Tensor]    # r () as it was used: 1 for a block that does not adapt
 
 # %% ../../nbs/31_rules/08_lars.ipynb #lars
+@kind
 @dataclass(frozen=True)
 class LARS(InPlace):
     "LARS (You, Gitman & Ginsburg 2017)."
@@ -34,6 +35,9 @@ class LARS(InPlace):
     rate: str = "inside"          # η stands "inside" the buffer v, as in the paper, or "outside"
     adapt: str = "all"            # whose r is not 1: "all", "decayed" (all if λ ≠ 0), "matrices" (vectors do not decay either)
     clip: bool = False            # LARC: a layer's learning rate ηr is at most η
+
+    @property
+    def takes_complex(self) -> bool: return self.adapt != "matrices"     # as pairs of reals vectors look like matrices
 
     def __post_init__(self):
         for name in ("lr", "weight_decay", "trust", "eps"): check_range(self, name, 0)

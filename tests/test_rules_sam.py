@@ -1,0 +1,62 @@
+"SAM and ASAM keep the laws, and step as pytorch_optimizer's SAM does."
+from itertools import islice
+
+import pytest
+import torch
+from torch import nn
+
+from gradnb.data import load_dataset
+from gradnb.estimators.minibatch import FullBatch, MiniBatch
+from gradnb.estimators.sam import ASAM, SAM
+from gradnb.laws import check_estimator, check_stepper
+from gradnb.models import build_model
+from gradnb.problem import Problem
+from gradnb.roles import ESTIMATORS
+from gradnb.rules.gd import GD
+from gradnb.rules.momentum import Momentum
+from gradnb.runs import Spec
+from gradnb.steppers import Descent, trajectory
+
+
+@pytest.fixture(scope="module")
+def problem():
+    digits = load_dataset("digits-200").to(dtype=torch.float64)
+    return Problem(build_model("fc-tanh:width=10,depth=1", digits), "ce", digits)
+
+
+@pytest.mark.parametrize("estimator", [SAM(.1), SAM(.1, MiniBatch(16)), ASAM(.5, MiniBatch(16)), SAM(.05, ASAM(.1))], ids=repr)
+def test_laws(estimator, problem):
+    check_estimator(estimator, problem, draws=problem.p // 2)
+    check_stepper(Descent(Momentum(.1), estimator), problem)
+    assert Spec.from_json(Spec("digits", "fc-tanh", "ce", GD(.1), 3, estimator).to_json()).estimator == estimator
+
+
+@pytest.mark.parametrize("inner", [FullBatch(), MiniBatch(16)], ids=repr)
+def test_radius_zero_is_the_estimator_inside(inner, problem):
+    runs = (trajectory(problem, Descent(GD(.1), estimator)) for estimator in (inner, SAM(0., inner), ASAM(0., inner)))
+    for a, b, c in islice(zip(*runs), 5): assert torch.equal(a.theta, b.theta) and torch.equal(a.theta, c.theta)
+
+
+def test_it_is_biased(problem):
+    class Claims(SAM): biased = False
+    with pytest.raises(RuntimeError, match="is biased"): check_estimator(Claims(.5, MiniBatch(16)))
+
+
+@pytest.mark.parametrize("adaptive, estimator", [(False, SAM(.1)), (True, ASAM(.5, eta=0.))])
+def test_parity(adaptive, estimator, problem):
+    po = pytest.importorskip("pytorch_optimizer", reason="the peer of this estimator: pip install pytorch_optimizer")
+    net, data = build_model("fc-tanh:width=10,depth=1", problem.dataset), problem.dataset
+    sam = po.SAM(net.parameters(), torch.optim.SGD, rho=estimator.rho, adaptive=adaptive, lr=.1, momentum=.9)
+    for state in islice(trajectory(problem, Descent(Momentum(.1), estimator)), 30):
+        theirs = torch.cat([p.detach().flatten() for p in net.parameters()])
+        assert (state.theta - theirs).abs().max() < 1e-8       # their norms are float32, with an eps of 1e-12
+        nn.functional.cross_entropy(net(data.x), data.y).backward()
+        sam.first_step(zero_grad=True)
+        nn.functional.cross_entropy(net(data.x), data.y).backward()
+        sam.second_step(zero_grad=True)
+
+
+def test_words():
+    assert ESTIMATORS.build("sam:rho=0.2,size=32") == SAM(.2, MiniBatch(32))
+    assert ESTIMATORS.build("asam:eta=0.1") == ASAM(.5, FullBatch(), .1)
+    with pytest.raises(ValueError, match="rho=nan"): SAM(float("nan"))
