@@ -1,0 +1,223 @@
+"A sweep does every spec once, whatever dies on the way."
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from gradnb import GD, Adam, FromTorch, MiniBatch, Piecewise, Run, Scheduled, Spec, Store
+from gradnb.sweeps.engines import Pool, plugins
+from gradnb.sweeps.grid import grid
+from gradnb.sweeps.sweep import row, sweep
+
+SPEC = Spec("digits-100", "fc-tanh:width=6", "mse", GD(0.05), 20, probes=("train:every=10",))
+
+
+# --- grids --------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=60, deadline=None)
+@given(lrs=st.lists(st.floats(0, 1), min_size=1, max_size=4), seeds=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+       steps=st.lists(st.integers(0, 9), min_size=1, max_size=3))
+def test_a_product_is_the_set_of_combinations_in_order(lrs, seeds, steps):
+    found = [(s.rule.lr, s.seed, s.steps) for s in grid(SPEC, rule__lr=lrs, seed=seeds, steps=steps)]
+    wanted = dict.fromkeys((a, b, c) for a in lrs for b in seeds for c in steps)
+    assert found == list(wanted)
+    assert grid(SPEC, rule__lr=lrs, seed=seeds, steps=steps) == grid(grid(grid(SPEC, rule__lr=lrs), seed=seeds), steps=steps)
+
+
+@pytest.mark.parametrize("rule, path, value, get", [
+    (Scheduled(GD(0.1), Piecewise(((5, 0.5),))), "rule__rule__lr", 0.3, lambda s: s.rule.rule.lr),
+    (Scheduled(GD(0.1), Piecewise(((5, 0.5),))), "rule__schedule__drops__0__1", 0.1, lambda s: s.rule.schedule.drops[0][1]),
+    (FromTorch(torch.optim.SGD, lr=0.1, momentum=0.5), "rule__hyper__momentum", 0.9, lambda s: s.rule.hyper["momentum"]),
+    (FromTorch(torch.optim.SGD, lr=0.1), "rule__hyper__momentum", 0.9, lambda s: s.rule.hyper["momentum"]),
+    (Adam(), "rule__beta1", 0.5, lambda s: s.rule.beta1)])
+def test_paths_reach_every_part(rule, path, value, get):
+    changed, = grid(replace(SPEC, rule=rule), **{path: [value]})
+    assert get(changed) == value and Spec.from_json(changed.to_json()) == changed
+
+
+def test_a_value_is_checked_by_its_owner():
+    with pytest.raises(ValueError, match="GD needs 0 ≤ lr"): grid(SPEC, rule__lr=[-1.0])
+    with pytest.raises(ValueError, match="float32 or float64"): grid(SPEC, dtype=["float16"])
+
+
+def test_a_row_names_what_a_grid_names():
+    spec = replace(SPEC, rule=FromTorch(torch.optim.SGD, lr=0.1, momentum=0.5), estimator=MiniBatch(7))
+    found = row(spec)
+    assert found["rule"] == "FromTorch" and found["rule__cls"] == "SGD" and found["rule__hyper__momentum"] == 0.5
+    for path in ("rule__lr", "estimator__size", "seed", "rule__hyper__momentum"):
+        assert grid(spec, **{path: [found[path]]}) == (spec,)
+
+
+# --- sweeps -------------------------------------------------------------------------------------------------------
+
+def test_what_is_done_is_not_done_again_and_what_was_begun_goes_on(tmp_path):
+    study = grid(SPEC, seed=range(3))
+    store = Store(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        with pytest.warns(RuntimeWarning, match="interrupted"): interrupted_at(12, store, study[1])
+    store.run(study[0], progress=False)
+    before = (store.open(study[0]).path / "manifest.json").stat().st_mtime_ns
+    assert sweep(study, store, dry_run=True).status.tolist() == ["interrupted", "absent"]
+    frame = sweep(study, store, progress=False)
+    assert frame.status.tolist() == ["finished"] * 3 and frame.hash.tolist() == [s.hash for s in study]
+    assert (store.open(study[0]).path / "manifest.json").stat().st_mtime_ns == before
+    whole = Store(tmp_path / "whole")
+    assert [store.open(s).frame().equals(whole.run(s, progress=False).frame()) for s in study] == [True] * 3
+
+
+def interrupted_at(step, store, spec):
+    "Run a spec until a step, as Ctrl-C would leave it."
+    from gradnb import PROBES
+    train = PROBES["train"]
+
+    def impatient(**kwargs):
+        probe = train(**kwargs)
+        def fn(view):
+            if view.step >= step - step % 10: raise KeyboardInterrupt
+            return probe.fn(view)
+        return replace(probe, fn=fn)
+
+    PROBES["train"] = impatient
+    try: store.run(spec, progress=False)
+    finally: PROBES["train"] = train
+
+
+FLAKY = """
+import os
+from pathlib import Path
+from gradnb import PROBES, Probe
+
+@PROBES.add("flaky")
+def flaky(marks: str, times: int = 1, how: str = "raise"):
+    "Fails as often as there are no marks yet."
+    def measure(view):
+        if view.step != 5: return 0.0
+        tries = len(list(Path(marks).glob("*")))
+        if tries >= times: return 0.0
+        (Path(marks) / str(tries)).touch()
+        if how == "exit": os._exit(3)
+        raise RuntimeError(f"try {tries} fails")
+    return Probe("flaky", lambda k: True, measure)
+"""
+
+
+@pytest.fixture(scope="module")
+def flaky(tmp_path_factory):
+    "A probe of the user's own, in a module of its own, that fails or dies a given number of times."
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "flaky_probe.py").write_text(FLAKY)
+    sys.path.insert(0, str(folder))
+    import flaky_probe  # noqa: F401
+    assert "flaky_probe" in plugins()
+
+    def spec(path, **kwargs):
+        path.mkdir(parents=True)
+        return replace(SPEC, probes=("flaky:" + ",".join(f"{k}={v}" for k, v in dict(marks=path, **kwargs).items()),))
+    yield spec
+    from gradnb import PROBES
+    sys.path.remove(str(folder))
+    del PROBES["flaky"], sys.modules["flaky_probe"]
+
+
+def test_failures_are_rows_and_are_tried_again_on_request(tmp_path, flaky):
+    specs = [flaky(tmp_path / "once"), flaky(tmp_path / "thrice", times=3), SPEC]
+    frame = sweep(specs, tmp_path / "store", progress=False)
+    assert frame.status.tolist() == ["failed", "failed", "finished"]
+    assert frame.outcome[0] == "RuntimeError: try 0 fails" or "at step 5" in frame.error[0]
+    assert "Traceback" in frame.error[0] and frame.error.isna().tolist() == [False, False, True]
+    frame = sweep(specs, tmp_path / "store", retries=1, progress=False)
+    assert frame.status.tolist() == ["finished", "failed", "finished"] and "try 2 fails" in frame.error[1]
+    assert sweep(specs, tmp_path / "store", progress=False).status.tolist() == ["finished"] * 3
+
+
+def test_a_pool_survives_its_workers_and_gives_the_same_runs(tmp_path, flaky):
+    "One spec's process dies once, another's always; all others equal those trained here."
+    once, always = flaky(tmp_path / "once", how="exit"), flaky(tmp_path / "always", how="exit", times=99)
+    frame = sweep([once, always, SPEC], tmp_path / "pool", engine=Pool(2), progress=False, interval=0.0)
+    assert frame.status.tolist() == ["finished", "unfinished", "finished"]
+    assert "process died twice" in frame.error[1] and frame.error.isna().tolist() == [True, False, True]
+    assert sweep([once, SPEC], tmp_path / "here", progress=False).status.tolist() == ["finished"] * 2
+    for s in once, SPEC:
+        a, b = (Store(tmp_path / where).open(s) for where in ("pool", "here"))
+        assert torch.equal(a.theta, b.theta) and a.frame().equals(b.frame())
+
+
+SCRIPT = """
+import sys
+from gradnb import Spec
+from gradnb.sweeps.grid import grid
+from gradnb.sweeps.sweep import sweep
+
+if __name__ == "__main__":
+    specs = grid(Spec.from_json(sys.argv[2]), seed=range(int(sys.argv[3])))
+    print(sweep(specs, sys.argv[1], engine="pool:workers=2", retries=3, progress=False).status.value_counts().to_dict())
+"""
+
+
+def script(tmp_path, spec, n):
+    (tmp_path / "study.py").write_text(SCRIPT)
+    return subprocess.Popen([sys.executable, str(tmp_path / "study.py"), str(tmp_path / "store"), spec.to_json(), str(n)],
+                            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def children(pid):
+    "The process ids below a process."
+    found = [int(p) for f in os.listdir(f"/proc/{pid}/task") for p in open(f"/proc/{pid}/task/{f}/children").read().split()]
+    return found + [q for p in found for q in children(p)]
+
+
+def wait_until(true, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_stopped_sweep_leaves_no_process_and_goes_on(tmp_path, how):
+    "Ctrl-C, and a kill -9 of the parent: workers store their runs and leave; the same call ends as if nothing had been."
+    long = replace(SPEC, steps=100_000)
+    process, store = script(tmp_path, long, 2), Store(tmp_path / "store")
+    rows = lambda s: len(Run(store.root / s.hash).traces.get("loss", "")) if (store.root / s.hash).exists() else 0
+    specs = grid(long, seed=range(2))
+    wait_until(lambda: all(rows(s) > 200 for s in specs), process)
+    below = children(process.pid)
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while alive := [p for p in below if os.path.isdir(f"/proc/{p}") and open(f"/proc/{p}/stat").read().split()[2] != "Z"]:
+        assert time.monotonic() < deadline, f"still alive: {alive}"
+        time.sleep(0.05)
+    assert [store.open(s).status for s in specs] == ["interrupted"] * 2
+    assert all((store.open(s).path / "checkpoint.safetensors").exists() for s in specs)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+@pytest.mark.parametrize("n, steps, seconds", [(4, 1000, 1e9), pytest.param(1000, 200, 20, marks=pytest.mark.slow)])
+def test_every_spec_is_done_exactly_once_while_workers_are_killed(tmp_path, n, steps, seconds):
+    spec, rng, kills = replace(SPEC, steps=steps, probes=()), Random(0), 0
+    process, store, began = script(tmp_path, spec, n), Store(tmp_path / "store"), time.monotonic()
+    while process.poll() is None:
+        time.sleep(0.1)
+        busy = [s for s in grid(spec, seed=range(n)) if (store.root / s.hash).exists() and Run(store.root / s.hash).status == "running"]
+        if busy and (kills == 0 or rng.random() < 0.1 / seconds):
+            workers = [p for p in children(process.pid) if "spawn_main" in open(f"/proc/{p}/cmdline").read()]
+            if workers: os.kill(rng.choice(workers), signal.SIGKILL)
+            kills += 1
+    out, err = process.communicate()
+    assert kills >= 1 and out.strip() == f"{{'finished': {n}}}", (out, err)
+    assert len(store.list()) == n
+    for run in store.list(): assert run.traces["loss"].steps.tolist() == list(range(steps + 1))
+    for run in store.list()[:4]:
+        whole = Store(tmp_path / "whole").run(run.spec, progress=False)
+        assert torch.equal(run.theta, whole.theta) and run.frame().equals(whole.frame())
+    print(f"{n} runs, {kills} kills, {time.monotonic() - began:.0f} s")
