@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..roles import Rule, check_range, kind
+from ..roles import check_range, kind
+from .inplace import InPlace, columns
 
 # %% ../../nbs/31_rules/03_adam.ipynb #adam
 class AdamState(NamedTuple):
@@ -21,7 +22,7 @@ class AdamState(NamedTuple):
 
 @kind
 @dataclass(frozen=True)
-class Adam(Rule):
+class Adam(InPlace):
     "Adam (Kingma & Ba 2015)."
     lr: float = 1e-3       # η
     beta1: float = 0.9     # decay of the first moment, in [0, 1)
@@ -36,10 +37,14 @@ class Adam(Rule):
         zeros = lambda: {k: torch.zeros_like(b) for k, b in blocks.items()}
         return AdamState(0, zeros(), zeros())
 
-    def step(self, state, blocks, grads):
+    def update(self, state, blocks, grads, total):
         k = state.step + 1
-        m = {n: state.exp_avg[n].lerp(g, 1 - self.beta1) for n, g in grads.items()}
-        v = {n: (state.exp_avg_sq[n] * self.beta2).addcmul_(g, g, value=1 - self.beta2) for n, g in grads.items()}
-        size, root = self.lr / (1 - self.beta1 ** k), (1 - self.beta2 ** k) ** 0.5
-        out = {n: torch.addcdiv(b, m[n], (v[n].sqrt() / root).add_(self.eps), value=-size) for n, b in blocks.items()}
-        return out, AdamState(k, m, v)
+        w, g, m, v = columns(blocks, blocks, grads, state.exp_avg, state.exp_avg_sq)
+        torch._foreach_lerp_(m, g, 1 - self.beta1)
+        torch._foreach_mul_(v, self.beta2)
+        torch._foreach_addcmul_(v, g, g, 1 - self.beta2)
+        root = torch._foreach_sqrt(v)
+        torch._foreach_div_(root, (1 - self.beta2 ** k) ** 0.5)
+        torch._foreach_add_(root, self.eps)
+        torch._foreach_addcdiv_(w, m, root, -self.lr / (1 - self.beta1 ** k))
+        return state._replace(step=k)

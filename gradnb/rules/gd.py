@@ -8,16 +8,18 @@ __all__ = ['GD']
 # %% ../../nbs/31_rules/01_gd.ipynb #imports
 from dataclasses import dataclass
 import torch
-from ..roles import Rule, check_range, kind
+from ..roles import check_range, kind
+from .inplace import InPlace, columns
 
 # %% ../../nbs/31_rules/01_gd.ipynb #gd
 @kind
 @dataclass(frozen=True)
-class GD(Rule):
+class GD(InPlace):
     "Gradient descent: θ ← θ − η g."
     lr: float   # η, in units of θ per gradient
 
     def __post_init__(self): check_range(self, "lr", 0)
 
-    def step(self, state, blocks, grads):
-        return {k: torch.add(b, grads[k], alpha=-self.lr) for k, b in blocks.items()}, state
+    def update(self, state, blocks, grads, total):
+        torch._foreach_add_(*columns(blocks, blocks, grads), alpha=-self.lr)
+        return state

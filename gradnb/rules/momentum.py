@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..roles import Rule, check_range, kind
+from ..roles import check_range, kind
+from .inplace import InPlace, columns
 
 # %% ../../nbs/31_rules/02_momentum.ipynb #momentum
 class MomentumState(NamedTuple):
@@ -19,7 +20,7 @@ class MomentumState(NamedTuple):
 
 @kind
 @dataclass(frozen=True)
-class Momentum(Rule):
+class Momentum(InPlace):
     "Heavy-ball momentum (Polyak 1964), or Nesterov's (1983) with `nesterov=True`."
     lr: float                 # η
     beta: float = 0.9         # β, in [0, 1)
@@ -31,7 +32,10 @@ class Momentum(Rule):
 
     def init(self, blocks, roles): return MomentumState({k: torch.zeros_like(b) for k, b in blocks.items()})
 
-    def step(self, state, blocks, grads):
-        v = {k: state.velocity[k] * self.beta + g for k, g in grads.items()}
-        direction = {k: torch.add(g, v[k], alpha=self.beta) for k, g in grads.items()} if self.nesterov else v
-        return {k: torch.add(b, direction[k], alpha=-self.lr) for k, b in blocks.items()}, MomentumState(v)
+    def update(self, state, blocks, grads, total):
+        w, g, v = columns(blocks, blocks, grads, state.velocity)
+        torch._foreach_mul_(v, self.beta)
+        torch._foreach_add_(v, g)
+        direction = torch._foreach_add(g, v, alpha=self.beta) if self.nesterov else v
+        torch._foreach_add_(w, direction, alpha=-self.lr)
+        return state

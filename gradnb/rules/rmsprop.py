@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..roles import Rule, check_range, kind
+from ..roles import check_range, kind
+from .inplace import InPlace, columns
 
 # %% ../../nbs/31_rules/04_rmsprop.ipynb #rmsprop
 class RMSPropState(NamedTuple):
@@ -19,7 +20,7 @@ class RMSPropState(NamedTuple):
 
 @kind
 @dataclass(frozen=True)
-class RMSProp(Rule):
+class RMSProp(InPlace):
     "RMSProp (Tieleman & Hinton 2012) with ν₀ = 0 and no bias correction, as in torch."
     lr: float = 1e-2      # η
     beta2: float = 0.99   # decay of ν, in [0, 1); torch calls it alpha
@@ -32,7 +33,11 @@ class RMSProp(Rule):
 
     def init(self, blocks, roles): return RMSPropState({k: torch.zeros_like(b) for k, b in blocks.items()})
 
-    def step(self, state, blocks, grads):
-        nu = {k: (state.square_avg[k] * self.beta2).addcmul_(g, g, value=1 - self.beta2) for k, g in grads.items()}
-        out = {k: torch.addcdiv(b, grads[k], nu[k].sqrt().add_(self.eps), value=-self.lr) for k, b in blocks.items()}
-        return out, RMSPropState(nu)
+    def update(self, state, blocks, grads, total):
+        w, g, nu = columns(blocks, blocks, grads, state.square_avg)
+        torch._foreach_mul_(nu, self.beta2)
+        torch._foreach_addcmul_(nu, g, g, 1 - self.beta2)
+        root = torch._foreach_sqrt(nu)
+        torch._foreach_add_(root, self.eps)
+        torch._foreach_addcdiv_(w, g, root, -self.lr)
+        return state
