@@ -17,7 +17,6 @@ from .layout import Layout, role_of
 from .registry import unknown
 from .roles import Rule
 from .rules import adam, agd, gd, lamb, lars, momentum, rmsprop
-from .rules.inplace import InPlace
 
 # %% ../nbs/43_optim.ipynb #words
 def to_torch(
@@ -55,7 +54,7 @@ def advance(
     total: tuple,                # the tally of all blocks, for a rule that takes one
 ):                               # the next state
     "One step of a rule, in place."
-    if isinstance(rule, InPlace): return rule.update(state, blocks, grads, total)
+    if hasattr(rule, "update"): return rule.update(state, blocks, grads, total)
     moved, state = rule.step(state, blocks, grads)
     torch._foreach_copy_(list(blocks.values()), [moved[n] for n in blocks])
     return state
@@ -79,6 +78,8 @@ _LIKE = {}    # class of a rule → its state for one block
 class Face(torch.optim.Optimizer):
     "A rule as a torch optimizer; its subclasses say which."
     rule: type[Rule]
+    takes: tuple[str, ...]    # what the rule's constructor takes
+    words: tuple[str, ...]    # its hyperparameters in torch's words
 
     def __init__(self,
         params,                        # as for any torch optimizer; a group may say role="embedding" of its parameters
@@ -87,9 +88,8 @@ class Face(torch.optim.Optimizer):
         foreach: bool | None = None,   # many tensors in a call, one, or None: as many as are quick
         **hyper,                       # hyperparameters by name
     ):
-        takes = inspect.signature(self.rule).parameters
         for name in from_torch(hyper):
-            if name not in takes: raise unknown(f"argument of {type(self).__name__}", name, [*takes, "maximize", "foreach"])
+            if name not in self.takes: raise unknown(f"argument of {type(self).__name__}", name, [*self.takes, "maximize", "foreach"])
         tensors = {k: v for k, v in hyper.items() if isinstance(v, Tensor)}      # stay what they are
         words = to_torch(values(self.rule(*args, **from_torch(hyper))))
         super().__init__(params, words | tensors | dict(maximize=maximize, foreach=foreach))
@@ -97,34 +97,31 @@ class Face(torch.optim.Optimizer):
     def add_param_group(self, param_group):
         "Add parameters, with hyperparameters of their own. Raises ValueError or TypeError on what the rule cannot move."
         super().add_param_group(param_group)
-        try: self._check(self.param_groups[-1])
+        try: self._check(len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
 
-    def _check(self, group):
-        rule, members = self._rule(group), self._named(group)
-        if not members: raise ValueError(f"a parameter group of {type(self).__name__} is empty; leave it out.")
-        for name, p in members:
+    def _check(self, i):
+        group, rule = self.param_groups[i], self.rule(**{k: v for k, v in from_torch(self.param_groups[i]).items() if k in self.takes})
+        if not group["params"]: raise ValueError(f"a parameter group of {type(self).__name__} is empty; leave it out.")
+        for j, p in enumerate(group["params"]):
             if p.is_complex() and not getattr(rule, "takes_complex", True):
-                raise TypeError(f"{rule!r} has no meaning for complex parameters, but {name!r} is {p.dtype}.")
-            rule.init({name: real(torch.empty_like(p, device="meta"))}, {name: role(group, p)})
+                raise TypeError(f"{rule!r} has no meaning for complex parameters, but {self._name(i, j)!r} is {p.dtype}.")
+            rule.init({self._name(i, j): real(torch.empty_like(p, device="meta"))}, {self._name(i, j): role(group, p)})
+
+    def _name(self, i, j) -> str:
+        names = self.param_groups[i].get("param_names")
+        return names[j] if names else f"{i}.{j}"
 
     def _rule(self, group) -> Rule:
         "The rule as it acts on a group."
-        takes = inspect.signature(self.rule).parameters
-        return self.rule(**{k: v for k, v in from_torch(group).items() if k in takes})
-
-    def _named(self, group) -> list[tuple[str, Tensor]]:
-        number = next((i for i, g in enumerate(self.param_groups) if g is group), 0)
-        names = group.get("param_names") or [f"{number}.{j}" for j in range(len(group["params"]))]
-        return list(zip(names, group["params"]))
+        return self.rule(**from_torch({k: group[k] for k in self.words}))
 
     def __setstate__(self, state):
-        wanted = to_torch({f.name: None for f in fields(self.rule)})
         for group in state["param_groups"]:
-            if missing := wanted.keys() - group.keys():
-                raise ValueError(f"this state dict has no {sorted(missing)}, so it is not that of a {type(self).__name__}.")
+            if missing := [k for k in self.words if k not in group]:
+                raise ValueError(f"this state dict has no {missing}, so it is not that of a {type(self).__name__}.")
             group.setdefault("maximize", False)
             group.setdefault("foreach", None)
         like = state_like(self._rule(state["param_groups"][0]))
@@ -141,41 +138,42 @@ class Face(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        work = [call for group in self.param_groups for call in self._calls(group)]
-        tallies = [call.rule.tally(call.state, call.blocks, call.grads) for call in work if isinstance(call.rule, InPlace)]
+        work = [call for i in range(len(self.param_groups)) for call in self._calls(i)]
+        tallies = [call.rule.tally(call.state, call.blocks, call.grads) for call in work if hasattr(call.rule, "tally")]
         totals = {d: tuple(sum(t.to(d) if isinstance(t, Tensor) else t for t in column) for column in zip(*tallies))
                   for d in {call.device for call in work}}
-        for call in work: keep(call.held, advance(call.rule, call.state, call.blocks, call.grads, totals[call.device]))
+        for call in work:
+            keep(call.held, call.blocks, advance(call.rule, call.state, call.blocks, call.grads, totals[call.device]))
         return loss
 
-    def _calls(self, group):
-        rule, together = self._rule(group), {}
+    def _calls(self, i):
+        group, together = self.param_groups[i], {}
+        rule, sign = self._rule(group), torch._foreach_neg if group["maximize"] else list
         like = state_like(rule)
         counts = [k for k, v in zip(getattr(like, "_fields", ()), like) if isinstance(v, (int, float))]
-        for name, p in self._named(group):
+        for j, p in zip(group.get("param_names") or range(len(group["params"])), group["params"]):
             if p.grad is None: continue
-            if p.grad.is_sparse: raise TypeError(f"{type(self).__name__} takes dense gradients, but that of {name!r} is sparse.")
-            held = self.state[p]
-            if like and not held: keep({name: held}, rule.init({name: real(p)}, {name: role(group, p)}))
-            together.setdefault((p.device, p.dtype, *(held[k] for k in counts)), []).append((name, p, held))
+            if p.grad.is_sparse:
+                raise TypeError(f"{type(self).__name__} takes dense gradients, but that of {j!r} is sparse.")
+            held = self.state[p] if like else {}
+            if like and not held: keep([held], [j], rule.init({j: real(p)}, {j: role(group, p)}))
+            together.setdefault((p.device, p.dtype, *[held[k] for k in counts]), []).append((j, p, held))
         for (device, *_), members in together.items():
             for piece in pieces(members, group["foreach"]):
                 names, params, held = zip(*piece)
-                grads = [real(p.grad) for p in params]
-                if group["maximize"]: grads = torch._foreach_neg(grads)
                 field = lambda k, v: {n: h[k] for n, h in zip(names, held)} if isinstance(v, dict) else held[0][k]
-                state = type(like)(*(field(k, v) for k, v in zip(like._fields, like))) if like else like
-                named = lambda tensors: dict(zip(names, tensors))
-                yield Call(rule, state, named(map(real, params)), named(grads), named(held), device)
+                state = type(like)(*[field(k, v) for k, v in zip(like._fields, like)]) if like else like
+                grads = sign([real(p.grad) for p in params])
+                yield Call(rule, state, dict(zip(names, map(real, params))), dict(zip(names, grads)), held, device)
 
 # %% ../nbs/43_optim.ipynb #call
 class Call(NamedTuple):
-    "One update of a rule, by name."
+    "One update of a rule; blocks are called by their names, or numbered in their group."
     rule: Rule
     state: Any
-    blocks: dict[str, Tensor]    # real views of the parameters
-    grads: dict[str, Tensor]     # real views, or their negatives
-    held: dict[str, dict]        # where the state is kept
+    blocks: dict[Any, Tensor]    # real views of the parameters
+    grads: dict[Any, Tensor]     # real views, or their negatives
+    held: tuple[dict, ...]       # where the state of each is kept
     device: torch.device
 
 def pieces(
@@ -195,12 +193,16 @@ def pieces(
     yield piece
 
 def keep(
-    held: dict[str, dict],    # the optimizer's state of each parameter
-    state,                    # the rule's state of all of them
+    held,        # the optimizer's state of each parameter
+    names,       # what the rule calls them
+    state,       # the rule's state of all of them
 ):
     "Take a rule's state apart."
     for k, v in state._asdict().items() if state else ():
-        for name, h in held.items(): h[k] = v[name] if isinstance(v, dict) else v
+        if isinstance(v, dict):
+            for h, n in zip(held, names): h[k] = v[n]
+        else:
+            for h in held: h[k] = v
 
 def role(group: dict, p: Tensor) -> str:
     "What the group says, or what the shape says."
@@ -222,7 +224,8 @@ def face(
         build.__name__, build.__doc__ = make.__name__, make.__doc__
         return classmethod(build)
     makers = {name: named(getattr(rule, name)) for name, v in vars(rule).items() if isinstance(v, classmethod)}
-    about = dict(rule=rule, __doc__=rule.__doc__, __module__=module or rule.__module__, __qualname__=rule.__name__)
+    takes, words = tuple(inspect.signature(rule).parameters), tuple(to_torch({f.name: None for f in fields(rule)}))
+    about = dict(rule=rule, takes=takes, words=words, __doc__=rule.__doc__, __module__=module or rule.__module__, __qualname__=rule.__name__)
     return type(rule.__name__, (Face,), makers | about)
 
 def by_role(
