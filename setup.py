@@ -6,7 +6,7 @@ import setuptools
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 c = config["DEFAULT"]
-extras = {name: c[f"{name}_requirements"].split() for name in ("dev", "bench")}
+extras = {key.removesuffix("_requirements"): c[key].split() for key in c if key.endswith("_requirements")}
 
 setuptools.setup(
     name=c["lib_name"], version=c["version"], description=c["description"], keywords=c["keywords"],
