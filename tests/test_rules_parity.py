@@ -3,13 +3,12 @@
 The network has one matrix of norm above 10, where φ binds, and a loss steep enough for the global clip to bind.
 """
 import pytest
+import pytorch_optimizer as po
 import torch
 from torch import nn
 
 from gradnb.rules.lamb import LAMB
 from gradnb.rules.lars import LARS
-
-po = pytest.importorskip("pytorch_optimizer", reason="the peers of these rules: pip install pytorch_optimizer timm")
 
 
 def timm_optimizer(name):

@@ -2,6 +2,7 @@
 from itertools import islice
 
 import pytest
+import pytorch_optimizer as po
 import torch
 from torch import nn
 
@@ -44,7 +45,6 @@ def test_it_is_biased(problem):
 
 @pytest.mark.parametrize("adaptive, estimator", [(False, SAM(.1)), (True, ASAM(.5, eta=0.))])
 def test_parity(adaptive, estimator, problem):
-    po = pytest.importorskip("pytorch_optimizer", reason="the peer of this estimator: pip install pytorch_optimizer")
     net, data = build_model("fc-tanh:width=10,depth=1", problem.dataset), problem.dataset
     sam = po.SAM(net.parameters(), torch.optim.SGD, rho=estimator.rho, adaptive=adaptive, lr=.1, momentum=.9)
     for state in islice(trajectory(problem, Descent(Momentum(.1), estimator)), 30):
