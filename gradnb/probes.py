@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .curvature import sharpness
-from .problem import Evaluation, Point
+from .problem import Evaluation, Point, Problem
 from .registry import Registry
-from .roles import State, check_range
+from .roles import State, check_range, draw
 from .streams import Stream
 from .traces import as_row
 
@@ -80,6 +80,15 @@ class View:
     def point(self) -> Point: return self.once("point", lambda: self.problem.at(self.theta))
 
     @property
+    def frozen(self) -> Problem:
+        "The problem in evaluation mode, with the run's running statistics and without noise."
+        return self.once("frozen", lambda: self.problem.frozen(self.state.buffers))
+
+    @property
+    def frozen_point(self) -> Point:
+        return self.point if self.frozen is self.problem else self.once("frozen point", lambda: self.frozen.at(self.theta))
+
+    @property
     def full_grad(self) -> Tensor: return self.point.grad    # (p,), ∇L over all examples
 
     @property
@@ -88,7 +97,7 @@ class View:
     def grads(self, n: int) -> Tensor:                       # (n, p)
         "n independent gradients from the run's own estimator at θ_k."
         estimator = self.stepper.estimator
-        batches = (estimator.sample(self.state.estimator, self.problem, self.stream / "grads" / i) for i in range(n))
+        batches = (draw(estimator, self.state.estimator, self.problem, self.stream / "grads" / i) for i in range(n))
         return torch.stack([estimator.estimate(self.state.estimator, self.problem, self.theta, b)[0] for b in batches])
 
     def updates(self, n: int) -> Tensor:                     # (n, p)
@@ -108,7 +117,7 @@ class Probe:
 
     def measure(self, view: View) -> dict:
         "One row. Raises RuntimeError where the probe wrote a tensor of the run or drew from torch's global generator."
-        held = [t for t in view.state if isinstance(t, Tensor)]
+        held = [t for t in (*view.state, *dict(view.state.buffers).values()) if isinstance(t, Tensor)]
         versions, rng = [t._version for t in held], torch.get_rng_state()
         row = as_row(self.fn(view))
         if [t._version for t in held] != versions:
@@ -135,14 +144,15 @@ def sharpness_probe(
     every: int = 10,        # steps between measurements
     k: int = 1,             # how many eigenvalues
     tol: float = 1e-3,      # residuals allowed, relative to the largest eigenvalue
+    frozen: bool = False,   # in evaluation mode? BatchNorm then normalises by its running statistics
 ) -> Probe:
     "The k largest Hessian eigenvalues, each search warm from the last; columns value, residual, converged, matvecs."
     def measure(view):
-        eigs = sharpness(view.point, k=k, tol=tol, warm=view.memory.get("sketch"), stream=view.stream)
+        eigs = sharpness(view.frozen_point if frozen else view.point, k=k, tol=tol, warm=view.memory.get("sketch"), stream=view.stream)
         view.memory["sketch"] = eigs.sketch
         one = lambda v: v[0] if k == 1 else v
         return dict(value=one(eigs.values), residual=one(eigs.residuals), converged=eigs.converged, matvecs=eigs.matvecs)
-    return Probe("sharpness", _every(every), measure)
+    return Probe("frozen_sharpness" if frozen else "sharpness", _every(every), measure)
 
 def _evaluation(split: str):
     def build(
@@ -154,7 +164,7 @@ def _evaluation(split: str):
 
 def evaluation(view: View, split: str) -> Evaluation:
     "Loss and accuracy over the whole train or test split, shared by all who ask at this step."
-    return view.once(("evaluate", split), lambda: view.problem.evaluate(view.theta, split))
+    return view.once(("evaluate", split), lambda: view.frozen.evaluate(view.theta, split))
 
 for _split in ("train", "test"): PROBES.add(_split)(_evaluation(_split))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from torch import Tensor
 from .estimators.minibatch import FullBatch
-from .roles import Estimator, Rule, State
+from .roles import Estimator, Rule, State, draw
 from .streams import Stream
 
 # %% ../nbs/40_steppers.ipynb #descent
@@ -31,23 +31,23 @@ class Descent:
         "The state before the first step, at theta (p,)."
         layout = problem.layout
         rule = self.rule.init(layout.named(theta), dict(zip(layout.names, layout.roles)))
-        return State(0, theta, rule, self.estimator.init(problem, theta))
+        return State(0, theta, rule, self.estimator.init(problem, theta), buffers=problem.buffers)
 
     def prepare(self, problem, state: State, stream: Stream) -> State:
         "Refreshed internals, gradient and loss at θ_k, with the randomness of `stream`."
         k, theta = state.step, state.theta
         estimator = self.estimator.refresh(state.estimator, problem, theta, k, stream / "refresh")
         rule = self.rule.refresh(state.rule, problem, theta, k, stream / "rule")
-        batch = self.estimator.sample(estimator, problem, stream / "batch")
+        batch = draw(self.estimator, estimator, problem, stream / "batch")
         grad, loss = self.estimator.estimate(estimator, problem, theta, batch)
-        return State(k, theta, rule, estimator, grad, loss)
+        return State(k, theta, rule, estimator, grad, loss, state.buffers, problem.settle(theta, state.buffers, batch))
 
     def step(self, problem, state: State) -> State:
         "The state at k + 1."
         if state.grad is None: raise RuntimeError(f"the state at step {state.step} has no gradient; call prepare first.")
         layout = problem.layout
         blocks, rule = self.rule.step(state.rule, layout.named(state.theta), layout.named(state.grad))
-        return State(state.step + 1, layout.join(blocks[n] for n in layout.names), rule, state.estimator)
+        return State(state.step + 1, layout.join(blocks[n] for n in layout.names), rule, state.estimator, buffers=state.settled)
 
 # %% ../nbs/40_steppers.ipynb #trajectory
 def trajectory(

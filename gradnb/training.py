@@ -62,7 +62,8 @@ def train(
     probes = check_probes(probes)
     if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps must be a whole number ≥ 0, got {steps!r}.")
     traces = Traces({name: Trace(name) for name in ("loss", *(p.name for p in probes))})
-    memory, before = {} if memory is None else memory, {}
+    memory = {} if memory is None else memory
+    resumable = None if state is None else (state, {name: dict(m) for name, m in memory.items()})
     bar = tqdm(total=steps, initial=state.step if state else 0, desc="train", unit="step", delay=1, leave=None, disable=not progress)
 
     def keep(name, step, row):
@@ -71,8 +72,9 @@ def train(
 
     try:
         for state in trajectory(problem, stepper, theta, seed, state):
-            k, loss, before = state.step, float(state.loss), {name: dict(m) for name, m in memory.items()}
-            if record is not None: record.checkpoint(state, before)
+            resumable = state, {name: dict(m) for name, m in memory.items()}      # at once: an interrupt must not part them
+            if record is not None: record.checkpoint(*resumable)
+            k, loss = state.step, float(state.loss)
             keep("loss", k, as_row(loss))
             if not math.isfinite(loss):
                 traces.outcome = Outcome("diverged", k, f"the loss is {loss} at step {k} of {stepper!r}; lower the learning rate")
@@ -83,7 +85,7 @@ def train(
                     view = View(problem, stepper, seen, Stream(seed) / "probe" / p.name / k, memory.setdefault(p.name, {}), shared)
                     keep(p.name, k, p.measure(view))
             if (loss_goal, acc_goal) != (None, None) and k % goal_every == 0:
-                traces.outcome = goal_reached(problem, state, loss_goal, acc_goal)
+                traces.outcome = goal_reached(problem.frozen(state.buffers), state, loss_goal, acc_goal)
             if k >= steps and traces.outcome is None: traces.outcome = Outcome("finished", k, f"finished {k} steps")
             if traces.outcome: break
             bar.update()
@@ -95,7 +97,7 @@ def train(
         e.add_note(f"at step {state.step if state else 0}; what was measured until then is this error's .traces")
         raise
     finally: bar.close()
-    if record is not None: record.checkpoint(state, before, last=True)     # whoever resumes measures this step again
+    if record is not None and resumable: record.checkpoint(*resumable, last=True)     # whoever resumes measures this step again
     if traces.outcome.kind in ("diverged", "interrupted"): warnings.warn(traces.outcome.message, RuntimeWarning, stacklevel=2)
     return state, traces
 
