@@ -16,6 +16,7 @@ def by_hand(name, f, y):
     "One example, Python floats: f a list of outputs, y its class."
     if name == "ce": return torch.tensor(f, dtype=torch.float64).logsumexp(0).item() - f[y]
     if name == "mse": return sum((v - (c == y)) ** 2 for c, v in enumerate(f)) / 2
+    if name == "unit_mse": return sum((v - (c == y) * len(f) ** 0.5) ** 2 for c, v in enumerate(f)) / len(f)
     return sum(max(0.0, 1 - v if c == y else 1 + v) for c, v in enumerate(f)) / len(f)
 
 
@@ -44,7 +45,7 @@ def test_large_logits_stay_finite():
 def test_second_derivatives_and_products(name):
     f, y = batch(3, 4)
     dense = hessian(lambda f: LOSSES[name](f, y).sum())(f).reshape(12, 12)
-    if name == "mse": want = torch.eye(12, dtype=f.dtype)
+    if name in ("mse", "unit_mse"): want = torch.eye(12, dtype=f.dtype) * (1 if name == "mse" else 2 / 4)
     elif name == "linear_hinge": want = torch.zeros(12, 12, dtype=f.dtype)
     else:
         p = f.softmax(1)
@@ -85,7 +86,7 @@ bad = [
     ("ce", (4, 3), zeros(4, 1)), ("ce", (4, 3), zeros(5)), ("ce", (4,), zeros(4)), ("ce", (4, 3, 2), zeros(4, 2)),
     ("mse", (4, 1), torch.zeros(4)), ("mse", (4, 3), torch.zeros(4, 1)), ("mse", (4, 3), torch.zeros(3)),
     ("mse", (4,), torch.zeros(4)), ("mse", (4, 3, 2), torch.zeros(4, 3, 2)), ("mse", (4, 3), zeros(4, 3)),
-    ("linear_hinge", (4, 3), zeros(1)), ("linear_hinge", (4, 3), zeros(4, 3)), ("linear_hinge", (3,), zeros(3)),
+    ("unit_mse", (4, 3), zeros(4, 3)), ("unit_mse", (4,), zeros(4)), ("linear_hinge", (4, 3), zeros(1)), ("linear_hinge", (4, 3), zeros(4, 3)), ("linear_hinge", (3,), zeros(3)),
 ]
 
 
@@ -95,7 +96,7 @@ def test_wrong_shapes_name_both(name, shape, targets):
     assert name in str(e.value) and str(tuple(shape)) in str(e.value) and str(tuple(targets.shape)) in str(e.value)
 
 
-@pytest.mark.parametrize("name, dtype", [("ce", torch.float32), ("linear_hinge", torch.float64), ("ce", torch.int32),
+@pytest.mark.parametrize("name, dtype", [("ce", torch.float32), ("unit_mse", torch.float32), ("linear_hinge", torch.float64), ("ce", torch.int32),
                                          ("mse", torch.uint8), ("mse", torch.bool), ("linear_hinge", torch.int32)])
 def test_wrong_targets_name_the_dtype(name, dtype):
     with pytest.raises(TypeError, match=str(dtype)): LOSSES[name](torch.zeros(4, 3), torch.zeros(4, dtype=dtype))
