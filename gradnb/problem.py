@@ -16,6 +16,7 @@ from torch.func import grad, vmap
 from .data import Dataset
 from .layers import LayerIO, capture, verify
 from .layout import Layout
+from .likelihood import sample_targets
 from .losses import accuracy, resolve_loss
 from .network import Network
 from .streams import Stream
@@ -233,8 +234,11 @@ class Problem:
         rows = max(1, 2**25 // (self.p * self.theta0.element_size()))
         return vmap(grad(one), (None, 0, 0), chunk_size=rows)(self.check(theta).detach(), x, y)
 
-    def _losses(self, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda theta: self.per_example(self.outputs(theta, x), y)
+    def _losses(self, x: Tensor, y: Tensor, labels: Stream | None = None) -> Callable[[Tensor], Tensor]:
+        def losses(theta):
+            out = self.outputs(theta, x)
+            return self.per_example(out, y if labels is None else sample_targets(self.per_example, out, labels.generator()))
+        return losses
 
     @cached_property
     def _layer_bytes(self) -> int:
@@ -253,12 +257,13 @@ class Problem:
         theta: Tensor,             # where, (p,)
         batch=None,                # on which examples; None means all
         rows: int | None = None,   # examples in a part; None: as many as keep every layer's output below 32 MB (1 GB on a GPU)
+        labels: Stream | None = None,   # draw the targets from the model, for the Fisher matrix; None: those of the data
     ) -> Iterator[LayerIO]:
         "Inputs and output gradients of every layer for ℓᵢ, neither weighted nor divided by n: one forward and backward pass a part."
         (x, y), theta = self._examples(batch), self.check(theta)
         rows = rows or max(1, 2 ** (25 if self.device.type == "cpu" else 30) // self._layer_bytes)
         for i in range(0, len(x), rows):
-            yield capture(self.module, self.layout, theta, self._losses(x[i:i + rows], y[i:i + rows]))
+            yield capture(self.module, self.layout, theta, self._losses(x[i:i + rows], y[i:i + rows], labels and labels / i))
 
     @torch.no_grad()
     def evaluate(self, theta: Tensor, split: str = "train") -> Evaluation:
