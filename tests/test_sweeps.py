@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from gradnb import GD, Adam, FromTorch, MiniBatch, Piecewise, Run, Scheduled, Spec, Store
 from gradnb.sweeps.engines import Pool, plugins
 from gradnb.sweeps.grid import grid
-from gradnb.sweeps.sweep import row, sweep
+from gradnb.sweeps.sweep import sweep
 
 SPEC = Spec("digits-100", "fc-tanh:width=6", "mse", GD(0.05), 20, probes=("train:every=10",))
 
@@ -47,12 +47,11 @@ def test_a_value_is_checked_by_its_owner():
     with pytest.raises(ValueError, match="float32 or float64"): grid(SPEC, dtype=["float16"])
 
 
-def test_a_row_names_what_a_grid_names():
+def test_a_grid_takes_the_names_of_fields():
     spec = replace(SPEC, rule=FromTorch(torch.optim.SGD, lr=0.1, momentum=0.5), estimator=MiniBatch(7))
-    found = row(spec)
-    assert found["rule"] == "FromTorch" and found["rule__cls"] == "SGD" and found["rule__hyper__momentum"] == 0.5
-    for path in ("rule__lr", "estimator__size", "seed", "rule__hyper__momentum"):
-        assert grid(spec, **{path: [found[path]]}) == (spec,)
+    for path in ("rule.lr", "estimator.size", "seed", "rule.hyper.momentum"):
+        assert grid(spec, [{path: spec.fields[path]}]) == (spec,)
+        assert grid(spec, **{path.replace(".", "__"): [3]})[0].fields[path] == 3
 
 
 # --- sweeps -------------------------------------------------------------------------------------------------------

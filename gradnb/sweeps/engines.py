@@ -27,9 +27,10 @@ from ..probes import PROBES
 from ..registry import Registry
 from ..roles import KINDS
 from ..runs import Run, Spec, Store
+from .stack import train_stack
 
 # %% ../../nbs/61_sweeps/03_engines.ipynb #worker
-Job = tuple[Spec, ...]                     # specs for one process, one after the other
+Job = tuple[Spec, ...]                     # specs for one process: one, or a stack of them
 Result = tuple[Spec, str | None]           # a spec, and the traceback of its failure
 
 @dataclass(frozen=True)
@@ -41,13 +42,16 @@ class Worker:
     plugins: tuple[str, ...] = () # modules to import first
 
     def __call__(self, texts: list[str]) -> list[str | None]:
-        "Train each spec, given as JSON; None, or the traceback of its failure."
-        return [self.one(text) for text in texts]
+        "Train the specs of a job, given as JSON; None, or the traceback of its failure, for each."
+        try:
+            for module in self.plugins: import_module(module)
+            if len(texts) > 1: train_stack(map(Spec.from_json, texts), Store(self.root), self.device)
+        except Exception as e: warnings.warn(f"{len(texts)} runs are trained one by one, because together they fail: {e!r}", RuntimeWarning)
+        return [self.one(text) for text in texts]       # what the stack has done is done
 
     def one(self, text: str) -> str | None:
         "Train one."
         try:
-            for module in self.plugins: import_module(module)
             spec, store = Spec.from_json(text), Store(self.root)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)           # divergence is in the manifest
@@ -70,7 +74,7 @@ class Here:
     "One spec after the other, in this process."
     def __call__(self, jobs: list[Job], worker: Worker) -> Iterator[Result]:
         for job in jobs:
-            for spec in job: yield spec, worker([spec.to_json()])[0]
+            yield from zip(job, worker([s.to_json() for s in job]))
 
 # %% ../../nbs/61_sweeps/03_engines.ipynb #pool
 DIED = ("the process died twice, the second time with this job alone: killed, out of memory, "

@@ -7,6 +7,7 @@ __all__ = ['WORDS', 'changed', 'reworded', 'unique', 'grid']
 
 # %% ../../nbs/61_sweeps/01_grid.ipynb #imports
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from ..models import MODELS
@@ -76,7 +77,7 @@ def grid(
             if not options: raise ValueError(f"axis {name} has no values" + (f" at {spec}." if callable(values) else "."))
             for option in options:
                 new = spec
-                for path, value in changes(option): new = changed(new, path.split("__"), value)
+                for path, value in changes(option): new = changed(new, re.split(r"__|\.", path), value)
                 grown.append(new)
         found = grown
     return unique(found)
