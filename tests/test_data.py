@@ -8,7 +8,10 @@ import pytest
 import torch
 import torchvision
 from sklearn.datasets import load_digits
-from gradnb.data import SOURCES, Dataset, data_root, load_dataset, pixel_scale, read_name, torchvision_splits
+from gradnb.data import SOURCES, Dataset, data_root, load_dataset
+from gradnb.data.pictures import torchvision_splits
+from gradnb.data.pixels import pixel_scale
+from gradnb.data.sources import read_name
 
 REAL = os.environ.get("GRADNB_DATA")
 
@@ -127,7 +130,7 @@ def test_constant_pixels_have_no_rounding(value):
     ("npz:c.npz-1k", "npz:{path}", dict(path="c.npz"), 1000),
     ("npz:C:\\x.npz-7", "npz:{path}", dict(path="C:\\x.npz"), 7),
 ])
-def test_names(name, source, found, take): assert read_name(name) == (SOURCES[source], found, take)
+def test_names(name, source, found, take): assert read_name(name) == (SOURCES[source], found, {}, take)
 
 
 @pytest.mark.parametrize("name, error, says", [
@@ -136,7 +139,7 @@ def test_names(name, source, found, take): assert read_name(name) == (SOURCES[so
     ("", ValueError, "chebyshev-{degree}-{n}"), ("mine.npz", ValueError, "npz:PATH"),
     ("chebyshev-3", ValueError, "no dataset"), ("chebyshev-x-20", ValueError, "whole numbers"),
     ("chebyshev-3-0", ValueError, "whole numbers"), ("npz:mine-5", ValueError, "must end in .npz"),
-    ("digits-0", ValueError, "asks for the first 0 training examples, there are 1,437"),
+    ("digits-0", ValueError, "asked for the first 0 training examples, there are 1,437"),
     ("digits-1438", ValueError, "there are 1,437"), ("digits-2k", ValueError, "first 2,000"),
     (None, TypeError, "named by a str"), (Path("mine.npz"), TypeError, "named by a str"),
 ])
@@ -374,7 +377,7 @@ class Trap:
     (dict(x_train=pixels(6, 20)), ValueError, r"x_train in .* \(6, 20\); store other features as floating"),
     (dict(x_train=pixels(6, 3, 4, 5)), ValueError, r"channels ≤ 4\), but has shape \(6, 3, 4, 5\)"),
     (dict(x_train=pixels(0, 4, 5, 3)), ValueError, r"x_train in .* \(0, 4, 5, 3\)"),
-    (dict(x_train=np.zeros((6, 4), int)), TypeError, "x_train in .* is int64; images are uint8"),
+    (dict(x_train=np.zeros((6, 4, 2), int)), TypeError, "x_train in .* is int64; images are uint8"),
     (dict(x_test=np.zeros((3, 4, 5, 3), bool)), TypeError, "x_test in .* is bool"),
     (dict(x_train=np.zeros((6, 4), complex)), TypeError, "x_train in .* is complex128"),
     (dict(x_train=np.zeros((6, 4), "f2")), TypeError, "x_train in .* is float16"),

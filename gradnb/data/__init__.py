@@ -1,0 +1,5 @@
+"Which examples does a run see?"
+from gradnb.data.dataset import Dataset
+from gradnb.data.sources import SOURCES, data_root, load_dataset
+
+__all__ = ["SOURCES", "Dataset", "data_root", "load_dataset"]
