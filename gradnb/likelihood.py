@@ -16,7 +16,7 @@ def _normal(outputs, gen):
     return outputs + torch.randn(outputs.shape, generator=gen, dtype=torch.float64).to(outputs)     # on the CPU: devices agree
 
 def _classes(outputs, gen):
-    flat = outputs.double().softmax(-1).cpu().flatten(0, -2)
+    flat = outputs.double().softmax(-1).nan_to_num(1.0).cpu().flatten(0, -2)      # a diverged network: any class
     return torch.multinomial(flat, 1, generator=gen).view(outputs.shape[:-1]).to(outputs.device)
 
 LIKELIHOODS = {ce: _classes, mse: _normal}
