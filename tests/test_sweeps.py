@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from gradnb import GD, Adam, FromTorch, MiniBatch, Piecewise, Run, Scheduled, Spec, Store
+from gradnb import GD, Adam, FromTorch, FullBatch, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
 from gradnb.sweeps.engines import Pool, plugins
 from gradnb.sweeps.grid import grid
 from gradnb.sweeps.sweep import sweep
@@ -220,3 +220,36 @@ def test_every_spec_is_done_exactly_once_while_workers_are_killed(tmp_path, n, s
         whole = Store(tmp_path / "whole").run(run.spec, progress=False)
         assert torch.equal(run.theta, whole.theta) and run.frame().equals(whole.frame())
     print(f"{n} runs, {kills} kills, {time.monotonic() - began:.0f} s")
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+BASE = "sweep --dataset digits-100 --model fc-tanh:width=4 --loss mse --rule gd --steps 3"
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    ("--lr 0.1 --axis seed=0..2", lambda s: grid(s, seed=[0, 1, 2])),
+    ("--axis rule.lr=0.1,0.2 --axis model.width=4,5", lambda s: grid(s, [{"rule.lr": 0.1}, {"rule.lr": 0.2}], model__width=[4, 5])),
+    ("--lr 0.1 --axis rule=gd;momentum:beta=0.5,nesterov=true", lambda s: grid(s, rule=[GD(0.1), Momentum(0.1, 0.5, True)])),
+    ("--lr 0.1 --axis estimator=minibatch:size=5,fullbatch", lambda s: grid(s, estimator=[MiniBatch(5), FullBatch()])),
+    ("--lr 0.1 --batch 5 --axis estimator.size=5,6", lambda s: grid(replace(s, estimator=MiniBatch(5)), estimator__size=[5, 6])),
+    ("--lr 0.1 --axis acc_goal=none,0.5", lambda s: grid(s, acc_goal=[None, 0.5]))])
+def test_axes_of_the_command_line_are_axes_of_a_grid(tmp_path, capsys, flags, wanted):
+    from gradnb.cli import main
+    assert main([*BASE.split(), *flags.split(), "--dry-run", "--csv", "--store", str(tmp_path)]) == 0
+    hashes = [line.split(",") for line in capsys.readouterr().out.splitlines()]
+    assert [line[hashes[0].index("hash")] for line in hashes[1:] if len(line) == len(hashes[0])] == [
+        s.hash for s in wanted(Spec("digits-100", "fc-tanh:width=4", "mse", GD(0.1), 3))]
+
+
+def test_a_failed_run_is_an_exit_status(tmp_path, capsys):
+    from gradnb.cli import main
+    line = [*BASE.split(), "--lr", "0.1", "--store", str(tmp_path), "--axis"]
+    assert main([*line, "model.width=4,0"]) == 1
+    said = capsys.readouterr()
+    assert "width must be at least 1" in said.out and "1 of 2 runs done" in said.err
+    assert main([*line, "model.width=4"]) == 0
+    for flags, remedy in (("seed=0 --axis seed=1", "one --axis for each field"), ("seed=0 --engine pool --workers 2", "give one of them"),
+                          ("seed=0 --engine slrum", "Did you mean 'slurm'"), ("sede=1", "Did you mean 'seed'")):
+        assert main([*line, *flags.split()]) == 2
+        assert remedy in capsys.readouterr().err

@@ -66,7 +66,7 @@ def plugins() -> tuple[str, ...]:
     return tuple(sorted(m for m in filed - {None, "__main__"} if m.partition(".")[0] not in ("gradnb", "torch", "builtins")))
 
 # %% ../../nbs/61_sweeps/03_engines.ipynb #here
-ENGINES = Registry("engine")
+ENGINES = Registry("engine", "gradnb.sweeps.slurm")
 
 @ENGINES.add("here")
 @dataclass(frozen=True)

@@ -54,11 +54,15 @@ def sweep(
     worker = Worker(str(store.root.resolve()), device, interval, plugins())
     errors, again = {}, todo
     with tqdm(total=len(specs), initial=len(specs) - len(todo), desc="sweep", unit="run", disable=not progress) as bar:
-        for _ in range(retries + 1):
-            errors, again = {}, [s for s in again if not errors or s.hash in errors]
-            for spec, error in engine(stacks(again) if vectorize else [(s,) for s in again], worker):
-                if error is None: bar.update()
-                else: errors[spec.hash] = error
-                bar.set_postfix(failed=len(errors), refresh=False)
-            if not errors: break
+        try:
+            for _ in range(retries + 1):
+                errors, again = {}, [s for s in again if not errors or s.hash in errors]
+                for spec, error in engine(stacks(again) if vectorize else [(s,) for s in again], worker):
+                    if error is None: bar.update()
+                    else: errors[spec.hash] = error
+                    bar.set_postfix(failed=len(errors), refresh=False)
+                if not errors: break
+        except KeyboardInterrupt:
+            ready = sum(is_done(Run(store.root / s.hash)) for s in specs)
+            raise KeyboardInterrupt(f"interrupted with {ready} of {len(specs)} runs done; the same call goes on") from None
     return results(specs, store, errors)
