@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from platform import node
 import numpy as np
@@ -31,21 +32,26 @@ class Lock:
 
     def __enter__(self):
         import fcntl
-        self._fd, until = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC), time.monotonic() + max(self.wait, .05)
-        while True:
-            try: fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() < until:
-                    time.sleep(.01)
-                    continue
-                who = os.pread(self._fd, 200, 0).decode(errors="replace").strip()
-                os.close(self._fd)
-                raise RuntimeError(f"run {self.path.name} is being written by {who or 'another process'}; "
-                                   "read it with Store.open, or pass wait=SECONDS.") from None
-            break
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"process {os.getpid()} on {node()}".encode(), 0)
+        until = time.monotonic() + max(self.wait, .05)
+        self._fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            while not self._taken(fcntl):
+                if time.monotonic() > until:
+                    who = os.pread(self._fd, 200, 0).decode(errors="replace").strip()
+                    raise RuntimeError(f"run {self.path.name} is being written by {who or 'another process'}; "
+                                       "read it with Store.open, or pass wait=SECONDS.")
+                time.sleep(.01)
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"process {os.getpid()} on {node()}".encode(), 0)
+        except BaseException:
+            os.close(self._fd)
+            raise
         return self
+
+    def _taken(self, fcntl) -> bool:
+        try: fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: return False
+        return True
 
     def __exit__(self, *exc): os.close(self._fd)
 
@@ -81,7 +87,7 @@ class Recorder:
     ):
         no_links(path)
         self.path, self.interval, self.damaged = path, interval, []       # damaged: what `resume` set aside, as JSON data
-        self.rows, self._steps, self._writers, self._last = {}, {}, {}, time.monotonic()     # by trace: rows, last step
+        self._written, self._writers, self._last = {}, {}, time.monotonic()     # by trace: how many rows, the last one's step
         (path / "traces").mkdir(parents=True, exist_ok=True)
 
     def append(self, name: str, step: int, row: Row):
@@ -91,13 +97,18 @@ class Recorder:
             self._writers[name] = TraceWriter(file, TraceLayout(self.path.name, name, row.columns))
         writer = self._writers[name]
         writer.append(step, row)
-        self.rows[name], self._steps[name] = writer.rows, step
+        self._written[name] = writer.rows, step
+
+    @property
+    def rows(self) -> dict[str, int]:
+        "Rows of each trace."
+        return {name: n for name, (n, _) in self._written.items()}
 
     def checkpoint(self, state, memory: dict, last: bool = False):
         "Store the state when the interval has passed, or at the end."
         if not last and time.monotonic() - self._last < self.interval: return
         for writer in self._writers.values(): writer.sync()
-        tensors, rows = {}, {name: n - (self._steps.get(name) == state.step) for name, n in self.rows.items()}
+        tensors, rows = {}, {name: n - (step == state.step) for name, (n, step) in self._written.items()}     # before this step
         tree = {"state": flatten(state, tensors), "memory": flatten(memory, tensors)}
         save_tensors(self.path / CHECKPOINTS[0], tensors, tree | {"run": self.path.name, "rows": rows}, self.path / CHECKPOINTS[1])
         self._last = time.monotonic()
@@ -111,29 +122,30 @@ class Recorder:
             for file, why in damaged.items(): self.set_aside(file, why)
             if stored: traces[name] = stored, stored.trace.steps[:rows]
         state, memory = self._sound_state(like, {name: steps for name, (_, steps) in traces.items()})
-        self.rows = {name: 0 if state is None else int((steps < state.step).sum()) for name, (_, steps) in traces.items()}
-        for name, (stored, _) in traces.items(): self._cut(name, stored, self.rows[name])
-        kept = {name: {*steps[:self.rows[name]].tolist()} for name, (_, steps) in traces.items()}
+        kept = {name: steps[:0] if state is None else steps[steps < state.step] for name, (_, steps) in traces.items()}
+        self._written = {name: (len(steps), -1) for name, steps in kept.items() if len(steps)}
+        for name, (stored, _) in traces.items(): self._cut(name, stored, len(kept[name]))
+        beside = {(name, str(step)) for name, steps in kept.items() for step in steps.tolist()}
         for file in self.path.glob("arrays/*/*.safetensors"):
-            if not file.stem.isdecimal() or int(file.stem) not in kept.get(trace_name(file.parent), ()): file.unlink()
+            if (trace_name(file.parent), file.stem) not in beside: file.unlink()
         return state, memory
 
     def _sound_state(self, like, steps: dict) -> tuple:
         "State and memory of the newest checkpoint whose rows are all among these steps, by trace."
-        for file in CHECKPOINTS:
-            try: stored = read_checkpoint(self.path, file)
+        found = None, None
+        for file in CHECKPOINTS[::-1]:
+            try: tensors = {**(stored := read_checkpoint(self.path, file))}
             except FileNotFoundError: continue
             except ValueError as e:
                 self.set_aside(self.path / file, str(e))
                 continue
-            try:
-                state, memory = (unflatten(stored.about[k], stored, l, like.theta.device) for k, l in (("state", like), ("memory", None)))
-                rows = stored.about["rows"]
+            try: state, memory = (unflatten(stored.about[k], tensors, l, like.theta.device) for k, l in (("state", like), ("memory", None)))
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise ValueError(f"{self.path / file} was written by another version of this stepper ({e}); "
                                  "Store.remove(run) makes room to begin again.") from None
-            if all(int((steps.get(name, NOTHING) < state.step).sum()) == n for name, n in rows.items()): return state, memory
-        return None, None
+            rows = stored.about["rows"].items()
+            if all(int((steps.get(name, NOTHING) < state.step).sum()) == n for name, n in rows): found = state, memory
+        return found
 
     def _cut(self, name: str, stored: Stored, keep: int):
         "Have a .trace file of the first rows, and nothing else."
@@ -145,13 +157,13 @@ class Recorder:
         arrow.unlink(missing_ok=True)
 
     def set_aside(self, file: Path, why: str):
-        "Rename a damaged file, and say so."
-        if not file.exists(): return
-        n = 1
-        while (aside := file.with_name(f"{file.name}.corrupt-{n}")).exists(): n += 1
-        os.rename(file, aside)
-        self.damaged.append({"file": str(file.relative_to(self.path)), "now": aside.name, "why": why})
-        warnings.warn(f"{why} It is now called {aside.name}; the run goes on from what is sound.", RuntimeWarning, stacklevel=3)
+        "Rename a damaged file, and say so; one that is missing is said to be."
+        aside = next(a for n in count(1) if not (a := file.with_name(f"{file.name}.corrupt-{n}")).exists())
+        there = file.exists()
+        if there: os.rename(file, aside)
+        self.damaged.append({"file": str(file.relative_to(self.path)), "now": aside.name if there else None, "why": why})
+        now = f" It is now called {aside.name};" if there else ""
+        warnings.warn(f"{why}{now} run {self.path.name} goes on from what is sound.", RuntimeWarning, stacklevel=3)
 
     def close(self):
         for writer in self._writers.values(): writer.close()
@@ -165,5 +177,7 @@ def read_checkpoint(
 ) -> Tensors:
     "A checkpoint's tensors, each checked when it is read. Raises ValueError on one of another run."
     stored = Tensors(plain_file(folder / file, folder))
-    if not isinstance(stored.about, dict) or stored.about.get("run") != folder.name: raise stored.damaged("it belongs to another run")
+    about = stored.about if isinstance(stored.about, dict) else {}
+    if about.keys() != {"state", "memory", "run", "rows"} or about["run"] != folder.name or not isinstance(about["rows"], dict):
+        raise stored.damaged("it is no checkpoint of this run")
     return stored

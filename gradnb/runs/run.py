@@ -109,11 +109,13 @@ class Run:
         "Read every byte: what is damaged or missing, and why, by file. Empty for a sound run."
         found = {}
         def check(file, read):
-            try: read()
-            except FileNotFoundError: pass
+            try: return read()
+            except FileNotFoundError:
+                if file in needed: found[file] = f"{self.path / file} is missing."
             except ValueError as e: found[file] = str(e)
+        needed = {"spec.json"}
+        if (check("manifest.json", lambda: self.manifest) or {}).get("status") in DONE[:-1]: needed.add(CHECKPOINTS[0])
         check("spec.json", lambda: self.spec)
-        check("manifest.json", lambda: self.manifest)
         for file in CHECKPOINTS: check(file, lambda: dict(read_checkpoint(self.path, file)))
         for name in trace_names(self.path):
             for file, why in sound_trace(self.path, name)[2].items(): found[str(file.relative_to(self.path))] = why
