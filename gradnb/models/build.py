@@ -11,6 +11,7 @@ from inspect import signature
 import torch
 from torch import nn
 from ..data.dataset import Dataset
+from ..inits import initialise
 from ..registry import Registry, parse_call, unknown
 from ..streams import Stream
 
@@ -71,17 +72,21 @@ def build_model(
     name: str,            # "fc-tanh", "fc-tanh:width=100,depth=3", …
     dataset: Dataset,     # gives input shape, number of outputs and of words, dtype and device
     seed: int = 0,        # the weights are a function of it
-    **sizes,              # the same sizes as arguments: width=100
+    **sizes,              # the same sizes as arguments: width=100, init="agd" for other first weights
 ) -> nn.Module:           # in training mode
     "A model that fits a data set. Raises TypeError on data it cannot read, ValueError on an unknown name or size."
     if not isinstance(dataset, Dataset):
         raise TypeError(f"a model is built for a Dataset, such as load_dataset('digits'), got {dataset!r}.")
-    reads = "words" in signature(MODELS[parse_call(name)[0]]).parameters
+    word, given = parse_call(name)
+    init = given.pop("init", None) or sizes.pop("init", None)
+    reads = "words" in signature(MODELS[word]).parameters
     if reads != bool(dataset.words):
         kind = [k for k, builder in MODELS.items() if ("words" in signature(builder).parameters) == bool(dataset.words)]
         raise TypeError(f"model {name!r} reads {'tokens' if reads else 'numbers'}, but dataset {dataset.name!r} holds "
                         f"{'tokens' if dataset.words else 'numbers'}; models for it: {', '.join(sorted(kind))}.")
     if dataset.words: sizes["words"] = dataset.words
+    call = f"{word}:" + ",".join(f"{k}={v}" for k, v in given.items())
     with drawn_from(Stream(seed) / "model"):
-        net = MODELS.build(name, dataset.in_shape, dataset.outputs, **sizes)
+        net = MODELS.build(call, dataset.in_shape, dataset.outputs, **sizes)
+    if init: initialise(net, init, Stream(seed) / "model" / "init")
     return net.to(device=dataset.x.device, dtype=dataset.dtype)
