@@ -201,7 +201,7 @@ def test_a_stopped_sweep_leaves_no_process_and_goes_on(tmp_path, how):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
-@pytest.mark.parametrize("n, steps, seconds", [(4, 1000, 1e9), pytest.param(1000, 200, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n, steps, seconds", [(4, 1000, 1e9), pytest.param(1000, 200, 15, marks=pytest.mark.slow)])
 def test_every_spec_is_done_exactly_once_while_workers_are_killed(tmp_path, n, steps, seconds):
     spec, rng, kills = replace(SPEC, steps=steps, probes=()), Random(0), 0
     process, store, began = script(tmp_path, spec, n), Store(tmp_path / "store"), time.monotonic()
