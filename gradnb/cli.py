@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['add_train', 'add_spec', 'add_store', 'spec_from', 'drop', 'train', 'add_sweep', 'axis', 'study', 'sweep', 'add_runs',
-           'runs', 'add_figures', 'figures', 'add_bench', 'bench', 'add_names', 'names', 'main']
+           'condition', 'runs', 'summary', 'add_figures', 'figures', 'add_bench', 'bench', 'add_names', 'names', 'main']
 
 # %% ../nbs/80_cli.ipynb #imports
 import argparse
@@ -136,34 +136,75 @@ def sweep(args) -> int:
 # %% ../nbs/80_cli.ipynb #runs
 def add_runs(commands):
     "gradnb runs"
-    p = commands.add_parser("runs", help="list, show or print the runs of a store", description="Look at the runs of a store.")
+    p = commands.add_parser("runs", help="list, show, print, export, import or delete runs", description="The runs of a store.")
     verbs = p.add_subparsers(dest="verb", required=True, metavar="VERB")
-    lister = verbs.add_parser("list", help="a line for every run", description="A line for every run of a store.")
-    lister.add_argument("--hashes", action="store_true", help="only the hashes")
-    show = verbs.add_parser("show", help="spec and manifest of a run, as JSON", description="Spec and manifest of a run, as JSON.")
-    frame = verbs.add_parser("frame", help="the traces of a run, as a table", description="The traces of a run side by side, one row a step.")
-    frame.add_argument("--csv", action="store_true", help="as CSV, whole")
-    frame.add_argument("--trace", metavar="NAME", help="only this trace")
-    for q in (show, frame): q.add_argument("hash", help="a run's hash, or the beginning of it")
-    for q in (lister, show, frame): add_store(q)
+    def verb(name, text, **words):
+        q = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **words)
+        add_store(q)
+        return q
+    where = dict(nargs="*", metavar="FIELD=VALUE", help="only runs with these: rule=GD rule.lr=0.05 seed=0 status=finished")
+    q = verb("list", "a line for every run")
+    q.add_argument("where", **where)
+    q.add_argument("--hashes", action="store_true", help="only the hashes")
+    q = verb("show", "spec and manifest of a run, as JSON")
+    q.add_argument("hash", help="a run's hash, or the beginning of it")
+    q = verb("frame", "the traces of a run, or one trace of many runs, as a table")
+    q.add_argument("hash", nargs="?", help="a run's hash, or the beginning of it; without it, the trace of every run")
+    q.add_argument("--csv", action="store_true", help="as CSV, whole")
+    q.add_argument("--trace", metavar="NAME", help="only this trace")
+    q.add_argument("--where", action="append", default=[], metavar="FIELD=VALUE", help="without a hash: " + where["help"] + "; may repeat")
+    q = verb("rm", "delete runs")
+    q.add_argument("hash", nargs="+", help="hashes, or beginnings of them")
+    q = verb("export", "write runs as CSV, Parquet or TensorBoard files")
+    q.add_argument("hash", nargs="*", help="hashes, or beginnings of them; all runs without one")
+    q.add_argument("--to", default="csv", metavar="KIND", help="csv, parquet or tensorboard (default: %(default)s)")
+    q.add_argument("--out", default="exported", metavar="DIR", help="where each run gets a folder of its hash (default: %(default)s)")
+    q = verb("import", "bring results of the edge-of-stability and tail-index programs into a store")
+    q.add_argument("folder", help="their result folders, at any depth")
+    q.add_argument("--eig-freq", type=int, metavar="N", help="steps between eigenvalues (default: what makes their number fit)")
     p.set_defaults(go=runs)
+
+def condition(text: str) -> tuple:
+    "FIELD=VALUE as a filter of Store.list."
+    from gradnb.registry import literal
+    field, eq, value = text.partition("=")
+    if not eq: raise ValueError(f"a condition is FIELD=VALUE, such as rule.lr=0.05; got {text!r}.")
+    return field, literal(value)
 
 def runs(args) -> int:
     from gradnb.runs import Store
     store = Store(args.store)
+    def say(frame): print(frame.to_csv(index=False) if args.csv else frame.to_string(index=False, max_rows=40), end="" if args.csv else "\n")
     if args.verb == "list":
-        for r in store.list():
-            s = r.spec
-            print(r.hash if args.hashes else f"{r.hash}  {r.status:11} {s.dataset} {s.model} {s.loss} {s.rule} {s.estimator} "
-                                             f"steps={s.steps} seed={s.seed}")
-        if not store.list(): print(f"no runs in {store.root}", file=sys.stderr)
-        return 0
-    run = store.open(args.hash)
-    if args.verb == "show": print(json.dumps({"spec": json.loads(run.spec.to_json()), "manifest": run.manifest}, indent=1))
-    else:
-        frame = run.frame(args.trace)
-        print(frame.to_csv(index=False) if args.csv else frame.to_string(index=False, max_rows=40), end="" if args.csv else "\n")
+        found = store.list(**dict(map(condition, args.where)))
+        for r in found: print(r.hash if args.hashes else summary(r))
+        if not found: print(f"no such runs in {store.root}" if args.where else f"no runs in {store.root}", file=sys.stderr)
+    elif args.verb == "show":
+        run = store.open(args.hash)
+        print(json.dumps({"spec": json.loads(run.spec.to_json()), "manifest": run.manifest}, indent=1))
+    elif args.verb == "frame":
+        if args.hash and args.where: raise ValueError("give a hash or --where FIELD=VALUE, not both.")
+        say(store.open(args.hash).frame(args.trace) if args.hash else store.frame(args.trace, **dict(map(condition, args.where))))
+    elif args.verb == "rm":
+        for run in [*map(store.open, args.hash)]:
+            store.remove(run.hash)
+            print(f"deleted {run.hash}")
+    elif args.verb == "export":
+        from gradnb.exports import export_runs
+        for made in export_runs([*map(store.open, args.hash)] if args.hash else store.list(), args.out, args.to): print(made)
+    elif args.verb == "import":
+        from gradnb.originals import import_runs
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"gradnb: {message}", file=sys.stderr)
+            for run in import_runs(args.folder, store, args.eig_freq): print(summary(run))
     return 0
+
+def summary(run) -> str:
+    "A run in a line; what cannot be read of it is said in its place."
+    try: s, status = run.spec, run.status
+    except (ValueError, FileNotFoundError) as e: return f"{run.hash}  damaged      {e}"
+    if not hasattr(s, "rule"): return f"{run.hash}  {status:11} {s.origin}: {s.source}"
+    return f"{run.hash}  {status:11} {s.dataset} {s.model} {s.loss} {s.rule} {s.estimator} steps={s.steps} seed={s.seed}"
 
 # %% ../nbs/80_cli.ipynb #figures
 def add_figures(commands):
