@@ -99,6 +99,10 @@ class Layer:
         theirs = other.example_grads()
         return torch.cat([g @ theirs.T for _, g in self.pieces()])
 
+    def paired(self, other: "Layer") -> Tensor:                      # (n,)
+        "⟨gᵢ, hᵢ⟩ with the gradients hᵢ of as many other examples, or of these at another θ."
+        return torch.cat([(g * other.example_grads(part)).sum(1) for part, g in self.pieces()])
+
     def sketch(self, m: int, stream: Stream) -> Tensor:              # (n, m)
         "A random linear map of gᵢ to m numbers that keeps inner products in the mean (count sketch, Charikar et al. 2002)."
         hashed = count_sketch(self.q, m, stream, self.like)
@@ -177,6 +181,12 @@ class Linear(Layer):
         (a, d), (b, e) = ([t.squeeze(1) for t in layer.factors] for layer in (self, other))
         return (a @ b.T + self.bias) * (d @ e.T)
 
+    def paired(self, other: "Linear") -> Tensor:
+        if not (self.rank_one and other.rank_one): return super().paired(other)
+        inner = lambda x, y: torch.einsum("nti,nti->n", x, y)
+        (a, d), (b, e) = self.factors, other.factors
+        return inner(d, e) * (inner(a, b) + self.bias)
+
     def sketch(self, m: int, stream: Stream) -> Tensor:
         if not self.rank_one: return super().sketch(m, stream)
         a, d = (t.squeeze(1) for t in self.factors)
@@ -233,6 +243,10 @@ class LayerIO:
     def gram(self, other: "LayerIO | None" = None) -> Tensor:    # (n, m)
         "⟨gᵢ, gⱼ⟩ with the same or other examples; rank-one layers need no memory beyond the answer, others (m, q) of their own."
         return sum(a.gram(b) for a, b in zip(self.layers, (other or self).layers))
+
+    def paired(self, other: "LayerIO") -> Tensor:           # (n,)
+        "⟨gᵢ, hᵢ⟩ with the same examples at another θ."
+        return sum(a.paired(b) for a, b in zip(self.layers, other.layers))
 
     def sketch(self, m: int, stream: Stream) -> Tensor:     # (n, m)
         "A random linear map of gᵢ to m numbers, unbiased in inner products; equal streams give equal maps."

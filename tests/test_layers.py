@@ -143,6 +143,9 @@ def test_every_kind_of_layer_equals_brute_force(name, rows):
     size = parts[0].n
     close(sum(io.combine(u) for io, u in zip(parts, w.split(size, 1))), w @ g)
     close(torch.cat([torch.cat([a.gram(b) for b in parts], 1) for a in parts]), g @ g.T)
+    there = theta + 0.1 * draw(prob.p, seed=4)
+    pairs = zip(parts, prob.layer_io(there, rows=rows))
+    close(torch.cat([io.paired(other) for io, other in pairs]), (g * prob.example_grads(there)).sum(1))
     close(torch.cat([io.losses for io in parts]).mean(), prob.loss(theta))
     close(sum(io.moments()[0] for io in parts) / prob.n, prob.grad_and_loss(theta)[0])
 
