@@ -13,6 +13,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
+from .kfac_outside import KFAC
 from .layout import Layout, role_of
 from .registry import unknown
 from .roles import Rule

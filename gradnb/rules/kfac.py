@@ -6,6 +6,7 @@
 __all__ = ['positions', 'outer', 'KFACState', 'KFAC', 'estimate_factors', 'estimate_moments']
 
 # %% ../../nbs/31_rules/10_kfac.ipynb #imports
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
@@ -81,13 +82,24 @@ class KFAC(Rule):
 
     def init(self, blocks, roles): return KFACState({k: torch.zeros_like(b) for k, b in blocks.items()}, {}, {}, {})
 
+    def due(self, state: KFACState, k: int) -> bool:
+        "Is there anything to refresh at step k?"
+        return state.refreshed != k and (k % self.every == 0 or k % self.invert == 0 or not state.inverse)
+
     def refresh(self, state, problem, theta, k, stream):
-        due, anew = k % self.every == 0, k % self.invert == 0 or not state.inverse
-        if state.refreshed == k or not (due or anew): return state
         batch = None
         if self.size is not None and self.size < problem.n:
             batch = Batch(torch.randperm(problem.n, generator=(stream / "batch").generator())[:self.size])
-        io = lambda: problem.layer_io(theta, batch, labels=stream / "labels" if self.fisher == "true" else None)
+        return self.refreshed(state, k, lambda: problem.layer_io(theta, batch, labels=stream / "labels" if self.fisher == "true" else None))
+
+    def refreshed(self,
+        state: KFACState,
+        k: int,                                  # the step
+        io: Callable[[], Iterable[LayerIO]],     # a forward and backward pass over the examples, in parts; the same every time
+    ) -> KFACState:
+        "The state with what is due at step k."
+        if not self.due(state, k): return state
+        due, anew = k % self.every == 0, k % self.invert == 0 or not state.inverse
         factors, inverse, moments = state.factors, state.inverse, state.moments
         if due or not factors: factors = self.averaged(factors, estimate_factors(io()))
         if not all(m.isfinite().all() for pair in factors.values() for m in pair): return state._replace(refreshed=k)   # diverged

@@ -1,0 +1,132 @@
+"K-FAC as a torch optimizer: the rule's own steps, hooks that can be silenced and removed, states that travel."
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from gradnb import Descent, Problem, load_dataset, optim, trajectory
+from gradnb.network import drawing
+from gradnb.rules.kfac import KFAC
+from gradnb.streams import Stream
+
+DIGITS = load_dataset("digits-60")
+
+
+def network(dtype=torch.float64):
+    with drawing(Stream(0), torch.device("cpu")):
+        return nn.Sequential(nn.Conv2d(1, 3, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(27, 10)).to(dtype)
+
+
+def backward(net, opt, observe=True):
+    opt.zero_grad()
+    x = DIGITS.x.to(next(net.parameters()).dtype)
+    loss = nn.functional.cross_entropy(net(x), DIGITS.y)
+    loss.backward()
+    if observe: opt.observe(x, DIGITS.y)
+    return loss
+
+
+@pytest.mark.parametrize("hyper", [{}, dict(ekfac=True, pi=False), dict(clip=None, decay=0., beta=0.)], ids=str)
+def test_the_same_steps_as_inside(hyper):
+    hyper = dict(every=2, invert=4, fisher="empirical") | hyper
+    net = network()
+    opt = optim.KFAC(net, .05, **hyper)
+    for state, _ in zip(trajectory(Problem(network(), "ce", DIGITS), Descent(KFAC(.05, **hyper))), range(7)):
+        torch.testing.assert_close(state.theta, torch.cat([p.detach().flatten() for p in net.parameters()]), rtol=1e-9, atol=1e-12)
+        backward(net, opt)
+        opt.step()
+
+
+def test_targets_from_the_model_lower_the_loss():
+    net = network()
+    opt = optim.KFAC(net, .05, damping=.03, every=3, invert=3)
+    losses = []
+    for _ in range(15):
+        losses.append(float(backward(net, opt, observe=False).detach()))
+        opt.step()
+    assert losses[-1] < .7 * losses[0]
+
+
+def test_hooks_are_silent_where_they_should_be():
+    net = network()
+    opt = optim.KFAC(net, .05)
+    with torch.no_grad(): net(DIGITS.x.double())
+    net.eval()(DIGITS.x.double())
+    net.train()
+    with opt.silent(): net(DIGITS.x.double())
+    assert opt._seen is None
+    copy.deepcopy(net)(DIGITS.x.double())
+    assert opt._seen is None
+    net(DIGITS.x.double())
+    assert opt._seen is not None
+    backward(net, opt)
+    opt.step()
+    net(DIGITS.x.double())
+    assert opt._seen is None                                # nothing is due at the second step
+    opt.remove_hooks()
+    assert not net._forward_pre_hooks
+
+
+def test_the_network_is_not_disturbed_by_looking():
+    "BatchNorm's running statistics move once a step, by the training pass, and torch's generator stays."
+    with drawing(Stream(0), torch.device("cpu")):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5, affine=False), nn.Linear(5, 10)).double()
+    twin, rng = copy.deepcopy(net), torch.get_rng_state()
+    opt = optim.KFAC(net, .05, every=1, invert=1)
+    for n in (net, twin): nn.functional.cross_entropy(n(DIGITS.x.double()), DIGITS.y).backward()
+    opt.step()
+    assert torch.equal(net[2].running_mean, twin[2].running_mean) and torch.equal(rng, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("travel", ["pickle", "deepcopy", "state dict"])
+def test_it_travels(travel):
+    net = network()
+    opt = optim.KFAC(net, .05, every=2, fisher="empirical", ekfac=True)
+    for _ in range(3):
+        backward(net, opt)
+        opt.step()
+    if travel == "pickle": twin_net, twin = pickle.loads(pickle.dumps((net, opt)))
+    elif travel == "deepcopy": twin_net, twin = copy.deepcopy((net, opt))
+    else:
+        twin_net, file = copy.deepcopy(net), io.BytesIO()
+        torch.save(opt.state_dict(), file)
+        file.seek(0)
+        twin = optim.KFAC(twin_net, 1.)
+        twin.load_state_dict(torch.load(file, weights_only=True))
+    for _ in range(4):
+        for n, o in ((net, opt), (twin_net, twin)):
+            backward(n, o)
+            o.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin_net.parameters()))
+    twin_net(DIGITS.x.double())
+    assert twin.module is twin_net
+
+
+def test_schedulers_closures_maximize_and_tensor_rates():
+    net, climber = network(), network()
+    opt = optim.KFAC(net, torch.tensor(.05), fisher="empirical")
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=.1)
+    before = float(opt.step(lambda: backward(net, opt)).detach())
+    scheduler.step()
+    assert opt.param_groups[0]["lr"] == pytest.approx(.005) and before > 0
+    up = optim.KFAC(climber, .01, maximize=True, fisher="empirical")
+    losses = []
+    for _ in range(4):
+        losses.append(float(backward(climber, up).detach()))
+        up.step()
+    assert losses[-1] > losses[0]
+
+
+def test_what_is_refused_says_why():
+    net = network()
+    opt = optim.KFAC(net, .05, fisher="empirical")
+    backward(net, opt, observe=False)
+    with pytest.raises(RuntimeError, match="opt.observe"): opt.step()
+    with pytest.raises(ValueError, match="linear_hinge"):
+        hinge = optim.KFAC(net, .05, loss="linear_hinge")
+        backward(net, hinge, observe=False)
+        hinge.step()
+    with pytest.raises(ValueError, match="one group"): opt.add_param_group({"params": []})
