@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_FINITE', 'STABLE', 'EXTREME', 'MOHAMMADI', 'METHODS', 'LEAST_BLOCKS', 'MOST_ZEROS', 'Histograms', 'stable_method',
            'extreme_method', 'mcculloch_curve', 'mcculloch', 'logmoment', 'ecf', 'fit_stable', 'mle', 'mohammadi',
-           'mohammadi22', 'hill', 'hill_k', 'pickands', 'dedh', 'estimate_index', 'tail_index', 'geometric_scale',
-           'compare_tails']
+           'mohammadi22', 'hill', 'hill_k', 'pickands', 'dedh', 'estimate_index', 'default_m', 'tail_index',
+           'geometric_scale', 'compare_records', 'compare_tails', 'm_profile', 'k_plot']
 
 # %% ../../nbs/37_tail/02_estimators.ipynb #imports
 from functools import lru_cache
@@ -19,8 +19,7 @@ from scipy.optimize import brentq, minimize
 from scipy.special import stdtrit
 from torch import Tensor
 from ..estimate import Estimate
-from ..registry import Registry
-from .magnitudes import FINITE, Magnitudes, TailRefusal, bin_edges, log_sum
+from .magnitudes import FINITE, Magnitudes, TailRefusal, bin_edges
 from .stable import ALPHA_MIN, stable_cdf, stable_logpdf
 
 # %% ../../nbs/37_tail/02_estimators.ipynb #hist
@@ -35,13 +34,12 @@ class Histograms(NamedTuple):
     def leaving_out(cls, record: Magnitudes) -> "Histograms":
         "All folds, then all but one, on the bins that are occupied."
         counts, zeros = record.counts.sum(0), record.zeros.sum()
-        where, edges = counts.nonzero().flatten(), bin_edges().to(counts.device)
+        where, edges = counts.nonzero().flatten(), bin_edges()
         if len(where) and where[-1] >= FINITE: raise TailRefusal(NOT_FINITE)
         span = slice(int(where[0]), int(where[-1]) + 1) if len(where) else slice(0, 1)
         counts, each = counts[span], record.counts[:, span]
-        return cls(torch.cat([counts[None], counts - each]).double().cpu(),
-                   torch.cat([zeros[None], zeros - record.zeros]).double().cpu(),
-                   edges[span].cpu(), edges[1:][span].cpu())
+        return cls(torch.cat([counts[None], counts - each]).double(),
+                   torch.cat([zeros[None], zeros - record.zeros]).double(), edges[span], edges[1:][span])
 
     @property
     def n(self) -> Tensor: return self.counts.sum(1) + self.zeros         # (b,), zeros included
@@ -75,7 +73,7 @@ def extreme_method(f): EXTREME[f.__name__] = f; return f
 def mcculloch_curve() -> tuple[np.ndarray, np.ndarray, np.ndarray]:    # α, ratio q.95/q.75, q.75 at scale 1
     "McCulloch's table for symmetric laws, from the distribution function."
     alphas, x = np.linspace(ALPHA_MIN, 2, 151), np.geomspace(0.1, 1e3, 4000)
-    tails = [1 - stable_cdf(torch.tensor(x), a).numpy() for a in alphas]
+    tails = [stable_cdf(torch.tensor(-x), a).clamp(min=1e-300).numpy() for a in alphas]
     q95, q75 = (np.array([np.exp(np.interp(-log(p), -np.log(t), np.log(x))) for t in tails]) for p in (.05, .25))
     return alphas, q95 / q75, q75
 
@@ -160,7 +158,7 @@ def _student(level: float, record: Magnitudes) -> float:
 def mohammadi(record: Magnitudes) -> Tensor:       # (1 + folds,), 1/α
     "Mean log of the sums less mean log of the draws, over log m."
     total = record.logs.sum(0)
-    logs = torch.cat([total[None], total - record.logs]).cpu()
+    logs = torch.cat([total[None], total - record.logs])
     return (logs[:, 0] / logs[:, 1] - logs[:, 2] / logs[:, 3]) / log(record.m)
 
 def mohammadi22(record: Magnitudes, draws: Magnitudes, q: float = 0.5) -> Tensor:    # (1 + folds,), 1/α
@@ -258,6 +256,10 @@ def _check_record(record: Magnitudes, method: str):
         raise TailRefusal(f"{zeros / n:.1%} of the values are exactly zero, more than {MOST_ZEROS:.0%}: dead units or too small a batch. "
                           "Leave those coordinates out or take larger batches.")
 
+def default_m(method: str, blocks) -> int:
+    "Draws to a sum: 1; for Mohammadi the largest of 8, 4 and 2 for which blocks(m) reaches 20."
+    return next((m for m in (8, 4) if blocks(m) >= LEAST_BLOCKS), 2) if method in MOHAMMADI else 1
+
 def tail_index(
     x: Tensor,                 # n independent draws (n,), or of p coordinates each (n, p), centred at zero
     method: str = "mle",       # one of METHODS
@@ -267,15 +269,20 @@ def tail_index(
     **options,                 # of the method: k (hill, pickands, dedh), q (mohammadi22)
 ) -> Estimate:
     "Tail index of a symmetric sample; rows are independent, coordinates need not be. Raises TailRefusal where x cannot tell."
-    x = torch.as_tensor(x).detach()
-    if x.ndim not in (1, 2) or not x.is_floating_point():
-        raise ValueError(f"tail_index takes draws (n,) or (n, p) of floating-point numbers, got {x.dtype} of shape {tuple(x.shape)}.")
-    if m is None: m = next((b for b in (8, 4) if len(x) // b >= LEAST_BLOCKS), 2) if method in MOHAMMADI else 1
+    x = _as_draws(x)
+    if m is None: m = default_m(method, lambda m: len(x) // m)
     if m < 1: raise ValueError(f"m must be 1 or more, got {m}.")
     scale = geometric_scale(x) if standardise and x.ndim == 2 and x.shape[1] > 1 and method != "mohammadi" else None
     record = Magnitudes.of(x, m, scale, counts=method != "mohammadi", logs=method == "mohammadi")
     ones = Magnitudes.of(x[:len(x) // m * m], 1, scale, logs=False) if method == "mohammadi22" else None
     return estimate_index(record, method, level, ones, **options)
+
+def _as_draws(x) -> Tensor:
+    "The draws as a tensor. Raises ValueError unless they are (n,) or (n, p) of floating-point numbers."
+    x = torch.as_tensor(x).detach()
+    if x.ndim not in (1, 2) or not x.is_floating_point():
+        raise ValueError(f"a tail index takes draws (n,) or (n, p) of floating-point numbers, got {x.dtype} of shape {tuple(x.shape)}.")
+    return x
 
 def geometric_scale(
     x: Tensor,      # (n, p)
@@ -288,17 +295,45 @@ def geometric_scale(
     return (total / n.clamp(min=1)).exp().to(x.dtype)
 
 # %% ../../nbs/37_tail/02_estimators.ipynb #compare
+def _row(record: Magnitudes, method: str, level: float, draws: Magnitudes | None = None, **options) -> dict:
+    "An estimate as a row; a refusal is a note without numbers."
+    try: return {**estimate_index(record, method, level, draws, **options)._asdict(), "note": ""}
+    except TailRefusal as refusal: return {**dict.fromkeys(Estimate._fields, float("nan")), "note": str(refusal)}
+
+def compare_records(
+    records: dict[int, Magnitudes],   # by m, with 1 among them
+    level: float = 0.95,              # of the intervals
+) -> pd.DataFrame:                    # method, m, value, stderr, low, high, note
+    "Every estimator on the same magnitudes, Mohammadi's for each m > 1."
+    return pd.DataFrame([{"method": f, "m": m, **_row(records[m], f, level, records[1])}
+                         for f in METHODS for m in ([m for m in records if m > 1] if f in MOHAMMADI else [1])])
+
 def compare_tails(
     x: Tensor,                           # draws (n,) or (n, p)
     ms: tuple[int, ...] = (2, 8, 32),    # block lengths for Mohammadi's estimators
     level: float = 0.95,                 # of the intervals
-    **options,                           # standardise
-) -> pd.DataFrame:                       # method, m, value, stderr, low, high, note; a refusal is a note without numbers
-    "Every estimator on the same draws, a row each."
-    rows = []
-    for method in METHODS:
-        for m in ms if method in MOHAMMADI else (1,):
-            try: numbers, note = tail_index(x, method, m, level, **options)._asdict(), ""
-            except TailRefusal as refusal: numbers, note = dict.fromkeys(Estimate._fields, float("nan")), str(refusal)
-            rows.append({"method": method, "m": m, **numbers, "note": note})
-    return pd.DataFrame(rows)
+    standardise: bool = True,            # divide each of several coordinates by its geometric mean magnitude?
+) -> pd.DataFrame:                       # method, m, value, stderr, low, high, note
+    "Every estimator on the same draws, a row each; a refusal is a note without numbers."
+    x = _as_draws(x)
+    scale = geometric_scale(x) if standardise and x.ndim == 2 else None
+    return compare_records({m: Magnitudes.of(x, m, scale) for m in (1, *ms)}, level)
+
+def m_profile(
+    records: dict[int, Magnitudes],      # by m
+    method: str = "mohammadi",           # or another: the index of the sums
+    level: float = 0.95,
+) -> pd.DataFrame:                       # m, value, stderr, low, high, note
+    "The index against the block length."
+    return pd.DataFrame([{"m": m, **_row(r, method, level, records.get(1))} for m, r in records.items()
+                         if m > 1 or method not in MOHAMMADI])
+
+def k_plot(
+    record: Magnitudes,                  # sums of m draws in folds
+    ks: list[int | float] | None = None, # sizes of the tail, or shares below 1; None: 20 from 0.1 % to 20 %
+    method: str = "hill",                # or pickands, dedh
+    level: float = 0.95,
+) -> pd.DataFrame:                       # k, value, stderr, low, high, note
+    "The index against the number of extremes it is taken from."
+    ks = np.geomspace(1e-3, 0.2, 20).tolist() if ks is None else ks
+    return pd.DataFrame([{"k": k, **_row(record, method, level, k=k)} for k in ks])

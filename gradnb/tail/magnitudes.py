@@ -72,13 +72,14 @@ class Magnitudes(NamedTuple):
     width: int        # coordinates of a draw
     blocks: Tensor    # (folds,), sums in each
     zeros: Tensor     # (folds,), coordinates of them that are exactly zero
-    counts: Tensor    # (folds, BINS), histograms of their magnitudes, without the zeros
+    counts: Tensor    # (folds, BINS), int32, histograms of their magnitudes, without the zeros
     logs: Tensor      # (folds, 4): Σ log|sum|, how many, Σ log|draw|, how many
 
     @classmethod
-    def empty(cls, m: int, width: int, folds: int = FOLDS, device="cpu") -> "Magnitudes":
-        new = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=device)
-        return cls(m, width, new(folds), new(folds), new(folds, BINS), new(folds, 4, dtype=torch.float64))
+    def empty(cls, m: int, width: int, folds: int = FOLDS) -> "Magnitudes":
+        "The record of nothing yet."
+        new = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype)
+        return cls(m, width, new(folds), new(folds), new(folds, BINS, dtype=torch.int32), new(folds, 4, dtype=torch.float64))
 
     @classmethod
     def of(cls,
@@ -92,25 +93,28 @@ class Magnitudes(NamedTuple):
         "The record of a sample; a last block that is not full is left out."
         x = x.reshape(len(x), -1)
         n, p = len(x) // m, x.shape[1]
-        record = cls.empty(m, p, folds, x.device)
+        record = cls.empty(m, p, folds)
         for k in range(folds):
             for rows in x[m * (n * k // folds):m * (n * (k + 1) // folds)].split(m * max(1, CHUNK // (m * p))):
-                record.put(k, *(sums(rows, m, scale)), counts, logs)
+                block, rows = sums(rows, m, scale)
+                record.put(k, block, log_sum(rows) if logs else None, counts)
         return record
 
-    def put(self, k: int, block: Tensor, draws: tuple[float, int] | Tensor, counts: bool = True, logs: bool = True):
-        "Add sums (b, p) to fold k, and the draws they are sums of or these draws' log_sum."
+    def put(self,
+        k: int,                                    # fold
+        block: Tensor,                             # sums, (b, p)
+        draws: tuple[float, int] | None = None,    # log_sum of the draws they are sums of; None: leave the logarithms
+        counts: bool = True,                       # fill the histogram?
+    ):
+        "Add sums to a fold, in place."
         self.blocks[k] += len(block)
         if counts:
-            found = histogram(block)
+            found = histogram(block).cpu()
             zeros = int((block == 0).sum()) if found[0] else 0
             found[0] -= zeros
             self.zeros[k] += zeros
             self.counts[k] += found
-        if logs:
-            pair = log_sum(block)
-            self.logs[k] += torch.tensor([*pair, *(log_sum(draws) if isinstance(draws, Tensor) else draws)],
-                                         dtype=torch.float64, device=self.logs.device)
+        if draws is not None: self.logs[k] += torch.tensor([*log_sum(block), *draws], dtype=torch.float64)
 
     def __add__(self, other: "Magnitudes") -> "Magnitudes":
         "The record of both samples."
