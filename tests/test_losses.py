@@ -73,6 +73,29 @@ def test_example_gradients_through_a_network(name, randomness):
         for k in theta: torch.testing.assert_close(rows[k][i], alone[k])
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_texts_are_means_over_their_positions_with_a_target(name):
+    f, y = batch(6 * 5, 4)
+    f, y = f.reshape(6, 5, 4), y.reshape(6, 5)
+    y[torch.arange(4), torch.arange(4)] = -1
+    y[1] = -1; y[1, 2] = 3
+    want = torch.stack([LOSSES[name](a[t >= 0], t[t >= 0]).mean() for a, t in zip(f, y)])
+    torch.testing.assert_close(LOSSES[name](f, y), want)
+    rows = vmap(grad(lambda a, t: LOSSES[name](a[None], t[None]).sum()))(f, y)
+    f.requires_grad_()
+    torch.testing.assert_close(rows, torch.autograd.grad(LOSSES[name](f, y).sum(), f)[0])
+    assert not rows[y < 0].any()
+
+
+def test_accuracy_of_texts():
+    f, y = batch(6 * 5, 4)
+    f, y = f.reshape(6, 5, 4), y.reshape(6, 5)
+    y[0, :4] = -1
+    want = [(a.argmax(1) == t)[t >= 0].double().mean() for a, t in zip(f, y)]
+    torch.testing.assert_close(accuracy(f, y), torch.stack(want).mean())
+    with pytest.raises(ValueError, match="accuracies got outputs"): accuracy(f, y[:, 0])
+
+
 def test_float_targets_under_vmap():
     f, t = batch(5, 3)[0], batch(5, 3, seed=1)[0]
     rows = vmap(grad(lambda a, b: mse(a[None], b[None]).sum()))(f, t)

@@ -7,6 +7,7 @@ from scipy import stats
 from torch import nn
 from gradnb.data import Dataset, load_dataset
 from gradnb.models import MODELS, build_model
+from gradnb.problem import Problem
 
 FAMILY = {"fc-relu": nn.ReLU, "fc-tanh": nn.Tanh, "fc-elu": nn.ELU, "fc-hardtanh": nn.Hardtanh,
           "fc-softplus": nn.Softplus}
@@ -160,7 +161,7 @@ def test_counts_of_the_studies(name, shape, params): assert count(build_model(na
 def test_every_model_runs_in_float64_and_its_outputs_have_one_row_an_example(name):
     call, there = small(name)
     there = there.to(dtype=torch.float64)
-    net = build_model(call, there)
+    net = build_model(call, there).double()
     assert {p.dtype for p in net.parameters()} == {torch.float64} and net.training
     out = net(there.x)
     assert out.dtype == torch.float64 and out.isfinite().all() and out.shape[0] == 2 and out.shape[-1] == there.outputs
@@ -220,3 +221,37 @@ def test_dropout_is_silent_in_evaluation():
     assert [m.p for m in net if isinstance(m, nn.Dropout)] == [.5, .5]
     net.eval()
     assert torch.equal(net(x), net(x))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if reads_tokens(name)])
+def test_models_of_texts(name):
+    call, there = small(name)
+    net = build_model(call, there).double().eval()
+    with pytest.raises(TypeError, match=f"model {name!r} reads tokens, but dataset 'custom' holds numbers"): build_model(name, data())
+    later = there.x.clone()
+    later[:, 4:] = (later[:, 4:] + 1) % 5
+    with torch.no_grad():
+        for p in net.parameters(): p.add_(torch.linspace(-.1, .1, p.numel(), dtype=p.dtype).sin().reshape(p.shape))
+    blind = torch.allclose(net(there.x)[:, :4], net(later)[:, :4])
+    assert blind != (name == "transformer")        # the central flows' transformer looks ahead, as in its source
+    assert not torch.allclose(net(there.x)[:, 4:], net(later)[:, 4:])
+
+
+@pytest.mark.parametrize("name, data_name, chunk", [
+    ("gpt", "sorting-6:length=3", None), ("transformer", "sorting-6:length=3", 4), ("transformer-eos", "copying-6:length=3", None),
+    ("lstm", "sorting-6:length=3", 4), ("mamba", "copying-6:length=3", None), ("vit:patch=4,head=4,hidden=8", "digits-6", 4),
+    ("mlp", "digits-6", None), ("cnn", "digits-6", 4), ("resnet", "digits-6", None), ("cnn-avgpool-tanh", "digits-6", None)])
+def test_derivatives_of_a_problem(name, data_name, chunk):
+    there = load_dataset(data_name).to(dtype=torch.float64)
+    sizes = {k: v for k, v in dict(width=4, layers=1, heads=2, blocks=1).items() if k in signature(MODELS[name.partition(":")[0]]).parameters}
+    net = build_model(name, there, **sizes).double().eval()
+    p = Problem(net, "ce", there, chunk)
+    gen = torch.Generator().manual_seed(0)
+    theta = p.theta0 + .1 * torch.randn(p.p, generator=gen, dtype=torch.float64)
+    v = torch.randn(p.p, generator=gen, dtype=torch.float64)
+    v, eps = v / v.norm(), 1e-5
+    at = p.at(theta)
+    torch.testing.assert_close(at.hvp(v), (p.at(theta + eps * v).grad - p.at(theta - eps * v).grad) / (2 * eps), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(p.example_grads(theta).mean(0), at.grad)
+    third = (p.at(theta + eps * v).hvp(v) - p.at(theta - eps * v).hvp(v)) / (2 * eps)
+    torch.testing.assert_close(at.curvature_grad(v, v), third, atol=1e-5, rtol=1e-4)

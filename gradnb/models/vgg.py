@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from torch import nn
 from .build import MODELS, check_size, features
-from .resnet import norm_of
+from .norms import norm_of
 
 # %% ../../nbs/12_models/04_vgg.ipynb #body
 DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}   # layers → convolutions a stage
