@@ -37,7 +37,7 @@ def histogram(
 ) -> Tensor:       # (BINS,), int64; exact zeros are in bin 0
     "How many magnitudes fall into each bin."
     counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
-    for part in x.reshape(-1).split(CHUNK):
+    for part in x.reshape(-1).split(CHUNK) if x.numel() else ():
         bins = bin_of(part)
         low = int(bins.min())
         found = torch.bincount(bins - low)
