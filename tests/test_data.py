@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from sklearn.datasets import load_digits
+from torchvision import transforms
 from gradnb.data import SOURCES, Dataset, data_root, load_dataset
 from gradnb.data.pictures import torchvision_splits
-from gradnb.data.pixels import pixel_scale
+from gradnb.data.pixels import CONSTANTS, CropFlip, pixel_scale, scale_of, standardise
 from gradnb.data.sources import read_name
 
 REAL = os.environ.get("GRADNB_DATA")
@@ -421,3 +423,180 @@ def test_real_cifar_subset():
     a = np.load(Path(REAL, "cifar10-5k.npz"))["x_train"].astype(np.float64).transpose(0, 3, 1, 2) / 255
     np.testing.assert_allclose(data.x, ((a - a.mean(0)) / a.std(0))[:1000], atol=2e-5)
     assert data.classes == 10 and data.in_shape == (3, 32, 32) and data.y[:5].tolist() == [6, 9, 9, 4, 1]
+
+
+# --- tokens
+
+def texts(**change):
+    x = torch.tensor([[0, 3, 1], [2, 2, 0]])
+    return dict(x=x, y=x, x_test=x[:1], y_test=x[:1], classes=4, words=4) | change
+
+
+@pytest.mark.parametrize("change, error, says", [
+    (dict(words=None), TypeError, "or say words=… for tokens"), (dict(words=3), ValueError, "x has 1 tokens outside 0 … 2, the first in example 0"),
+    (dict(x=texts()["x"].int()), TypeError, "x is torch.int32: tokens are int64"), (dict(x=texts()["x"].float()), TypeError, "tokens are int64"),
+    (dict(y=torch.zeros(2, 2, dtype=torch.int64)), ValueError, r"one class index per example, or \(n, 3\), one per position, got shape \(2, 2\)"),
+    (dict(y=torch.full((2, 3), -1)), ValueError, "example 0 of y has no target"), (dict(y=texts()["x"] - 2), ValueError, "first is -2 in example 0"),
+    (dict(y=texts()["x"] + 1), ValueError, "outside 0 … 3, the first is 4 in example 0"),
+])
+def test_token_datasets_refuse(change, error, says):
+    with pytest.raises(error, match=says): Dataset(**texts(**change))
+
+
+def test_token_datasets_move():
+    data = Dataset(**texts(y=torch.tensor([1, 0]), y_test=torch.tensor([3])))
+    moved = data.to(dtype=torch.float64)
+    assert moved.x.dtype == torch.int64 and moved.words == 4 and moved.dtype == torch.float32 and data.in_shape == (3,)
+    assert "4 words, 4 classes" in repr(data)
+
+
+def test_subsets():
+    data = load_dataset("digits-50")
+    part = data.subset(torch.tensor([7, 3, 3]))
+    assert torch.equal(part.x, data.x[[7, 3, 3]]) and torch.equal(part.y, data.y[[7, 3, 3]]) and part.n_test == data.n_test
+
+
+@pytest.mark.parametrize("name, second", [("sorting", lambda a: np.sort(a, 1)), ("copying", lambda a: a)])
+def test_sequences_to_continue(name, second):
+    data = load_dataset(f"{name}:n=50,words=6,length=5")
+    prompt = np.random.default_rng(0).integers(0, 6, size=(100, 5))
+    both = np.concatenate([prompt, second(prompt)], 1)
+    for x, y, rows in ((data.x, data.y, both[:50]), (data.x_test, data.y_test, both[50:])):
+        assert np.array_equal(x, rows[:, :-1]) and np.array_equal(y[:, 4:], rows[:, 5:]) and (y[:, :4] == -1).all()
+    assert (data.words, data.classes) == (6, 6)
+
+
+@pytest.mark.parametrize("n, d", [(50, 50), (9, 4)])
+def test_linear_is_the_draw_of_the_source(n, d):
+    data = load_dataset(f"linear-{n}-{d}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x, a = torch.linalg.qr(torch.randn(n, d))[0] * n**.5, torch.randn(d, d)
+    assert torch.equal(data.x, x)
+    torch.testing.assert_close(data.y, x @ a.T)
+
+
+def test_toys_have_two_sides():
+    for name in ("moons", "circles"):
+        data = load_dataset(name)
+        assert (data.n, data.n_test, data.outputs, data.classes) == (200, 100, 1, None) and set(data.y[:, 0].tolist()) == {-1, 1}
+    data = load_dataset("classification:k=3")
+    assert (data.in_shape, data.classes, data.n_test) == ((20,), 3, 100)
+
+
+def test_windows_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat\nthe dog\n" * 30, encoding="utf-8")
+    chars, words = load_dataset("text:a.txt:length=16", tmp_path), load_dataset("text:a.txt:length=6,unit=word,stride=1", tmp_path)
+    letters = sorted(set("the cat\ndog"))
+    assert "".join(letters[i] for i in chars.x[0]) == "the cat\nthe dog\n" and (chars.n, chars.words) == (26, len(letters))
+    assert torch.equal(chars.y[:, :-1], chars.x[:, 1:]) and torch.equal(words.x[1:, :-1], words.x[:-1, 1:])
+    assert words.words == 4 and words.x[0].tolist() == [0, 1, 2, 0, 3, 2]        # the cat <eos> the dog <eos>
+
+
+@real("tinyshakespeare/input.txt")
+def test_real_shakespeare_is_nanogpts():
+    data = load_dataset("shakespeare-char-10:length=64,stride=63,test=3")
+    text = Path(REAL, "tinyshakespeare/input.txt").read_text()
+    letters = sorted(set(text))
+    assert data.words == 65 and "".join(letters[i] for i in data.x[0]) == text[:64]
+    assert "".join(letters[i] for i in data.x_test[0]) == text[1_003_854:1_003_854 + 64]
+    assert (data.n, data.n_test) == (10, 3)
+
+
+# --- options
+
+def test_options_choose_classes_and_test_examples(monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", make := stand_in(10, 400))
+    y = torch.tensor(make(None).targets)
+    data, whole = load_dataset("cifar10-20:classes=4,test=7"), load_dataset("cifar10")
+    where = torch.cat([(y == c).nonzero()[:5, 0] for c in range(4)]).sort().values
+    assert torch.equal(data.x, whole.x[where]) and data.y.bincount().tolist() == [5] * 4 and data.classes == 4
+    assert data.n_test == 7 and (data.y_test < 4).all() and torch.equal(data.x_test, whole.x_test[whole.y_test < 4][:7])
+
+
+@pytest.mark.parametrize("name", [name for name, (mean, _) in CONSTANTS.items() if len(mean) == 3])
+def test_customary_scales(name, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", make := stand_in(10))
+    data = load_dataset(f"cifar10:scale={name}")
+    want = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*CONSTANTS[name])])(make(None).data[3])
+    torch.testing.assert_close(data.x[3], want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("digits:clases=3", "Did you mean 'classes'"), ("digits:classes=11", "classes=11, but it has 10 classes"), ("digits:classes=0", "classes=0"),
+    ("digits:classes=two", "classes=two"), ("digits:scale=mnits", "Did you mean 'mnist'"), ("digits:scale=cifar100", "is for 3 channels"),
+    ("moons:flip=true", "is for pictures"), ("digits-3:classes=4", "asked for 3 training examples of 4 classes"), ("digits:crop=-1", "crop must be"),
+    ("digits:crop=two", "crop must be"), ("digits:test=0", "asked for the first 0 test examples"), ("digits:test=9k", "test must be"), ("sorting:words=none", "at least 1")])
+def test_options_refused(name, says):
+    with pytest.raises((ValueError, TypeError), match=says): load_dataset(name)
+
+
+# --- crop and flip
+
+@pytest.mark.parametrize("scale, pad, flip, dtype", list(itertools.product(("pixel", "channel", "cifar10-tail", None), (0, 1, 4), (False, True), (torch.float32, torch.float64))))
+def test_crop_and_flip_are_torchvisions_on_the_stored_bytes(scale, pad, flip, dtype):
+    a = torch.from_numpy(pixels(9, 3, 6, 5))
+    scale = scale and scale_of(a, scale)
+    stored = a if scale else a.float() / 7
+    vary, x = CropFlip(scale, pad, flip), standardise(stored, scale).to(dtype)
+    got = vary(x, torch.Generator().manual_seed(3))
+    assert torch.equal(got, vary(x, torch.Generator().manual_seed(3))) and got.dtype == dtype
+    g = torch.Generator().manual_seed(3)
+    (dy, dx), mirror = torch.randint(2 * pad + 1, (2, 9), generator=g), torch.rand(9, generator=g) < .5
+    for i, one in enumerate(stored):
+        one = transforms.functional.crop(transforms.functional.pad(one, [pad]), int(dy[i]), int(dx[i]), 6, 5)
+        if flip and mirror[i]: one = transforms.functional.hflip(one)
+        torch.testing.assert_close(got[i:i + 1], standardise(one[None], scale).to(dtype), rtol=0, atol=0)
+
+
+def test_varied_pictures_leave_the_global_generator_alone():
+    data = load_dataset("digits-9:crop=2,flip=true")
+    before = torch.get_rng_state()
+    assert not torch.equal(data.augment(data.x, torch.Generator().manual_seed(0)), data.x)
+    assert torch.equal(before, torch.get_rng_state()) and load_dataset("digits-9").augment is None
+    assert torch.equal(data.x, load_dataset("digits-9").x)
+
+
+# --- folders of pictures
+
+def write_pictures(top, classes=3, n=4, n_test=2, names=("train", "val")):
+    for split, count in zip(names, (n, n_test)):
+        for c in range(classes):
+            place = Path(top, split, f"class{c}"); place.mkdir(parents=True)
+            for i in range(count + c): Image.fromarray(pixels(37 + i, 50, 3, seed=10 * c + i)).save(place / f"{i}.png")
+
+
+@pytest.mark.parametrize("name", ["imagenet:size=28", "folder:imagenet:size=28"])
+def test_folders_of_pictures(name, tmp_path):
+    write_pictures(tmp_path / "imagenet")
+    data = load_dataset(name, tmp_path)
+    assert data.y.tolist() == [0, 1, 2] * 4 + [1, 2, 2] and data.n_test == 9 and data.classes == 3
+    pipeline = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(28), transforms.ToTensor(), transforms.Normalize(*CONSTANTS["imagenet"])])
+    for i, file in ((4, "train/class1/1.png"), (14, "train/class2/5.png")):
+        torch.testing.assert_close(data.x[i], pipeline(Image.open(tmp_path / "imagenet" / file)), atol=2e-6, rtol=1e-5)
+
+
+def test_only_the_pictures_that_are_kept_are_read(tmp_path):
+    write_pictures(tmp_path, names=("train", "test"))
+    for file in list(Path(tmp_path, "train").rglob("*.png")) + list(Path(tmp_path, "test").rglob("*.png")):
+        if file.name != "0.png": file.write_bytes(b"torn")
+    data = load_dataset(f"folder:{tmp_path}-3:size=8,test=3,crop=1")
+    assert data.in_shape == (3, 8, 8) and data.n == data.n_test == 3 and data.augment.pad == 1
+    with pytest.raises(OSError, match="1.png|cannot identify"): load_dataset(f"folder:{tmp_path}-4:size=8,test=3")
+
+
+def test_folders_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder with train/CLASS"): load_dataset("imagenet", tmp_path)
+    write_pictures(tmp_path / "a"); (tmp_path / "a/val/class1").rename(tmp_path / "a/val/other")
+    with pytest.raises(ValueError, match="classes"): load_dataset("folder:a:size=8", tmp_path)
+    with pytest.raises(ValueError, match="size must be"): load_dataset("folder:a:size=big", tmp_path)
+
+
+# --- tokens in files
+
+def test_npz_of_tokens(tmp_path):
+    x = np.arange(12).reshape(4, 3) % 5
+    data = load(tmp_path, x_train=x, y_train=(x + 1) % 5, x_test=x[:2], y_test=x[:2])
+    assert (data.words, data.classes, data.y.shape) == (5, 5, (4, 3)) and np.array_equal(data.x, x)
+    data = load(tmp_path, "-2", x_train=x, y_train=np.array([0, 1, 1, 0]), x_test=x, y_test=np.array([0, 0, 1, 1]))
+    assert (data.words, data.classes, data.y.tolist()) == (5, 2, [0, 1])

@@ -98,6 +98,9 @@ def load_dataset(
     classes = common["classes"]
     if classes is not None and not (raw.classes and isinstance(classes, int) and 1 <= classes <= raw.classes and raw.y.ndim == 1):
         raise ValueError(f"{name}: classes={classes}, but it has {raw.classes or 'no'} classes.")
+    for key in ("crop", "test"):
+        if common[key] is not None and (isinstance(common[key], bool) or not isinstance(common[key], int) or common[key] < 0):
+            raise ValueError(f"{name}: {key} must be a whole number of at least 0, got {common[key]!r}.")
     picture = raw.scale is not None
     for key in ("scale", "crop", "flip"):
         if common[key] and not picture: raise ValueError(f"{name}: {key}={common[key]} is for pictures of stored pixels.")

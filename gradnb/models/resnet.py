@@ -9,7 +9,6 @@ __all__ = ['Shortcut', 'Block', 'resnet32', 'ScaledBlock', 'resnet', 'PreBlock',
 from collections import OrderedDict
 from collections.abc import Callable
 import torch.nn.functional as F
-import torch
 from torch import Tensor, nn
 from .build import MODELS, check_size, features, make_activation
 from .norms import UnbiasedGroupNorm, norm_of
