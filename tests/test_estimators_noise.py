@@ -17,6 +17,7 @@ from gradnb.estimators.strata import Strata, Stratified, allocate, balanced, wit
 from gradnb.estimators.svrg import SVRG, optimal_alpha
 from gradnb.laws import check_estimator, check_stepper
 from gradnb.problem import Problem
+from gradnb.roles import Batch
 from gradnb.rules.momentum import Momentum
 from gradnb.steppers import Descent
 from gradnb.streams import Stream
@@ -39,18 +40,15 @@ def draw(*shape, seed=0):
 
 @cache
 def network(conv=False, n=60):
-    "A small classifier in float64 on blobs, after some training."
+    "A small classifier in float64 on blobs."
     shape = (2, 5, 5) if conv else (6,)
     y = torch.arange(n) % 4
     x = draw(n, *shape) + 1.5 * draw(4, *shape, seed=1)[y]
-    first = [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 4)] if conv else [nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        problem = Problem(nn.Sequential(*first).double(), "ce", Dataset(x, y, x, y, 4))
-        for m in first:
-            getattr(m, "reset_parameters", lambda: None)()
-        problem = Problem(nn.Sequential(*first).double(), "ce", Dataset(x, y, x, y, 4))
-    return problem
+        layers = [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 4)] if conv else [
+            nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)]
+    return Problem(nn.Sequential(*layers).double(), "ce", Dataset(x, y, x, y, 4))
 
 
 def ready(estimator, problem, theta=None):
@@ -87,7 +85,7 @@ def test_svrg_is_unbiased_over_all_batches_and_its_alpha_is_the_best():
     problem = network(n=8)
     svrg, theta = SVRG(2, every=10, alpha=0.6), problem.theta0 + 0.2 * draw(problem.p)
     state, truth = ready(svrg, problem), problem.grad_and_loss(theta)[0]
-    batches = [type(MiniBatch(2).sample((), problem, Stream()))(torch.tensor(pair)) for pair in combinations(range(8), 2)]
+    batches = [Batch(torch.tensor(pair)) for pair in combinations(range(8), 2)]
     cloud = lambda alpha: torch.stack([svrg.estimate(state._replace(alpha=alpha), problem, theta, b)[0] for b in batches])
     torch.testing.assert_close(cloud(0.6).mean(0), truth, rtol=0, atol=1e-14)
     variance = lambda alpha: (cloud(alpha) - truth).square().sum(1).mean().item()

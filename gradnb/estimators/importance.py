@@ -59,7 +59,8 @@ class ImportanceSampling(Estimator):
         if (s < 0).any(): raise ValueError(f"example {int(s.argmin())} has a loss of {s.min():.3g}; by='loss' needs losses ≥ 0.")
         if s.sum() == 0: return self.init(problem, theta)._replace(step=k)                     # nothing to tell apart
         if self.floor == 0 and (s == 0).any():
-            raise ValueError(f"example {int((s == 0).nonzero()[0])} has a {self.by} of 0 and would never be drawn again; use floor=0.1.")
+            raise ValueError(f"example {int((s == 0).nonzero()[0])} has a {self.by} of 0 and would never be drawn again; "
+                             "use floor=0.1.")
         return Weights(k, (1 - self.floor) * s / s.sum() + self.floor / problem.n)
 
     def sample(self, state: Weights, problem, stream: Stream) -> Batch:

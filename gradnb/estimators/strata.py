@@ -39,7 +39,8 @@ class Strata(NamedTuple):
     @property
     def labels(self) -> Tensor:      # (n,), 0 … K−1
         "The stratum of every example."
-        return torch.empty_like(self.order).index_copy_(0, self.order, torch.arange(len(self.sizes)).repeat_interleave(self.sizes))
+        number = torch.arange(len(self.sizes)).repeat_interleave(self.sizes)
+        return torch.empty_like(number).index_copy_(0, self.order, number)
 
     def draw(self, stream: Stream, replace: bool = False) -> Batch:
         "A batch and its weights; without replacement as long as a stratum has enough examples."
@@ -71,7 +72,7 @@ def allocate(
     if allocation == "proportional": return size * sizes.double() / sizes.sum()
     want, least = (sizes * spread.cpu().double().clamp_min(0)).sqrt(), equal.clamp_max(1.0)      # N_k σ_k; one each if B allows
     e, free = least.clone(), torch.ones(len(sizes), dtype=torch.bool)
-    while free.any() and want[free].sum() > 0:                                   # what is raised to the least leaves the rest less
+    while free.any() and want[free].sum() > 0:                          # what is raised to the least leaves the rest less
         e[free] = (size - least[~free].sum()) * want[free] / want[free].sum()
         if (e >= least).all(): return e
         free &= e > least

@@ -6,7 +6,7 @@
 __all__ = ['Anchor', 'SVRG', 'optimal_alpha']
 
 # %% ../../nbs/30_estimators/02_svrg.ipynb #imports
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ class SVRG(Estimator):
 
     def init(self, problem, theta: Tensor) -> Anchor:
         if problem.noisy or problem.coupled:
-            raise TypeError("SVRG needs a loss that is the mean of its examples' own losses, or its correction has another mean than "
-                            "zero; this network has noise (Dropout, augmentation) or batch statistics: use problem.frozen() or GroupNorm.")
+            raise TypeError("SVRG's correction has mean zero only where the loss is the mean of its examples' own losses, and this "
+                            "network has noise (Dropout, augmentation) or batch statistics; use problem.frozen() or GroupNorm.")
         return Anchor(-1, theta.clone(), torch.zeros_like(theta), self.first, -1)
 
     @property
