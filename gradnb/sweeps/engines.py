@@ -77,7 +77,7 @@ class Here:
             yield from zip(job, worker([s.to_json() for s in job]))
 
 # %% ../../nbs/61_sweeps/03_engines.ipynb #pool
-DIED = ("the process died twice, the second time with this job alone: killed, out of memory, "
+DIED = ("the process died twice with nothing else to do: killed, out of memory, "
         "or a script that does not call sweep below `if __name__ == '__main__'`.")
 
 @ENGINES.add("pool")
@@ -88,10 +88,14 @@ class Pool:
     threads: int = 1             # torch threads in each
 
     def __call__(self, jobs: list[Job], worker: Worker) -> Iterator[Result]:
-        waiting, alone = deque(jobs), deque()
+        waiting, alone, blamed = deque(jobs), deque(), []
         while waiting or alone:
             if not alone: alone.extend((yield from self._until_broken(waiting, worker, self.workers or len(os.sched_getaffinity(0)))))
-            elif dead := (yield from self._until_broken(alone, worker, 1)): yield from ((spec, DIED) for spec in dead[0])
+            elif dead := (yield from self._until_broken(alone, worker, 1)):
+                if any(dead[0] is job for job in blamed): yield from ((spec, DIED) for spec in dead[0])
+                else:
+                    blamed += dead
+                    alone.appendleft(dead[0])
 
     def _until_broken(self, waiting: deque, worker: Worker, size: int):
         "Yield results until nothing waits; returns the jobs at work when a process died."

@@ -69,7 +69,8 @@ class Member:
 
     def measure(self, state: State | None, k: int, loss: float):
         "What `train` does at a prepared state: loss, probes, goals, end. The state is there when `watched`."
-        spec, self.before = self.spec, {name: dict(m) for name, m in self.memory.items()}
+        spec = self.spec
+        if self.memory: self.before = {name: dict(m) for name, m in self.memory.items()}
         self.rows.append(("loss", k, as_row(loss)))
         if not math.isfinite(loss):
             self.outcome = Outcome("diverged", k, f"the loss is {loss} at step {k} of {self.stepper!r}; lower the learning rate")
@@ -177,14 +178,12 @@ def together(problem, groups: list[Group]):
         everyone = [m for g in groups for m in g.members]
         if not everyone: return
         grads, losses = gradients(problem, torch.cat([g.theta for g in groups]), batches(everyone, k))
-        values, parts, moved = iter(losses.tolist()), grads.split([len(g.members) for g in groups]), []
-        losses = iter(losses)
+        values, parts, moved = enumerate(losses.tolist()), grads.split([len(g.members) for g in groups]), []
         for g, grad in zip(groups, parts):
             for i, m in enumerate(g.members):
-                loss, value = next(losses), next(values)
-                state = None
+                (j, value), state = next(values), None
                 if m.watched(k) or not math.isfinite(value):
-                    state = State(k, g.theta[i].clone(), row(g.state, i, problem.layout), (), grad[i].clone(), loss.clone(), {}, {})
+                    state = State(k, g.theta[i].clone(), row(g.state, i, problem.layout), (), grad[i].clone(), losses[j].clone(), {}, {})
                 m.measure(state, k, value)
                 if m.outcome: yield m, state
             alive = [i for i, m in enumerate(g.members) if m.outcome is None]
