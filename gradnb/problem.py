@@ -46,8 +46,8 @@ class Point:
 
     @cached_property
     def _grad_and_loss(self):
-        pieces = [(g.detach(), l.detach()) for l, g in self._pieces()]
-        return sum(g for g, _ in pieces), sum(l for _, l in pieces)
+        pieces = [(g.detach(), l.detach()) for l, g in self._pieces()] or [(torch.zeros_like(self.theta), self.theta.new_zeros(()))]
+        return self.problem.reduce(sum(g for g, _ in pieces), sum(l for _, l in pieces))
 
     @property
     def grad(self) -> Tensor: return self._grad_and_loss[0]
@@ -66,7 +66,7 @@ class Point:
             if v.ndim == 1: total += torch.autograd.grad(g @ v, self.theta, retain_graph=True, materialize_grads=True)[0]
             else: total += torch.autograd.grad(g, self.theta, v.T, retain_graph=True, is_grads_batched=True,
                                                materialize_grads=True)[0].T
-        return total
+        return self.problem.reduce(total)[0]
 
     def curvature_grad(self,
         u: Tensor,           # direction (p,)
@@ -79,7 +79,7 @@ class Point:
                 if not g.requires_grad: continue
                 hv, = torch.autograd.grad(g @ v, self.theta, create_graph=True, materialize_grads=True)
                 if hv.requires_grad: total += torch.autograd.grad(hv @ u, self.theta, retain_graph=True, materialize_grads=True)[0]
-        return total
+        return self.problem.reduce(total)[0]
 
 # %% ../nbs/20_problem.ipynb #problem
 class Evaluation(NamedTuple):
@@ -89,6 +89,8 @@ class Evaluation(NamedTuple):
 
 class Problem:
     "L(θ) = mean ℓᵢ(θ) over a training set, and its derivatives, pure in θ (p,)."
+    share = 0, 1    # (k, m): the k-th of m equal parts of every batch is worked on here, and `reduce` adds the parts up
+
     def __init__(self,
         module: nn.Module,         # the network; its parameters give θ₀, device and dtype, and are copied
         loss: str | Callable,      # "ce", "mse", "linear_hinge", or per-example: (outputs, targets) → (b,)
@@ -149,14 +151,24 @@ class Problem:
 
     def one_chunk(self, batch=None) -> bool:
         "Is everything worked on at once?"
-        return self.chunk_size is None or self.chunk_size >= (self.n if batch is None else len(batch.idx))
+        return self.chunk_size is None or self.chunk_size >= len(self.part(self.n if batch is None else len(batch.idx)))
+
+    def part(self, n: int) -> range:
+        "Which of n examples are worked on here."
+        k, m = self.share
+        return range(n * k // m, n * (k + 1) // m)
+
+    def reduce(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        "Sums over the part that is worked on here, as sums over all parts."
+        return sums
 
     def chunks(self, batch=None):
         "(x, y, weights or None, batch size, noise or None) of every chunk of a batch."
         n = self.n if batch is None else len(batch.idx)
-        size = self.chunk_size or n
-        for i in range(0, n, size):
-            part = slice(i, i + size)
+        mine = self.part(n)
+        size = self.chunk_size or max(len(mine), 1)
+        for i in mine[::size]:
+            part = slice(i, min(i + size, mine.stop))
             where = part if batch is None else batch.idx[part].to(self.device)
             weight = None if batch is None or batch.weight is None else batch.weight[part].to(self.device, self.dtype)
             x, noise = self.dataset.x[where], batch.noise / i if batch and batch.noise and self.noisy else None
@@ -172,23 +184,26 @@ class Problem:
     def loss(self, theta: Tensor, batch=None) -> Tensor:   # ()
         "L(θ), on a batch or on all examples."
         self.check(theta)
-        return sum(self.piece(theta, *c) for c in self.chunks(batch))
+        return self.reduce(sum((self.piece(theta, *c) for c in self.chunks(batch)), theta.new_zeros(())))[0]
 
     def grad_and_loss(self, theta: Tensor, batch=None) -> tuple[Tensor, Tensor]:   # (p,), ()
         "∇L(θ) and L(θ), on a batch or on all examples."
         theta = self.check(theta).detach().requires_grad_()
-        total, value = None, 0.
+        total, value = None, theta.new_zeros(())
         with torch.enable_grad():
             for chunk in self.chunks(batch):
                 loss = self.piece(theta, *chunk)
                 g, = torch.autograd.grad(loss, theta, materialize_grads=True)
                 total, value = (g if total is None else total.add_(g)), value + loss.detach()
-        return total, value
+        return self.reduce(torch.zeros_like(theta) if total is None else total, value)
 
     def settle(self, theta: Tensor, buffers: dict[str, Tensor], batch=None) -> dict[str, Tensor]:
         "The running statistics after a batch, given those before it: one forward pass, where there are any."
         if buffers:
             for x, _, _, _, noise in self.chunks(batch): buffers = self.network.settle(self.layout.named(theta), x, buffers, noise)
+            if self.share[1] > 1:
+                means = {k: v / self.share[1] for k, v in buffers.items() if v.is_floating_point()}
+                buffers = buffers | dict(zip(means, self.reduce(*means.values())))
         return buffers
 
     def frozen(self, buffers: dict[str, Tensor] | None = None) -> "Problem":
@@ -271,12 +286,15 @@ class Problem:
         if split not in ("train", "test"): raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
         d, size = self.dataset, self.chunk_size or self.n
         x, y = (d.x, d.y) if split == "train" else (d.x_test, d.y_test)
+        n, mine = len(x), self.part(len(x))
+        x, y = x[mine.start:mine.stop], y[mine.start:mine.stop]
         loss, right = 0., 0.
         for a, b in zip(x.split(size), y.split(size)):
             out = self.outputs(theta, a)
             loss += self.per_example(out, b).sum().item()
             right += float("nan") if d.classes is None else accuracy(out, b).item() * len(a)
-        return Evaluation(loss / len(x), right / len(x))
+        loss, right = self.reduce(torch.tensor([loss, right], dtype=torch.float64, device=self.device))[0].tolist()
+        return Evaluation(loss / n, right / n)
 
 # %% ../nbs/20_problem.ipynb #quadratic
 class Bowl(nn.Module):
