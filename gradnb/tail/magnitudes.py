@@ -37,11 +37,7 @@ def histogram(
 ) -> Tensor:       # (BINS,), int64; exact zeros are in bin 0
     "How many magnitudes fall into each bin."
     counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
-    for part in x.reshape(-1).split(CHUNK) if x.numel() else ():
-        bins = bin_of(part)
-        low = int(bins.min())
-        found = torch.bincount(bins - low)
-        counts[low:low + len(found)] += found
+    for part in x.reshape(-1).split(CHUNK): counts += torch.bincount(bin_of(part), minlength=BINS)
     return counts
 
 CHUNK = 1 << 16       # values worked on at a time: they stay in the cache
@@ -52,13 +48,21 @@ def log_sum(
 ) -> tuple[float, int]:         # Σ log|x| and the number of terms, over all x ≠ 0
     "Sum of the logarithms of all magnitudes that have one."
     total, n = 0.0, 0
-    for part in x.reshape(-1).split(CHUNK):
-        s, k = part.abs().log_().sum(dtype=torch.float64).item(), len(part)
+    for part in x.reshape(-1).split(CHUNK) if x.numel() else ():
+        s, k = _log_sum(part.abs()), len(part)
         if s == -float("inf"):
             part = part[part != 0]
-            s, k = part.abs().log_().sum(dtype=torch.float64).item(), len(part)
+            s, k = _log_sum(part.abs()) if len(part) else 0.0, len(part)
         total, n = total + s, n + k
     return total, n
+
+def _log_sum(a: Tensor) -> float:         # a (n,) ≥ 0
+    "Sum of logarithms, of products of two, four, … as long as these are sure to be normal numbers."
+    low, high = (v.item() for v in a.aminmax())
+    room = torch.finfo(a.dtype)
+    while len(a) % 2 == 0 and low * low > room.tiny and high * high < room.max:
+        a, low, high = a[:len(a) // 2] * a[len(a) // 2:], low * low, high * high
+    return a.log_().sum(dtype=torch.float64).item()
 
 # %% ../../nbs/37_tail/01_magnitudes.ipynb #folds
 FOLDS = 20
@@ -95,7 +99,7 @@ class Magnitudes(NamedTuple):
         n, p = len(x) // m, x.shape[1]
         record = cls.empty(m, p, folds)
         for k in range(folds):
-            for rows in x[m * (n * k // folds):m * (n * (k + 1) // folds)].split(m * max(1, CHUNK // (m * p))):
+            for rows in x[m * (n * k // folds):m * (n * (k + 1) // folds)].split(m * max(1, 4 * CHUNK // (m * p))):
                 block, rows = sums(rows, m, scale)
                 record.put(k, block, log_sum(rows) if logs else None, counts)
         return record

@@ -36,14 +36,14 @@ class TailSketch:
     "Magnitudes of gradient noise, one gradient at a time, for each group of parameters and block length."
     def __init__(self,
         groups: dict[str, slice | Tensor],            # parts of the flat vector
-        ms: tuple[int, ...] = (1, 2, 4, 8, 16),       # block lengths, from 1
+        ms: tuple[int, ...] = (1, 2, 4, 8, 16),       # from 1, each a multiple of the one before
         paired: bool = True,                          # subtract each second gradient from the one before?
         scale: Tensor | None = None,                  # (p,), e.g. geometric_scale of a pilot sample; differences are divided by it
         folds: int = FOLDS,                           # for the standard errors
     ):
         if not groups: raise ValueError("a sketch needs at least one group of parameters, such as {'network': slice(None)}.")
-        if tuple(sorted(set(ms))) != tuple(ms) or ms[0] != 1:
-            raise ValueError(f"block lengths must increase from 1, got {tuple(ms)}.")
+        if ms[0] != 1 or any(b <= a or b % a for a, b in zip(ms, ms[1:])):
+            raise ValueError(f"block lengths must start at 1 and each be a multiple of the one before, got {tuple(ms)}.")
         self.groups, self.ms, self.paired, self.scale, self.folds = dict(groups), tuple(ms), paired, scale, folds
         self.rows, self.held, self.partial, self.partial_logs, self.records = 0, None, None, None, {}
 
@@ -52,23 +52,17 @@ class TailSketch:
     ):
         "Take one gradient. Raises TailRefusal on infinities and NaN."
         if g.ndim != 1: raise ValueError(f"a sketch takes one flat gradient (p,) at a time, got shape {tuple(g.shape)}.")
-        if not g.isfinite().all(): raise TailRefusal(NOT_FINITE)
         g = g.detach()
         if self.paired and self.held is None:
             self.held = g.clone()
             return
         if self.paired: g, self.held = self.held - g, None
         if self.scale is not None: g = g / self.scale
+        logs = torch.tensor([log_sum(g[where]) for where in self.groups.values()], dtype=torch.float64)
+        if not logs.isfinite().all(): raise TailRefusal(NOT_FINITE)
         if self.partial is None: self._start(g)
         self.rows += 1
-        logs = [log_sum(g[where]) for where in self.groups.values()]
-        self._put(1, g, None)
-        self.partial += g
-        self.partial_logs += torch.tensor(logs, dtype=torch.float64)
-        for i, m in enumerate(self.ms[1:]):
-            if self.rows % m: continue
-            self._put(m, self.partial[i], self.partial_logs[i].tolist())
-            self.partial[i], self.partial_logs[i] = 0, 0
+        self._put(0, g, logs)
 
     def _start(self, g: Tensor):
         "Make room, now that p, dtype and device are known."
@@ -77,11 +71,17 @@ class TailSketch:
         self.records = {(name, m): Magnitudes.empty(m, g[where].numel(), self.folds)
                         for name, where in self.groups.items() for m in self.ms}
 
-    def _put(self, m: int, block: Tensor, logs: list | None):
-        "A finished sum goes to the next fold."
+    def _put(self, level: int, block: Tensor, logs: Tensor):
+        "A finished sum, and the logarithms of the draws in it, go to the next fold and into the sum above."
+        m = self.ms[level]
         k = (self.rows // m - 1) % self.folds
-        for j, (name, where) in enumerate(self.groups.items()):
-            self.records[name, m].put(k, block[where][None], logs and logs[j])
+        for (name, where), pair in zip(self.groups.items(), logs.tolist()):
+            self.records[name, m].put(k, block[where][None], pair if level else None)
+        if level + 1 == len(self.ms): return
+        above, above_logs = self.partial[level].add_(block), self.partial_logs[level].add_(logs)
+        if self.rows % self.ms[level + 1] == 0:
+            self._put(level + 1, above, above_logs)
+            above.zero_(), above_logs.zero_()
 
     def merge(self,
         other: "TailSketch",      # of the same groups, block lengths and scale
