@@ -63,6 +63,7 @@ EQUAL = {
     "cybertronai": (LAMB.cybertronai(.02, ratio_eps=1e-6), in_u()),
     "cybertronai, decay": (LAMB.cybertronai(.02, weight_decay=.01, ratio_eps=1e-6), in_u(weight_decay=.01)),
     "cybertronai, one tensor at a time": (LAMB.cybertronai(.02, weight_decay=.01, ratio_eps=1e-6), in_u(weight_decay=.01, foreach=False)),
+    "cybertronai, its Adam": (LAMB.cybertronai(.02, adapt="none"), in_u(adam=True)),
     "no averaging": (LAMB.cybertronai(.02, ratio_eps=1e-6, grad_averaging=False), in_u(grad_averaging=False)),
     "pytorch_optimizer": (LAMB.pytorch_optimizer(.02), lamb_po()),
     "pytorch_optimizer, decay": (LAMB.pytorch_optimizer(.02, weight_decay=.01), lamb_po(weight_decay=.01)),
@@ -111,6 +112,7 @@ DIFFERENT = {
     "the eps of the ratio": (LAMB.cybertronai(.02), in_u(), 1e-12),
     "without correction it is not Adam": (LAMB(.02, adapt="decayed", bias_correction="none"),
                                           lambda p: torch.optim.Adam(p, lr=.02, eps=1e-6), .1),
+    "its Adam has no bias correction": (LAMB.cybertronai(.02, adapt="none"), lambda p: torch.optim.Adam(p, lr=.02, eps=1e-6), .1),
     "LARS adapts vectors or not": (LARS(.5, rate="outside"), lars_po(), 1e-3),
 }
 

@@ -35,7 +35,7 @@ class LAMB(InPlace):
     weight_decay: float = 0.             # λ
     decay: str = "inside"                # λw stands "inside" u, "outside" of it as in AdamW, or in the gradient: "l2"
     bias_correction: str = "both"        # of "both" moments, "none", or of the "first", in the learning rate after r
-    adapt: str = "all"                   # whose r is not 1: "all", "decayed" (all if λ ≠ 0), "matrices" (vectors do not decay either)
+    adapt: str = "all"                   # whose r is not 1: "all", "decayed" (all if λ ≠ 0), "matrices" (vectors do not decay either), "none"
     norm_low: float = 0.                 # φ's lower end
     norm_high: float | None = None       # φ's upper end; None: no end
     ratio_eps: float = 0.                # added to ‖u‖ where it divides
@@ -53,7 +53,7 @@ class LAMB(InPlace):
             if getattr(self, name) is not None: check_range(self, name, 1e-30)
         check_choice(self, "decay", "inside", "outside", "l2")
         check_choice(self, "bias_correction", "both", "first", "none")
-        check_choice(self, "adapt", "all", "decayed", "matrices")
+        check_choice(self, "adapt", "all", "decayed", "matrices", "none")
 
     @classmethod
     def paper(cls, lr=1e-3, **more): return cls(**dict(lr=lr, weight_decay=.01) | more)
@@ -86,7 +86,7 @@ class LAMB(InPlace):
         k, wd = state.step + 1, self.weight_decay
         w, g, m, v = columns(blocks, blocks, grads, state.exp_avg, state.exp_avg_sq)
         decays = [self.adapt != "matrices" or b.ndim > 1 for b in w]
-        adapts = [d and (self.adapt != "decayed" or wd != 0) for d in decays]
+        adapts = [d and self.adapt != "none" and (self.adapt != "decayed" or wd != 0) for d in decays]
         some = lambda bs: [b for b, d in zip(bs, decays) if d]
         if total: g = torch._foreach_div(g, (total[0].sqrt() / self.max_grad_norm).clamp(min=1))
         if wd and self.decay == "l2":
