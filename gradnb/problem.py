@@ -72,7 +72,10 @@ class Point:
         u: Tensor,           # direction (p,)
         v: Tensor,           # direction (p,)
     ) -> Tensor:             # (p,)
-        "∇_θ [uᵀ H(θ) v], the third derivative contracted with two directions."
+        "∇_θ [uᵀ H(θ) v], the third derivative contracted with two directions. Raises TypeError where torch's is wrong."
+        if any(isinstance(m, torch.nn.LayerNorm) for m in self.problem.module.modules()):
+            raise TypeError("third derivatives through torch.nn.LayerNorm are wrong in torch (its issue 175754); use "
+                            "gradnb.models.norms.LayerNorm, which computes the same from plain operations.")
         total = torch.zeros_like(u)
         with torch.enable_grad():
             for _, g in self._pieces():
@@ -105,7 +108,6 @@ class Problem:
         self.dtype, self.device = kinds.pop()
         self.theta0 = self.layout.join(params[k].detach() for k in self.layout.names)
         self.per_example, self.dataset = resolve_loss(loss), dataset.to(self.device, self.dtype)
-        self.augment = getattr(dataset, "augment", None)
         self.network = self._try_out(module)
 
     @property
@@ -115,7 +117,7 @@ class Problem:
     def buffers(self) -> dict[str, Tensor]: return self.network.buffers    # running statistics before the first step
 
     @property
-    def noisy(self) -> bool: return self.network.noisy or (self.augment is not None and not self.network.is_frozen)
+    def noisy(self) -> bool: return self.network.noisy or (self.dataset.augment is not None and not self.network.is_frozen)
 
     @property
     def n(self) -> int: return self.dataset.n
@@ -165,15 +167,15 @@ class Problem:
     def chunks(self, batch=None):
         "(x, y, weights or None, batch size, noise or None) of every chunk of a batch."
         n = self.n if batch is None else len(batch.idx)
-        mine = self.part(n)
-        size = self.chunk_size or max(len(mine), 1)
+        mine, noise = self.part(n), batch.noise if batch and self.noisy else None
+        size, xs = self.chunk_size or max(len(mine), 1), None
+        if noise and self.dataset.augment:                       # the whole batch at once: chunks change nothing
+            xs = self.dataset.augment(self.dataset.x[batch.idx.to(self.device)], (noise / "data").generator())
         for i in mine[::size]:
             part = slice(i, min(i + size, mine.stop))
             where = part if batch is None else batch.idx[part].to(self.device)
             weight = None if batch is None or batch.weight is None else batch.weight[part].to(self.device, self.dtype)
-            x, noise = self.dataset.x[where], batch.noise / i if batch and batch.noise and self.noisy else None
-            if noise and self.augment: x = self.augment(x, (noise / "data").generator())
-            yield x, self.dataset.y[where], weight, n, noise
+            yield self.dataset.x[where] if xs is None else xs[part], self.dataset.y[where], weight, n, noise and noise / i
 
     def piece(self, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, n: int, noise: Stream | None = None) -> Tensor:
         "A chunk's share of the batch loss, differentiable in theta."

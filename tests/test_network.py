@@ -119,3 +119,18 @@ def test_a_single_example_of_a_coupled_network_is_refused_and_frozen_it_is_not()
     problem = Problem(network(), "ce", DIGITS)
     with pytest.raises(TypeError, match="problem.frozen"): problem.example_grads(problem.theta0)
     assert problem.frozen().example_grads(problem.theta0, Batch(torch.arange(3))).shape == (3, problem.p)
+
+
+def test_augmentation_is_the_batchs_own_whatever_the_chunks():
+    from dataclasses import replace
+    data = replace(DIGITS, augment=lambda x, gen: x + torch.randn(x.shape, generator=gen, dtype=torch.float64).to(x))
+    whole, parts = (Problem(network(0., False), "ce", data, chunk_size=c) for c in (None, 7))
+    batch = Batch(torch.arange(30), noise=Stream(3))
+    torch.testing.assert_close(whole.loss(whole.theta0, batch), parts.loss(parts.theta0, batch))
+    assert whole.loss(whole.theta0, batch) != whole.loss(whole.theta0, batch._replace(noise=None))
+    assert torch.equal(whole.frozen().loss(whole.theta0, batch), whole.loss(whole.theta0, batch._replace(noise=None)))
+
+
+def test_third_derivatives_that_torch_gets_wrong_are_refused():
+    problem = Problem(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.LayerNorm(4), nn.Linear(4, 10)), "ce", DIGITS)
+    with pytest.raises(TypeError, match="gradnb.models.norms"): problem.curvature_grad(problem.theta0, problem.theta0, problem.theta0)
