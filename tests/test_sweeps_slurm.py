@@ -58,7 +58,7 @@ def test_a_killed_a_cancelled_and_a_preempted_job(tmp_path, slurm):
     wait_until(lambda: runs[2].status == "interrupted", thread)
     begin = ["scontrol", "update", f"JobId={array}_2", "StartTime=now"]         # Slurm would wait two minutes
     wait_until(lambda: subprocess.run(begin, capture_output=True) and runs[2].status in ("running", "finished"), thread)
-    thread.join(60)
+    thread.join(240)
     assert not thread.is_alive(), subprocess.run(["scontrol", "show", "job"], capture_output=True, text=True).stdout
 
     frame, = frames
@@ -68,7 +68,7 @@ def test_a_killed_a_cancelled_and_a_preempted_job(tmp_path, slurm):
     assert reached < len(whole.traces["loss"]) and runs[2].frame().equals(whole.frame()) and torch.equal(runs[2].theta, whole.theta)
 
 
-def wait_until(true, thread, seconds=60):
+def wait_until(true, thread, seconds=240):
     deadline = time.monotonic() + seconds
     while not true():
         assert thread.is_alive(), "the sweep has ended"
