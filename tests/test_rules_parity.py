@@ -52,7 +52,7 @@ def theirs(build, dtype, steps=30, penalty=0.):
     return torch.cat([p.detach().flatten() for p in params.values()])
 
 
-def lamb_po(**more): return lambda p: po.Lamb(p, lr=.02, **more)
+def lamb_po(**more): return lambda p, lr=.02: po.Lamb(p, lr=lr, **more)
 def lamb_timm(**more): return lambda p: timm_optimizer("Lamb")(p, lr=.02, **more)
 def lars_po(**more): return lambda p: po.LARS(p, lr=.5, **more)
 def lars_timm(**more): return lambda p: timm_optimizer("Lars")(p, lr=.5, **more)
@@ -63,7 +63,7 @@ EQUAL = {
     "cybertronai": (LAMB.cybertronai(.02, ratio_eps=1e-6), in_u()),
     "cybertronai, decay": (LAMB.cybertronai(.02, weight_decay=.01, ratio_eps=1e-6), in_u(weight_decay=.01)),
     "cybertronai, one tensor at a time": (LAMB.cybertronai(.02, weight_decay=.01, ratio_eps=1e-6), in_u(weight_decay=.01, foreach=False)),
-    "cybertronai, its Adam": (LAMB.cybertronai(.02, adapt="none"), in_u(adam=True)),
+    "cybertronai, its Adam": (LAMB.cybertronai(.005, adapt="none"), lambda p: in_u(adam=True)(p, lr=.005)),
     "no averaging": (LAMB.cybertronai(.02, ratio_eps=1e-6, grad_averaging=False), in_u(grad_averaging=False)),
     "pytorch_optimizer": (LAMB.pytorch_optimizer(.02), lamb_po()),
     "pytorch_optimizer, decay": (LAMB.pytorch_optimizer(.02, weight_decay=.01), lamb_po(weight_decay=.01)),
