@@ -18,7 +18,6 @@ import torch
 from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import stdtr
-from scipy.stats import t as student_t
 from torch import Tensor
 from ..streams import Stream
 from .estimators import MOST_ZEROS
@@ -58,7 +57,7 @@ LAWS = {law.name: law for law in (
     Law("gaussian", {}, _log_phi, lambda u: torch.erf(u / sqrt(2)), _normal),
     Law("laplace", {}, lambda u: -u.abs() - log(2), lambda u: -torch.expm1(-u),
         lambda size, g: _uniform(size, g).log() - _uniform(size, g).log()),
-    Law("student", {"nu": (0.3, 300.)}, _student, lambda u, nu: 2 * torch.from_numpy(stdtr(nu, u.numpy())) - 1, _student_sample),
+    Law("student", {"nu": (0.3, 300.)}, _student, lambda u, nu: 2 * torch.as_tensor(stdtr(nu, u.numpy())) - 1, _student_sample),
     Law("stable", {"alpha": (ALPHA_MIN, 2.)}, _stable, lambda u, alpha: 1 - 2 * stable_cdf(-u, alpha),
         lambda size, g, alpha: stable_sample(alpha, size, g, dtype=torch.float64)),
     Law("mixture", {"ratio": (1.02, 300.), "share": (1e-4, .9)}, lambda u, ratio, share: _two(u, share, ratio),
@@ -103,8 +102,10 @@ def as_columns(
 ) -> Tensor:      # (n, p'), float64 on the CPU
     "Draws in rows; columns that are zero throughout (dead units) are left out. Raises TailRefusal where other zeros are many."
     x = torch.as_tensor(x).detach().double().cpu()
-    if x.ndim not in (1, 2) or len(x) < 2: raise ValueError(f"a fit needs draws (n,) or (n, p) with n ≥ 2, got shape {tuple(x.shape)}.")
-    if not x.isfinite().all(): raise TailRefusal(f"{(~x.isfinite()).sum().item()} of {x.numel()} values are not finite; leave those draws out.")
+    if x.ndim not in (1, 2) or len(x) < 2:
+        raise ValueError(f"a fit needs draws (n,) or (n, p) with n ≥ 2, got shape {tuple(x.shape)}.")
+    if not x.isfinite().all():
+        raise TailRefusal(f"{(~x.isfinite()).sum().item()} of {x.numel()} values are not finite; leave those draws out.")
     x = x.reshape(len(x), -1)
     x = x[:, (x != 0).any(0)]
     zeros = (x == 0).double().mean().item() if x.numel() else 1.
@@ -166,7 +167,7 @@ def compare_laws(
     x: Tensor,                        # draws (n,), or one in each row (n, p)
     laws: dict[str, Law] = LAWS,
     folds: int = 10,                  # parts into which the rows are cut
-) -> pd.DataFrame:                    # one row a law, the best first; columns held_out, behind, stderr, and each shape with its error
+) -> pd.DataFrame:                    # a row for each law, the best first: held_out, behind, stderr, shapes and their errors
     "Laws by the likelihood of draws that the fit has not seen."
     x = as_columns(x)
     if not 2 <= folds <= len(x) // 2: raise ValueError(f"{folds} folds need at least {2 * max(folds, 2)} draws, got {len(x)}.")
@@ -176,7 +177,7 @@ def compare_laws(
         fits = [fit_law(law, x[fold != i]) for i in range(folds)]
         seen[name] = torch.cat([fit.logpdf(x[fold == i]).mean(1) for i, fit in enumerate(fits)])            # (n,)
         whole, parts = fit_law(law, x).shapes, {k: np.log([f.shapes[k] for f in fits]) for k in law.shapes}
-        error = {k: v * sqrt((folds - 1)**2 / folds) * parts[k].std(ddof=1) for k, v in whole.items()}      # jackknife of the logarithm
+        error = {k: v * (folds - 1) / sqrt(folds) * parts[k].std(ddof=1) for k, v in whole.items()}       # jackknife of the logarithm
         shapes[name] = whole | {f"{k}_stderr": e for k, e in error.items()}
     best = max(seen, key=lambda name: seen[name].mean())
     rows = {name: dict(held_out=s.mean().item(), behind=(d := seen[best] - s).mean().item(), stderr=d.std().item() / sqrt(len(x)))

@@ -32,7 +32,8 @@ def profile_change(
     x = as_columns(x)
     blocks = len(x) // m**2
     if blocks < LEAST_BLOCKS:
-        raise TailRefusal(f"{len(x)} draws make {blocks} blocks of m² = {m**2}, at least {LEAST_BLOCKS} are needed; take more draws or a smaller m.")
+        raise TailRefusal(f"{len(x)} draws make {blocks} blocks of m² = {m**2}, at least {LEAST_BLOCKS} are needed; "
+                          "take more draws or a smaller m.")
     x = x[:blocks * m**2].view(blocks, m, m, -1)
     logs = lambda sums: (v := sums.abs().log()).masked_fill(v == -torch.inf, torch.nan).flatten(1, -2).nanmean(1)      # (blocks, p)
     one, some, all_ = logs(x), logs(x.sum(2)), logs(x.sum((1, 2))[:, None])
@@ -69,7 +70,8 @@ def gaussianity(
     rows = {}
     for name, seen in dict(projections=x @ way, coordinates=some).items():
         seen = seen / seen.abs().amax(0)
-        against = dict(shapiro=sum(shapiro(v).pvalue < .05 for v in seen.T.numpy()), anderson=(anderson_darling(seen) > ANDERSON_5).sum().item())
+        against = dict(shapiro=sum(shapiro(v).pvalue < .05 for v in seen.T.numpy()),
+                       anderson=(anderson_darling(seen) > ANDERSON_5).sum().item())
         row = {"excess_kurtosis": torch.tensor(kurtosis(seen.numpy(), bias=False)).median().item()}
         for test, k in against.items():
             low, high = binomtest(int(k), seen.shape[1]).proportion_ci(method="wilson")
@@ -103,18 +105,19 @@ def verdict(
     best = laws.index[0]
     ks = {name: ks_test(LAWS[name], x, stream / name, draws) for name in dict.fromkeys(("stable", best))}
     ahead = laws.behind["stable"] > NormalDist().inv_cdf((1 + third) / 2) * laws.stderr["stable"] > 0
-    against = [
-        *([f"the fit is rejected (Kolmogorov–Smirnov p = {ks['stable'].p_value:.2g})"] if ks["stable"].p_value < 1 - third else []),
-        *(["the index rises with the block length, as for a finite variance"] if profile.high < 0 else []),
-        *(["the index falls with the block length, as for draws that depend on each other"] if profile.low > 0 else []),
-        *([f"{described(laws, best)} predicts unseen draws better"] if ahead else []),
-    ]
+    p = f"Kolmogorov–Smirnov p = {ks['stable'].p_value:.2g}"
+    against = "; ".join(words for words, fails in (
+        (f"the fit is rejected ({p})", ks["stable"].p_value < 1 - third),
+        ("the index rises with the block length, as for a finite variance", profile.high < 0),
+        ("the index falls with the block length, as for draws that depend on each other", profile.low > 0),
+        (f"{described(laws, best)} predicts unseen draws better", ahead)) if fails)
     alpha = f"α = {laws.alpha['stable']:.3g} ± {laws.alpha_stderr['stable']:.1g}"
     gauss = laws.behind["gaussian"] - laws.behind["stable"] <= 2 * max(laws.stderr["gaussian"], laws.stderr["stable"])
-    if against: text = f"not stable: {'; '.join(against)}. " + best_fit(laws, best, ks[best], 1 - third)
+    if against: text = f"not stable: {against}. " + best_fit(laws, best, ks[best], 1 - third)
     elif gauss and laws.alpha["stable"] > 1.95: text = f"not told from a Gaussian by {len(x):,} draws ({alpha})"
-    elif len(x) < ENOUGH: text = f"undecided: {len(x):,} draws reject no stable law ({alpha}), but {ENOUGH:,} are needed to reject Student's t with 3 degrees of freedom"
-    else: text = f"α-stable, as far as {len(x):,} draws can tell: {alpha}, Kolmogorov–Smirnov p = {ks['stable'].p_value:.2g}"
+    elif len(x) < ENOUGH: text = (f"undecided: {len(x):,} draws reject no stable law ({alpha}), "
+                                  f"but {ENOUGH:,} are needed to reject Student's t with 3 degrees of freedom")
+    else: text = f"α-stable, as far as {len(x):,} draws can tell: {alpha}, {p}"
     return Verdict(text, text.startswith("α-stable"), laws, ks, profile)
 
 def described(
