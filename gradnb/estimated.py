@@ -8,7 +8,7 @@ __all__ = ['Estimated']
 # %% ../nbs/44_estimated.ipynb #imports
 import torch
 from torch import Tensor
-from .roles import Estimator
+from .roles import Estimator, draw
 from .streams import Stream
 from .trees import flatten, unflatten
 
@@ -23,6 +23,7 @@ class Estimated:
     ):
         params = dict(problem.module.named_parameters())
         self.params = [params[n] for n in problem.layout.names]
+        self.buffers = dict(problem.network.loud.named_buffers())
         given = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if lacking := [n for n in problem.layout.names if id(params[n]) not in given]:
             raise ValueError(f"the optimizer does not move {lacking[:3]} of the problem's network; "
@@ -36,10 +37,10 @@ class Estimated:
     def theta(self) -> Tensor: return self.problem.layout.join(p.detach() for p in self.params)   # (p,)
 
     def step(self) -> Tensor:
-        "One step; the loss () that came with the gradient. The parameters' own gradients stay as they were."
+        "One step; the loss () that came with the gradient. BatchNorm's statistics follow, the parameters' gradients stay."
         theta, stream = self.theta, Stream(self.seed) / "train" / self.steps
         self.state = self.estimator.refresh(self.state, self.problem, theta, self.steps, stream / "refresh")
-        batch = self.estimator.sample(self.state, self.problem, stream / "batch")
+        batch = draw(self.estimator, self.state, self.problem, stream / "batch")
         grad, loss = self.estimator.estimate(self.state, self.problem, theta, batch)
         before = [p.grad for p in self.params]
         try:
@@ -47,6 +48,7 @@ class Estimated:
             self.optimizer.step()
         finally:
             for p, g in zip(self.params, before): p.grad = g
+        for k, b in self.problem.settle(theta, {k: self.buffers[k] for k in self.problem.buffers}, batch).items(): self.buffers[k].copy_(b)
         self.steps += 1
         return loss
 

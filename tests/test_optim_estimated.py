@@ -1,9 +1,11 @@
 "An estimator around a torch optimizer: the run that it would be inside, what it leaves alone, and how it resumes."
+import copy
 import io
 from itertools import islice
 
 import pytest
 import torch
+from torch import nn
 
 from gradnb import optim
 from gradnb.data import load_dataset
@@ -42,6 +44,19 @@ def test_with_a_face_and_a_scheduler():
         assert torch.equal(state.theta, run.theta)
         run.step()
         scheduler.step()
+
+
+def test_dropout_and_batchnorm_as_inside():
+    digits = load_dataset("digits-200").to(dtype=torch.float64)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(.3), nn.Linear(12, 10)).double()
+    inner, outer = Problem(copy.deepcopy(net), "ce", digits), Problem(net, "ce", digits)
+    run = Estimated(torch.optim.SGD(net.parameters(), lr=.1), outer, MiniBatch(16))
+    for state in islice(trajectory(inner, Descent(FromTorch(torch.optim.SGD, lr=.1), MiniBatch(16))), 5):
+        assert torch.equal(state.theta, run.theta)
+        assert state.buffers and all(torch.equal(b, net.get_buffer(k)) for k, b in state.buffers.items())
+        run.step()
+    assert net[2].num_batches_tracked == 5
 
 
 def test_gradients_of_the_loop_outside_stay():
