@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..roles import check_range, kind
+from ..roles import RULES, check_range, kind
 from .inplace import InPlace, check_choice, columns
 
 # %% ../../nbs/31_rules/07_lamb.ipynb #state
@@ -117,3 +117,6 @@ class LAMB(InPlace):
         torch._foreach_addcmul_(w, u, ratio, value=-size)
         measured = (dict(zip(blocks, t)) for t in (weight.unbind(), adam.unbind(), ratio))
         return LAMBState(k, state.exp_avg, state.exp_avg_sq, *measured)
+
+# %% ../../nbs/31_rules/07_lamb.ipynb #words
+for _name in ("paper", "cybertronai", "timm", "apex", "nvlamb", "pytorch_optimizer"): RULES[f"lamb-{_name}"] = getattr(LAMB, _name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..roles import check_range, kind
+from ..roles import RULES, check_range, kind
 from .inplace import InPlace, check_choice, columns
 
 # %% ../../nbs/31_rules/08_lars.ipynb #state
@@ -74,3 +74,6 @@ class LARS(InPlace):
         torch._foreach_add_(w, v, alpha=-outside * (self.beta if self.nesterov else 1))
         if self.nesterov: torch._foreach_addcmul_(w, g, ratio, value=-self.lr)
         return LARSState(state.velocity, *(dict(zip(blocks, t)) for t in (weight.unbind(), grad.unbind(), ratio)))
+
+# %% ../../nbs/31_rules/08_lars.ipynb #words
+for _name in ("paper", "timm", "pytorch_optimizer"): RULES[f"lars-{_name}"] = getattr(LARS, _name)
