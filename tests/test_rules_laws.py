@@ -1,0 +1,67 @@
+"LAMB, LARS and automatic gradient descent keep every law, with every estimator here, and are parts of a spec."
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from gradnb.data import load_dataset
+from gradnb.estimators.minibatch import FullBatch, MiniBatch
+from gradnb.estimators.sam import SAM
+from gradnb.laws import check_rule, check_stepper
+from gradnb.models import build_model
+from gradnb.problem import Problem
+from gradnb.roles import RULES
+from gradnb.rules.agd import AutomaticGradientDescent
+from gradnb.rules.lamb import LAMB
+from gradnb.rules.lars import LARS
+from gradnb.rules.schedule import Cosine, Scheduled
+from gradnb.runs import Spec, Store
+from gradnb.steppers import Descent
+
+OURS = [LAMB(.01), LAMB.cybertronai(.01, weight_decay=.1), LAMB.timm(.01), LAMB.pytorch_optimizer(.01, weight_decay=.1),
+        LAMB(.01, adapt="matrices", weight_decay=.1), LAMB(.01, decay="l2", weight_decay=.1, ratio_high=1., grad_averaging=False),
+        LARS(5.), LARS.paper(5., nesterov=True), LARS.timm(.1), LARS.pytorch_optimizer(5.), AutomaticGradientDescent(vectors=True),
+        AutomaticGradientDescent(10., 3, True), Scheduled(LAMB.nvlamb(.01), Cosine(10, warmup=2)), Scheduled(LARS(5.), Cosine(10))]
+
+
+@pytest.fixture(scope="module")
+def problem():
+    digits = load_dataset("digits-200")
+    return Problem(build_model("fc-tanh:width=10,depth=1", digits), "mse", digits)
+
+
+@pytest.mark.parametrize("rule", OURS, ids=repr)
+def test_rule(rule):
+    check_rule(rule)
+    spec = Spec("digits", "fc-tanh", "ce", rule, 3)
+    assert Spec.from_json(spec.to_json()) == spec and spec.hash != replace(spec, steps=4).hash
+
+
+@pytest.mark.parametrize("rule, estimator", list(product(OURS, [FullBatch(), SAM(.05, MiniBatch(8))])), ids=repr)
+def test_composition(rule, estimator, problem): check_stepper(Descent(rule, estimator), problem)
+
+
+@pytest.mark.parametrize("rule", [LAMB.timm(.01), AutomaticGradientDescent(vectors=True)], ids=repr)
+def test_a_stored_run_goes_on_bit_for_bit(rule, tmp_path, monkeypatch):
+    spec = Spec("digits-100", "fc-tanh:width=8,depth=1", "ce", rule, 12, MiniBatch(16))
+    whole = Store(tmp_path / "a").run(spec, progress=False).theta
+    from gradnb import steppers
+    step, left = steppers.Descent.step, [7]
+
+    def stop(self, *args):
+        left[0] -= 1
+        if left[0] < 0: raise KeyboardInterrupt
+        return step(self, *args)
+    monkeypatch.setattr(steppers.Descent, "step", stop)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(RuntimeWarning, match="interrupted"):
+        Store(tmp_path / "b").run(spec, progress=False)
+    monkeypatch.undo()
+    assert torch.equal(whole, Store(tmp_path / "b").run(spec, progress=False).theta)
+
+
+def test_words():
+    assert RULES.build("lamb:lr=0.1,norm_high=10") == LAMB(.1, norm_high=10)
+    assert RULES.build("agd:gain=2,vectors=true") == AutomaticGradientDescent(2, vectors=True)
+    assert RULES.build("lars-timm:lr=0.5") == LARS.timm(.5)
+    with pytest.raises(ValueError, match="takes no learning rate"): RULES.build("agd:lr=0.1")
