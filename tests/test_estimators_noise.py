@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gradnb.data import Dataset
+from gradnb.designs import exact_variance
 from gradnb.estimators.clustering import GradientClustering, all_products
 from gradnb.estimators.dropping import DropExamples
 from gradnb.estimators.hartigan import Points, Products, hartigan
@@ -258,3 +259,19 @@ def test_too_many_inner_products_are_refused(monkeypatch):
         all_products(problem, problem.theta0)
 
 
+
+
+@pytest.mark.parametrize("estimator", [
+    MiniBatch(7), MiniBatch(7, replace=True), SVRG(7, every=9, alpha=0.7), GradientClustering(8), GradientClustering(10, k=4),
+    GradientClustering(9, k=5, replace=True), GradientClustering(12, k=4, allocation="neyman"), Stratified(8, allocation="one"),
+    Stratified(9), OnlineClustering(8, k=4), ImportanceSampling(8)], ids=repr)
+def test_draws_have_the_variance_of_the_design(estimator):
+    problem = network()
+    theta = problem.theta0 + 0.1 * draw(problem.p)
+    state, truth = ready(estimator, problem), problem.grad_and_loss(theta)[0]
+    exact = exact_variance(problem, theta, estimator, state)
+    batches = (estimator.sample(state, problem, Stream(8) / i) for i in range(600))
+    seen = torch.stack([(estimator.estimate(state, problem, theta, b)[0] - truth).square().sum() for b in batches])
+    stderr = (seen.var() / 600 + exact.variance.stderr**2).sqrt()
+    assert abs(seen.mean() - exact.variance.value) < 4.5 * stderr
+    assert exact.norm_sq == pytest.approx(truth.square().sum().item())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from ..designs import Design
 from .hartigan import Points, Products, hartigan, seeded
 from .runningcounts import running_count_clusters
 from .strata import ALLOCATIONS, Strata, check_size, finite, within
@@ -98,3 +99,5 @@ class GradientClustering(Estimator):
         return hartigan(points, start, self.clusters, self.rounds).labels
 
     def sample(self, state: Clusters, problem, stream: Stream) -> Batch: return state.strata.draw(stream, self.replace)
+
+    def design(self, state: Clusters, problem) -> Design: return state.strata.design(self.replace)

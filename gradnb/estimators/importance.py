@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from ..designs import Design
 from .strata import finite
 from ..roles import Batch, Estimator, check_range, kind
 from ..streams import Stream
@@ -68,3 +69,6 @@ class ImportanceSampling(Estimator):
         total = state.q.cumsum(0)
         idx = torch.searchsorted(total, u * total[-1], right=True).clamp_max(problem.n - 1)
         return Batch(idx, 1 / (problem.n * state.q[idx]))
+
+    def design(self, state: Weights, problem) -> Design:
+        return Design.uniform(problem.n, self.size, replace=True)._replace(q=state.q)

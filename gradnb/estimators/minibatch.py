@@ -8,6 +8,7 @@ __all__ = ['MiniBatch', 'FullBatch']
 # %% ../../nbs/30_estimators/01_minibatch.ipynb #imports
 from dataclasses import dataclass
 import torch
+from ..designs import Design
 from ..roles import Batch, Estimator, check_range, kind
 from ..streams import Stream
 
@@ -30,9 +31,13 @@ class MiniBatch(Estimator):
                              f"{problem.n}; use MiniBatch({self.size}, replace=True) or a smaller batch.")
         return Batch(torch.randperm(problem.n, generator=gen)[:self.size])
 
+    def design(self, state, problem) -> Design: return Design.uniform(problem.n, self.size, self.replace)
+
 # %% ../../nbs/30_estimators/01_minibatch.ipynb #full
 @kind
 @dataclass(frozen=True)
 class FullBatch(Estimator):
     "The gradient itself, from all examples."
     def sample(self, state, problem, stream: Stream) -> None: return None
+
+    def design(self, state, problem) -> Design: return Design.uniform(problem.n, problem.n)

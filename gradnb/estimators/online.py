@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from ..designs import Design
 from .hartigan import Points, hartigan
 from .minibatch import MiniBatch
 from .strata import Strata, check_size, finite, within
@@ -110,3 +111,5 @@ class OnlineClustering(Estimator):
         return Followed(Strata.of(kept, self.size, step=k), centres, updated, inside.distortion, inside.ratio)
 
     def sample(self, state: Followed, problem, stream: Stream) -> Batch: return state.strata.draw(stream, self.replace)
+
+    def design(self, state: Followed, problem) -> Design: return state.strata.design(self.replace)

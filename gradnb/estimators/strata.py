@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
+from ..designs import Design, whole_counts
 from ..layers import Linear
 from ..roles import Batch, Estimator, check_range, kind
 from ..streams import Stream
@@ -42,15 +43,12 @@ class Strata(NamedTuple):
         number = torch.arange(len(self.sizes)).repeat_interleave(self.sizes)
         return torch.empty_like(number).index_copy_(0, self.order, number)
 
+    def design(self, replace: bool) -> Design: return Design(self.labels, self.expected, replace)
+
     def draw(self, stream: Stream, replace: bool = False) -> Batch:
         "A batch and its weights; without replacement as long as a stratum has enough examples."
-        gen, k = stream.generator(), len(self.sizes)
-        counts = self.expected.round()
-        if not torch.equal(counts, self.expected):                     # systematic rounding, in random order: E counts = e
-            turn = torch.randperm(k, generator=gen)
-            marks = (self.expected[turn].cumsum(0) + torch.rand((), generator=gen, dtype=torch.float64)).add_(1e-9).floor()
-            counts = torch.empty_like(marks).index_copy_(0, turn, marks.diff(prepend=marks.new_zeros(1)))
-        counts, starts = counts.long(), self.sizes.cumsum(0) - self.sizes
+        gen, starts = stream.generator(), self.sizes.cumsum(0) - self.sizes
+        counts = whole_counts(self.expected, gen)
         pick = lambda n, c: (torch.randint(n, (c,), generator=gen) if replace else
                              torch.cat([torch.randperm(n, generator=gen) for _ in range(-(-c // n))])[:c])
         drawn = [start + pick(n, c) for start, n, c in zip(starts.tolist(), self.sizes.tolist(), counts.tolist()) if c]
@@ -159,6 +157,8 @@ class Stratified(Estimator):
         return Strata.of(labels, self.size, self.allocation, spread, k)
 
     def sample(self, state: Strata, problem, stream: Stream) -> Batch: return state.draw(stream, self.replace)
+
+    def design(self, state: Strata, problem) -> Design: return state.design(self.replace)
 
 def check_size(estimator, problem, k: int):
     "Raise ValueError on more strata than examples, or a batch that a pass over the data cannot fill."

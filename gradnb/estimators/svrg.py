@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from ..designs import Design
 from .minibatch import MiniBatch
 from ..roles import Batch, Estimator, check_range, kind
 from ..streams import Stream
@@ -55,6 +56,9 @@ class SVRG(Estimator):
 
     def sample(self, state: Anchor, problem, stream: Stream) -> Batch:
         return MiniBatch(self.size, self.replace).sample((), problem, stream)
+
+    def design(self, state: Anchor, problem) -> Design:
+        return Design.uniform(problem.n, self.size, self.replace, ((-state.alpha, state.theta),))
 
     def estimate(self, state: Anchor, problem, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         grad, loss = problem.grad_and_loss(theta, batch)
