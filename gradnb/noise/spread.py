@@ -153,7 +153,8 @@ def noise_scale_of_pairs(
     "B_simple from gradients at two batch sizes."
     if not 0 < small < big: raise ValueError(f"noise_scale_of_pairs needs 0 < small < big, got small={small}, big={big}.")
     if small_sq.shape != big_sq.shape or len(small_sq) < 2:
-        raise ValueError(f"it takes as many small as large batches, 2 or more, got {tuple(small_sq.shape)} and {tuple(big_sq.shape)}.")
+        raise ValueError("noise_scale_of_pairs takes as many small as large batches, 2 or more, got shapes "
+                         f"{tuple(small_sq.shape)} and {tuple(big_sq.shape)}.")
     a, b = (v.double().cpu() for v in (small_sq, big_sq))
     noise, signal = (a - b) / (1 / small - 1 / big), (big * b - small * a) / (big - small)
     ratio = lambda u, v: u / v.clamp_min(1e-300)
