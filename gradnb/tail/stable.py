@@ -132,8 +132,7 @@ def stable_sample(
     "Independent draws (Chambers, Mallows and Stuck 1976), worked out in float64."
     _check_law(alpha, scale, 0)
     if alpha == 0: raise ValueError("alpha must be positive, got 0.")
-    like = dict(generator=generator, dtype=torch.float64, device=generator.device)
-    u = pi * (torch.rand(shape, **like) - 0.5)
+    u = pi * (torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device) - 0.5)
     w = torch.empty(shape, dtype=torch.float64, device=generator.device).exponential_(generator=generator)
     x = (alpha * u).sin() / u.cos()**(1 / alpha) * (((1 - alpha) * u).cos() / w)**((1 - alpha) / alpha)
     return (scale * x).to(dtype)
