@@ -8,7 +8,6 @@ __all__ = ['EXPORTS', 'to_csv', 'to_parquet', 'to_tensorboard', 'export_runs']
 # %% ../nbs/62_exports.ipynb #imports
 import json
 from pathlib import Path
-import pandas as pd
 from .registry import Registry
 from .runs import Run
 from .tracefiles import file_name

@@ -1,0 +1,158 @@
+"Runs leave for other tools as they were measured, and the original programs' files come in without anything of them being executed."
+import os
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from gradnb import GD, Spec, Store
+from gradnb.exports import export_runs
+from gradnb.originals import import_runs, load_foreign, read_edge, read_tail
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("store"))
+    for seed in (0, 1): store.run(Spec("digits-60", "fc-tanh:width=3", "mse", GD(0.05), 8, probes=("sharpness:every=4,k=2", "train:every=4"), seed=seed), progress=False)
+    return store
+
+
+def test_tensorboard_reads_what_was_measured(store, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = store.list()[0]
+    folder, = export_runs([run], tmp_path, "tensorboard")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "train/loss", "train/accuracy", "sharpness/value.0", "sharpness/value.1",
+                                             "sharpness/residual.0", "sharpness/residual.1", "sharpness/converged", "sharpness/matvecs"}
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(k, np.float32(v)) for k, v in zip(range(9), run.traces["loss"].values)]
+    assert [e.step for e in events.Scalars("sharpness/value.1")] == [0, 4, 8]
+
+
+def test_many_runs_in_one_frame(store):
+    frame = store.frame("sharpness", rule="GD", seed=[0, 1])
+    assert len(frame) == 6 and frame["run"].nunique() == 2 and frame["rule.lr"].unique().tolist() == [0.05]
+    assert frame["probes"].unique().tolist() == ["sharpness:every=4,k=2, train:every=4"]
+    for run in store.list():
+        own = frame[frame["run"] == run.hash].reset_index(drop=True)[run.frame("sharpness").columns]
+        assert own.equals(run.frame("sharpness"))
+    assert len(store.frame(seed=1)) == 9 and {"loss", "train.accuracy"} <= {*store.frame().columns}
+    assert [r.hash for r in store.list(probes="train:every=4", status="finished")] == [r.hash for r in store.list()]
+    assert store.list(seed=lambda s: s > 5) == [] and store.table(seed=0)["step"].tolist() == [8]
+    with pytest.raises(KeyError, match="has trace 'noise'"): store.frame("noise")
+    with pytest.raises(ValueError, match="Did you mean 'dataset'"): store.list(datset="digits")
+
+
+def test_a_damaged_spec_is_said_and_left_out(store, tmp_path):
+    from shutil import copytree
+    copytree(store.root, tmp_path / "copy")
+    copy = Store(tmp_path / "copy")
+    (copy.list()[0].path / "spec.json").write_text("{")
+    with pytest.warns(RuntimeWarning, match=f"{copy.list()[0].hash} is left out: .*spec.json is damaged"): assert len(copy.list(rule="GD")) == 1
+    os.rename(copy.list()[1].path, tmp_path / "elsewhere")
+    (copy.root / ("0" * 16)).symlink_to(tmp_path / "elsewhere")
+    assert len(copy.list()) == 1                                                # a run is a folder, not a link to one
+
+
+def test_remove(store, tmp_path):
+    from shutil import copytree
+    copytree(store.root, tmp_path / "copy")
+    copy = Store(tmp_path / "copy")
+    copy.remove(gone := copy.list()[0].hash)
+    assert [r.hash for r in copy.list()] == [r.hash for r in store.list() if r.hash != gone]
+    with pytest.raises(KeyError): copy.remove(gone)
+
+
+@pytest.mark.parametrize("name", ["spec.json", "manifest.json", "checkpoint.safetensors", "traces", "traces/loss.arrow"])
+def test_links_are_not_followed(store, tmp_path, name):
+    from shutil import copytree
+    copytree(store.root, tmp_path / "copy")
+    run = Store(tmp_path / "copy").list()[0]
+    os.rename(run.path / name, tmp_path / "outside")
+    (run.path / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="is a link"): run.spec, run.traces, run.theta
+    before = [(p, p.stat().st_mtime_ns) for p in (tmp_path / "outside").rglob("*")]
+    with pytest.raises(ValueError, match="is a link"): Store(tmp_path / "copy").run(Spec("digits-60", "fc-tanh:width=3", "mse", GD(0.05), 8, probes=(
+        "sharpness:every=4,k=2", "train:every=4"), seed=0 if run.hash == store.list(seed=0)[0].hash else 1), verify=True, progress=False)
+    assert before == [(p, p.stat().st_mtime_ns) for p in (tmp_path / "outside").rglob("*")]
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("parts, rule", [("gd/lr_0.02", {"rule": "GD", "rule.lr": 0.02}),
+                                         ("polyak/lr_0.02_beta_0.9", {"rule": "Momentum", "rule.nesterov": False, "rule.lr": 0.02, "rule.beta": 0.9}),
+                                         ("nesterov/lr_1e-3_beta_0.5", {"rule": "Momentum", "rule.nesterov": True, "rule.lr": 0.001, "rule.beta": 0.5}),
+                                         ("flow/tick_1.5", {"rule": "GradientFlow", "rule.tick": 1.5})])
+def test_edge_of_stability(tmp_path, parts, rule, new_format):
+    folder = tmp_path / "cifar10-5k" / "fc-tanh" / "seed_3" / "ce" / parts
+    folder.mkdir(parents=True)
+    loss, eigs = torch.rand(103), torch.rand(20, 3).sort(1, descending=True).values
+    for name, v in {"train_loss": loss, "train_acc": 1 - loss, "test_loss": loss, "test_acc": loss, "eigs": eigs, "iterates": torch.empty(0, 0)}.items():
+        torch.save(v, folder / f"{name}_final", _use_new_zipfile_serialization=new_format)
+    torch.save({"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}, folder / "snapshot_final", _use_new_zipfile_serialization=new_format)
+    if parts.startswith("flow"): torch.save(torch.arange(103) * 1.5, folder / "times", _use_new_zipfile_serialization=new_format)
+    store = Store(tmp_path / "runs")
+    run, = import_runs(tmp_path, store)
+    assert run.status == "imported" and run.done and run.damage() == {} and run.manifest["unread"] == {}
+    assert run.spec.settings == {"dataset": "cifar10-5k", "model": "fc-tanh", "loss": "ce", "seed": 3, "steps": 103} | rule
+    assert run.traces["sharpness"].steps.tolist() == [*range(0, 100, 5)]        # 103 // 5 is 20, and no other interval fits
+    np.testing.assert_array_equal(run.traces["sharpness"].values, eigs.double())
+    np.testing.assert_array_equal(run.traces["train"].columns["accuracy"], (1 - loss).double())
+    assert run.arrays["snapshot"][102]["fc.weight"].tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert ("time" in run.traces) == parts.startswith("flow")
+    assert [r.hash for r in import_runs(tmp_path, store)] == [run.hash]          # again: the same run
+
+
+def test_eigenvalues_whose_interval_is_not_known_are_noted(tmp_path):
+    folder = tmp_path / "cifar10-5k/fc-tanh/seed_0/mse/gd/lr_0.1"
+    folder.mkdir(parents=True)
+    for name, v in {"train_loss": torch.rand(11), "train_acc": torch.rand(11), "eigs": torch.rand(2, 1)}.items(): torch.save(v, folder / f"{name}_final")
+    found = read_edge(folder)
+    assert found.notes == ("eigs: measured every 4 to 5 steps, taken as 5",) and [k for k, _ in found.traces["sharpness"]] == [0, 5]
+    assert [k for k, _ in read_edge(folder, eig_freq=4).traces["sharpness"]] == [0, 4] and read_edge(tmp_path) is None
+
+
+def test_tail_index_without_arguments(tmp_path):
+    folder = tmp_path / "5_0064_02_cifar10_linear_hinge_fc"
+    folder.mkdir()
+    torch.save([[k, torch.tensor(1.0), 50.0] for k in range(5)], folder / "training_history.hist")
+    torch.save([[k, [1.0, 2.0], [0.1, 0.2]] for k in range(5)], folder / "weight_history.hist")
+    torch.save([torch.eye(3), torch.ones(2, 3)], folder / "te_outputs.pyT")
+    torch.save([[4, 0.7, 81.0, 1.2]], folder / "evaluation_history_TEST.hist")
+    found = read_tail(folder)
+    assert found.spec.settings == {"rule": "GD", "estimator": "MiniBatch", "depth": 5, "width": 64, "seed": 2, "dataset": "cifar10",
+                                   "loss": "linear_hinge", "model": "fc"}
+    assert "the launcher did not pass on" in found.notes[0]
+    assert found.traces["loss"][4] == (4, {"value": torch.tensor(1.0), "accuracy": 0.5})
+    assert found.traces["layer_norms"][0] == (0, {"weights": [1.0, 2.0], "grads": [0.1, 0.2]})
+    assert found.traces["outputs_test"][0][1]["logits"].shape == (5, 3)
+
+
+class Boom:
+    def __init__(self, path): self.path = str(path)
+    def __reduce__(self): return os.mkdir, (self.path,)
+
+
+def test_nothing_is_executed_and_no_size_is_believed(tmp_path):
+    boom, file = tmp_path / "boom", tmp_path / "file"
+    for data in (pickle.dumps(Boom(boom)), b"cos\nsystem\n(S'touch boom'\ntR."):
+        file.write_bytes(data)
+        with pytest.raises(ValueError): load_foreign(file)
+    for new in (True, False):
+        torch.save([Boom(boom)], file, _use_new_zipfile_serialization=new)
+        with pytest.raises(ValueError): load_foreign(file)
+    assert not boom.exists()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z: z.writestr("archive/data.pkl", bytes(10**7))
+    with pytest.raises(ValueError, match="compressed"): load_foreign(file)
+    torch.save(torch.arange(10), file, _use_new_zipfile_serialization=False)
+    data = file.read_bytes()
+    assert b"K\x0a" in data
+    file.write_bytes(data.replace(b"K\x0a", b"J" + struct.pack("<i", 2**30)))
+    with pytest.raises(ValueError, match="declares 1,073,741,824 elements"): load_foreign(file)
+
+
+def test_no_results(tmp_path):
+    with pytest.raises(ValueError, match="has no results"): import_runs(tmp_path, Store(tmp_path / "runs"))
