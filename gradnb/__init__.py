@@ -30,6 +30,8 @@ _NAMES = {
     "rules.kfac": ["KFAC"],
     "rules.fromtorch": ["FromTorch"],
     "rules.schedule": ["Scheduled", "Piecewise", "Cosine"],
+    "inits": ["agd_init"],
+    "estimated": ["Estimated"],
     "steppers": ["Descent", "trajectory"],
     "noise.spread": ["grad_norm_sq", "grad_variance", "noise_scale", "normalized_variance", "signal_to_noise"],
     "curvature": ["sharpness"],
