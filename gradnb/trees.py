@@ -33,7 +33,7 @@ def unflatten(node: dict, tensors: dict[str, Tensor], like=None, device="cpu"):
     if what in ("list", "tuple"):
         likes = like if isinstance(like, (list, tuple)) and len(like) == len(v) else [None] * len(v)
         return {"list": list, "tuple": tuple}[what](unflatten(w, tensors, l, device) for w, l in zip(v, likes))
-    if like is None: like = namedtuple("Stored", v)(*v)          # nobody knows its class: fields by name all the same
+    if like is None: like = namedtuple("Stored", v)(*[None] * len(v))     # nobody knows its class: fields by name all the same
     if getattr(like, "_fields", None) != tuple(v):
         raise ValueError(f"the stored state has fields {list(v)}, this stepper's has {getattr(like, '_fields', None)}.")
     return type(like)(**{k: unflatten(w, tensors, getattr(like, k), device) for k, w in v.items()})
