@@ -170,7 +170,8 @@ def tic_probe(
 ) -> Probe:
     "Tr C/Tr H, Takeuchi's criterion as Thomas et al. (2020) take it; columns value, stderr, low and high."
     def measure(view):
-        trace = hutchinson(view.point.hvp, view.problem.p, samples, view.stream / "trace", view.problem.dtype, view.problem.device)
+        p = view.problem
+        trace = hutchinson(view.point.hvp, p.p, samples, view.stream / "trace", p.dtype, p.device)
         return tic_trace(Spread.at(view.problem, view.theta, some_examples(view, examples)), trace)
     return Probe("tic", _every(every), measure)
 

@@ -84,7 +84,7 @@ def imbalance(
 
 # %% ../../nbs/11_data/20_variations.ipynb #names
 def _raw(of: str, root: Path, vary) -> Raw:
-    base = load_dataset(str(of), root)
+    base = load_dataset(str(of).strip("[]"), root)
     if base.augment is not None:
         raise ValueError(f"{of!r} has augmentation, which a variation by name would lose; vary the Dataset itself.")
     d = vary(base).dataset
