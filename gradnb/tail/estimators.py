@@ -33,13 +33,12 @@ class Histograms(NamedTuple):
     @classmethod
     def leaving_out(cls, record: Magnitudes) -> "Histograms":
         "All folds, then all but one, on the bins that are occupied."
-        counts, zeros = record.counts.sum(0), record.zeros.sum()
-        where, edges = counts.nonzero().flatten(), bin_edges()
+        counts, edges = record.counts.sum(0), bin_edges()
+        where = counts[1:].nonzero().flatten() + 1
         if len(where) and where[-1] >= FINITE: raise TailRefusal(NOT_FINITE)
-        span = slice(int(where[0]), int(where[-1]) + 1) if len(where) else slice(0, 1)
-        counts, each = counts[span], record.counts[:, span]
-        return cls(torch.cat([counts[None], counts - each]).double(),
-                   torch.cat([zeros[None], zeros - record.zeros]).double(), edges[span], edges[1:][span])
+        counts = torch.cat([counts[None], counts - record.counts]).double()
+        span = slice(int(where[0]), int(where[-1]) + 1) if len(where) else slice(1, 2)
+        return cls(counts[:, span], counts[:, 0], edges[span], edges[1:][span])
 
     @property
     def n(self) -> Tensor: return self.counts.sum(1) + self.zeros         # (b,), zeros included
@@ -174,7 +173,7 @@ def _tail(h: Histograms, k: int | float | None) -> tuple[int, Tensor]:
     if not 1 <= k < h.counts[0].sum(): raise ValueError(f"k must leave a tail of 1 to n − 1 of the {n:.0f} draws, got {k:g}.")
     above = h.counts[0].flip(0).cumsum(0).flip(0)                       # (bins,), decreasing
     j = int((above >= k).sum()) - 1
-    return j, (h.middle[j:] / h.low[j].clamp(min=1e-300)).log()
+    return j, (h.middle[j:] / h.low[j]).log()
 
 @extreme_method
 def hill(h: Histograms, k: int | float | None = None) -> Tensor:
@@ -187,7 +186,7 @@ def hill_k(h: Histograms, least: int = 50) -> int:
     c, logs = h.counts[0], h.middle.log()
     above = c.flip(0).cumsum(0).flip(0)
     weighted = (c * logs).flip(0).cumsum(0).flip(0)
-    edge = h.low.clamp(min=1e-300).log()
+    edge = h.low.log()
     where = ((above >= min(least, above[0] / 2)) & (above <= above[0] / 2 + 1) & (c > 0)).nonzero().flatten()
     if not len(where): return max(1, int(above[0]) // 2)
     alpha = above[where] / (weighted[where] - above[where] * edge[where])
@@ -250,7 +249,7 @@ def _check_record(record: Magnitudes, method: str):
                           "take more draws or a smaller m.")
     if not record.logs[:, ::2].isfinite().all(): raise TailRefusal(NOT_FINITE)
     n = blocks * record.width
-    zeros = int(record.zeros.sum()) if method != "mohammadi" else max(n - record.logs[:, 1].sum().item(),
+    zeros = int(record.counts[:, 0].sum()) if method != "mohammadi" else max(n - record.logs[:, 1].sum().item(),
                                                                      (n * record.m - record.logs[:, 3].sum().item()) / record.m)
     if zeros > MOST_ZEROS * n:
         raise TailRefusal(f"{zeros / n:.1%} of the values are exactly zero, more than {MOST_ZEROS:.0%}: dead units or too small a batch. "

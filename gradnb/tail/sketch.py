@@ -13,7 +13,7 @@ from torch import Tensor
 from ..estimate import Estimate
 from ..layout import Layout
 from .estimators import NOT_FINITE, compare_records, default_m, estimate_index, k_plot, m_profile
-from .magnitudes import BINS, FOLDS, Magnitudes, TailRefusal, log_sum
+from .magnitudes import BINS, FINITE, FOLDS, Magnitudes, TailRefusal, count_logs, histogram
 
 # %% ../../nbs/37_tail/03_sketch.ipynb #groups
 def layer_groups(
@@ -30,7 +30,7 @@ class SketchState(NamedTuple):
     held: Tensor | None       # (p,), a gradient that waits for its partner
     partial: Tensor           # (ms without 1, p), unfinished sums
     partial_logs: Tensor      # (ms without 1, groups, 2), of the draws in them
-    records: tuple            # of each group and m: (group, m, width, blocks, zeros, where, counts, logs)
+    records: tuple            # of each group and m: (group, m, width, blocks, where, counts, logs)
 
 class TailSketch:
     "Magnitudes of gradient noise, one gradient at a time, for each group of parameters and block length."
@@ -52,17 +52,17 @@ class TailSketch:
     ):
         "Take one gradient. Raises TailRefusal on infinities and NaN."
         if g.ndim != 1: raise ValueError(f"a sketch takes one flat gradient (p,) at a time, got shape {tuple(g.shape)}.")
-        g = g.detach()
+        g = g.detach().float() if g.dtype in (torch.float16, torch.bfloat16) else g.detach()
         if self.paired and self.held is None:
             self.held = g.clone()
             return
-        if self.paired: g, self.held = self.held - g, None
+        if self.paired: g, self.held = self.held.sub_(g), None
         if self.scale is not None: g = g / self.scale
-        logs = torch.tensor([log_sum(g[where]) for where in self.groups.values()], dtype=torch.float64)
-        if not logs.isfinite().all(): raise TailRefusal(NOT_FINITE)
+        counts, logs = self._count(g)
+        if any(c[FINITE:].any() for c in counts): raise TailRefusal(NOT_FINITE)
         if self.partial is None: self._start(g)
         self.rows += 1
-        self._put(0, g, logs)
+        self._put(0, g, counts, logs, logs)
 
     def _start(self, g: Tensor):
         "Make room, now that p, dtype and device are known."
@@ -71,17 +71,22 @@ class TailSketch:
         self.records = {(name, m): Magnitudes.empty(m, g[where].numel(), self.folds)
                         for name, where in self.groups.items() for m in self.ms}
 
-    def _put(self, level: int, block: Tensor, logs: Tensor):
-        "A finished sum, and the logarithms of the draws in it, go to the next fold and into the sum above."
+    def _count(self, block: Tensor) -> tuple[list[Tensor], Tensor]:
+        "Each group's histogram, and the logarithms in it, (groups, 2)."
+        counts = [histogram(block[where]).cpu() for where in self.groups.values()]
+        return counts, torch.tensor([count_logs(c) for c in counts], dtype=torch.float64)
+
+    def _put(self, level: int, block: Tensor, counts: list[Tensor], logs: Tensor, draws: Tensor):
+        "A finished sum, with the logarithms of it and of its draws, goes to the next fold and into the sum above."
         m = self.ms[level]
         k = (self.rows // m - 1) % self.folds
-        for (name, where), pair in zip(self.groups.items(), logs.tolist()):
-            self.records[name, m].put(k, block[where][None], pair if level else None)
+        for name, found, both in zip(self.groups, counts, torch.cat([logs, draws], 1)):
+            self.records[name, m].put(k, 1, found, both)
         if level + 1 == len(self.ms): return
-        above, above_logs = self.partial[level].add_(block), self.partial_logs[level].add_(logs)
+        above, above_draws = self.partial[level].add_(block), self.partial_logs[level].add_(draws)
         if self.rows % self.ms[level + 1] == 0:
-            self._put(level + 1, above, above_logs)
-            above.zero_(), above_logs.zero_()
+            self._put(level + 1, above, *self._count(above), above_draws)
+            above.zero_(), above_draws.zero_()
 
     def merge(self,
         other: "TailSketch",      # of the same groups, block lengths and scale
@@ -98,7 +103,7 @@ class TailSketch:
     def state(self) -> SketchState:
         "Everything seen so far, histograms without their empty bins; nothing of it is shared with the sketch."
         packed = lambda c: (where := c.flatten().nonzero().flatten(), c.flatten()[where])
-        records = tuple((name, m, r.width, r.blocks.clone(), r.zeros.clone(), *packed(r.counts), r.logs.clone())
+        records = tuple((name, m, r.width, r.blocks.clone(), *packed(r.counts), r.logs.clone())
                         for (name, m), r in self.records.items())
         copy = lambda t: None if t is None else t.clone()
         return SketchState(self.rows, copy(self.held), copy(self.partial), copy(self.partial_logs), records)
@@ -109,10 +114,10 @@ class TailSketch:
         sketch = cls(*args, **kwargs)
         copy = lambda t: None if t is None else t.clone()
         sketch.rows, sketch.held, sketch.partial, sketch.partial_logs = state[0], *map(copy, state[1:4])
-        for name, m, width, blocks, zeros, where, found, logs in state[4]:
+        for name, m, width, blocks, where, found, logs in state[4]:
             counts = torch.zeros(len(blocks) * BINS, dtype=torch.int32)
             counts[where] = found
-            sketch.records[name, m] = Magnitudes(m, width, blocks.clone(), zeros.clone(), counts.view(-1, BINS), logs.clone())
+            sketch.records[name, m] = Magnitudes(m, width, blocks.clone(), counts.view(-1, BINS), logs.clone())
         return sketch
 
     def of(self, group: str) -> dict[int, Magnitudes]:
