@@ -26,7 +26,8 @@ def encode(obj):
     if is_dataclass(obj) and not isinstance(obj, type):
         name = type(obj).__name__
         if type(obj) not in (Spec, Imported) and KINDS.get(name) is not type(obj):
-            raise TypeError(f"{name} cannot be part of a spec; put @kind above its class.")
+            other = f"give it a name of its own, for {KINDS[name].__module__} has one too" if name in KINDS else "put @kind above its class"
+            raise TypeError(f"{name} cannot be part of a spec; {other}.")
         as_float = lambda f, v: float(v) if "float" in str(f.type) and isinstance(v, int) and not isinstance(v, bool) else v
         return {"kind": name} | {f.name: encode(as_float(f, getattr(obj, f.name))) for f in fields(obj)}
     if isinstance(obj, type) and issubclass(obj, torch.optim.Optimizer) and getattr(torch.optim, obj.__name__, None) is obj:
