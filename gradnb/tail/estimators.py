@@ -225,7 +225,7 @@ def estimate_index(
 ) -> Estimate:
     "A tail index from magnitudes. Raises TailRefusal where they cannot tell."
     if method not in METHODS: raise ValueError(f"there is no tail estimator {method!r}; choose among {', '.join(METHODS)}.")
-    _check_record(record, method)
+    _check_record(record, method, draws)
     if method == "mle": return mle(record, level, **options)
     if method == "mohammadi": values = mohammadi(record, **options)
     elif method == "mohammadi22": values = mohammadi22(record, draws, **options)
@@ -239,7 +239,7 @@ def estimate_index(
     flip = lambda gamma: 1 / gamma if gamma > 0 else inf
     return Estimate(flip(value), stderr * flip(value)**2, flip(value + half), flip(value - half))
 
-def _check_record(record: Magnitudes, method: str):
+def _check_record(record: Magnitudes, method: str, draws: Magnitudes | None):
     "Raise TailRefusal unless these magnitudes can be answered."
     blocks = int(record.blocks.sum())
     if method in MOHAMMADI and record.m < 2:
@@ -248,11 +248,11 @@ def _check_record(record: Magnitudes, method: str):
         raise TailRefusal(f"{blocks} blocks of m = {record.m} draws are too few for an interval, at least {LEAST_BLOCKS} are needed; "
                           "take more draws or a smaller m.")
     if not record.logs[:, ::2].isfinite().all(): raise TailRefusal(NOT_FINITE)
-    n = blocks * record.width
-    zeros = int(record.counts[:, 0].sum()) if method != "mohammadi" else max(n - record.logs[:, 1].sum().item(),
-                                                                     (n * record.m - record.logs[:, 3].sum().item()) / record.m)
-    if zeros > MOST_ZEROS * n:
-        raise TailRefusal(f"{zeros / n:.1%} of the values are exactly zero, more than {MOST_ZEROS:.0%}: dead units or too small a batch. "
+    size = lambda r: int(r.blocks.sum()) * r.width
+    if method == "mohammadi": shares = (1 - record.logs.sum(0)[[1, 3]] / (size(record) * torch.tensor([1, record.m]))).tolist()
+    else: shares = [int(r.counts[:, 0].sum()) / size(r) for r in (record, draws) if r is not None]
+    if max(shares) > MOST_ZEROS:
+        raise TailRefusal(f"{max(shares):.1%} of the values are exactly zero, more than {MOST_ZEROS:.0%}: dead units or too small a batch. "
                           "Leave those coordinates out or take larger batches.")
 
 def default_m(method: str, blocks) -> int:
@@ -291,7 +291,7 @@ def geometric_scale(
     for rows in x.split(max(1, (1 << 20) // x.shape[1])):
         logs, there = rows.double().abs().log(), rows != 0
         total, n = total + logs.masked_fill(~there, 0).sum(0), n + there.sum(0)
-    return (total / n.clamp(min=1)).exp().to(x.dtype)
+    return (total / n.clamp(min=1)).exp().to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../../nbs/37_tail/02_estimators.ipynb #compare
 def _row(record: Magnitudes, method: str, level: float, draws: Magnitudes | None = None, **options) -> dict:

@@ -103,7 +103,7 @@ class Magnitudes(NamedTuple):
         folds: int = FOLDS,
     ) -> "Magnitudes":
         "The record of a sample; a last block that is not full is left out."
-        x = x.reshape(len(x), -1)
+        x = x[:, None] if x.ndim == 1 else x
         n, p = len(x) // m, x.shape[1]
         record = cls.empty(m, p, folds)
         for k in range(folds):

@@ -42,7 +42,7 @@ class TailSketch:
         folds: int = FOLDS,                           # for the standard errors
     ):
         if not groups: raise ValueError("a sketch needs at least one group of parameters, such as {'network': slice(None)}.")
-        if ms[0] != 1 or any(b <= a or b % a for a, b in zip(ms, ms[1:])):
+        if not ms or ms[0] != 1 or any(b <= a or b % a for a, b in zip(ms, ms[1:])):
             raise ValueError(f"block lengths must start at 1 and each be a multiple of the one before, got {tuple(ms)}.")
         self.groups, self.ms, self.paired, self.scale, self.folds = dict(groups), tuple(ms), paired, scale, folds
         self.rows, self.held, self.partial, self.partial_logs, self.records = 0, None, None, None, {}
