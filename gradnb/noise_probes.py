@@ -8,7 +8,6 @@ __all__ = ['named_estimator', 'state_of', 'age', 'spread_of', 'grad_variance_pro
            'freshness_probe', 'clusters_probe']
 
 # %% ../nbs/46_noise_probes.ipynb #imports
-from collections.abc import Iterator
 from math import nan
 import torch
 from torch import Tensor
