@@ -350,7 +350,8 @@ WORDS = ["grad_variance:every=3,draws=4", "grad_variance:of=[svrg:size=5,every=7
          "grad_variance:of=[svrg:size=5,every=7],every=3,draws=0,name=exact",
          "grad_variance:of=gradientclustering:size=6,every=3,draws=0", "update_variance:every=3,draws=4", "noise_scale:every=3",
          "noise_scale:every=3,examples=20", "batch_tests:every=3,examples=20", "gradient_moments:every=3", "tic:every=3,samples=4",
-         "freshness:of=[svrg:size=5,every=7],every=3", "freshness:every=3", "clusters:every=3"]
+         "freshness:of=[svrg:size=5,every=7],every=3", "freshness:every=3", "clusters:every=3",
+         "published_variance:every=3,draws=4"]
 
 
 @pytest.mark.parametrize("word", WORDS)
