@@ -88,7 +88,7 @@ class GradientClustering(Estimator):
         "Labels of all examples at θ; Hartigan's moves set out from `start` (n,), or from seeds."
         if self.variant == "faghri2020":
             parts = list(problem.layer_io(theta))
-            for io in parts: finite(io.sq_norms())
+            finite(torch.cat([io.sq_norms() for io in parts]))
             return running_count_clusters(parts, self.clusters, stream / "centres", self.rounds)
         if self.sketch:
             parts = [io.sketch(self.sketch, stream / "sketch").double().cpu() for io in problem.layer_io(theta)]

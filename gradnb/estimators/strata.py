@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 from ..designs import Design, whole_counts
 from ..layers import Linear
 from ..roles import Batch, Estimator, check_range, kind
@@ -97,28 +96,31 @@ class Within(NamedTuple):
 def within(
     problem,
     theta: Tensor,      # where, (p,)
-    labels: Tensor,     # stratum of every example (n,), 0 … K−1
+    labels: Tensor,     # stratum of every example (n,), 0 … K−1, none empty
 ) -> Within:
     "Spread of the gradients inside each stratum, exactly. Raises ValueError on a gradient that is not finite."
-    sizes, start = labels.bincount(), 0
-    squares, sums = theta.new_zeros(len(sizes), dtype=torch.float64), theta.new_zeros(len(sizes), problem.p)
-    for io in problem.layer_io(theta):
-        part = labels[start:start + io.n].to(theta.device)
-        squares.index_add_(0, part, finite(io.sq_norms(), start).double())
-        sums += io.combine(one_hot(part, len(sizes)).T.to(theta))
-        start += io.n
-    centre = torch.stack([s.double().square().sum() for s in sums]).cpu() / sizes.clamp_min(1)
-    total = squares.sum() - sums.sum(0).double().square().sum() / problem.n
-    return Within((squares.cpu() - centre).clamp_min(0), sizes, total.item())
+    sizes, squares, centres, whole = labels.bincount(), [], [], 0
+    for idx in labels.argsort(stable=True).split(sizes.tolist()):
+        square, total = 0.0, theta.new_zeros(problem.p)
+        for io in problem.layer_io(theta, Batch(idx)):
+            square += finite(io.sq_norms(), idx).sum(dtype=torch.float64).item()
+            total += io.combine(torch.ones_like(io.losses))
+            idx = idx[io.n:]
+        squares.append(square)
+        centres.append(total.double().square().sum().item())
+        whole = whole + total
+    spread = torch.tensor(squares, dtype=torch.float64) - torch.tensor(centres, dtype=torch.float64) / sizes
+    return Within(spread.clamp_min(0), sizes, sum(squares) - whole.double().square().sum().item() / problem.n)
 
 def finite(
-    scores: Tensor,    # one number for each example (n,)
-    start: int = 0,    # the first one's index
-) -> Tensor:           # the same
+    scores: Tensor,             # one number for each example (m,)
+    idx: Tensor | None = None,  # which examples, the first m of these; None: 0 … m−1
+) -> Tensor:                    # the same
     "Raise ValueError naming the first example whose gradient is not finite."
-    if not scores.isfinite().all():
-        bad = (~scores.isfinite()).nonzero()[:, 0] + start
-        raise ValueError(f"the gradient of example {int(bad[0])} is not finite ({len(bad)} of them are not); "
+    bad = (~scores.isfinite()).nonzero()[:, 0].cpu()
+    if len(bad):
+        first = int(bad[0] if idx is None else idx[bad[0]])
+        raise ValueError(f"the gradient of example {first} is not finite ({len(bad)} of {len(scores)} are not); "
                          "lower the learning rate, or look at that example.")
     return scores
 
