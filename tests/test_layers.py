@@ -250,3 +250,19 @@ def test_refusals_name_the_layer_and_the_remedy(net, shape, error, says):
     prob = Problem(net().double(), "ce", Dataset(x, torch.arange(7) % 4, x, torch.arange(7) % 4, 4))
     with pytest.raises(error, match=says):
         next(prob.layer_io(prob.theta0))
+
+
+@pytest.mark.parametrize("name", ("linear, no bias", "conv", "stride, padding, dilation"))    # its norms with groups differ from vmap
+def test_backpack_agrees(name):
+    backpack = pytest.importorskip("backpack")
+    from backpack.extensions import BatchL2Grad, SumGradSquared
+    prob = problem(name)
+    if name == "linear, no bias":
+        prob = Problem(nn.Sequential(nn.Linear(6, 5, bias=False), nn.Sigmoid(), nn.Linear(5, 4)).double(), "ce", prob.dataset)
+    io, = prob.layer_io(prob.theta0)
+    net, loss = backpack.extend(prob.module), backpack.extend(nn.CrossEntropyLoss(reduction="sum"))
+    with backpack.backpack(BatchL2Grad(), SumGradSquared()):
+        loss(net(prob.dataset.x), prob.dataset.y).backward()
+    params = list(net.parameters())
+    torch.testing.assert_close(io.sq_norms(), sum(p.batch_l2 for p in params), rtol=1e-12, atol=0)
+    torch.testing.assert_close(io.moments()[1], prob.layout.join(p.sum_grad_squared for p in params), rtol=1e-11, atol=1e-14)

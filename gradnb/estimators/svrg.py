@@ -40,8 +40,9 @@ class SVRG(Estimator):
 
     def init(self, problem, theta: Tensor) -> Anchor:
         if problem.noisy or problem.coupled:
-            raise TypeError("SVRG's correction has mean zero only where the loss is the mean of its examples' own losses, and this "
-                            "network has noise (Dropout, augmentation) or batch statistics; use problem.frozen() or GroupNorm.")
+            raise TypeError("SVRG's correction has mean zero only where the loss is the mean of its examples' own losses, and "
+                            "this network has noise (Dropout, augmentation) or batch statistics; use problem.frozen() or "
+                            "GroupNorm.")
         return Anchor(-1, theta.clone(), torch.zeros_like(theta), self.first, -1)
 
     @property
