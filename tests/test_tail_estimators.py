@@ -12,8 +12,9 @@ from scipy.signal import lfilter
 from gradnb.streams import Stream
 from gradnb.tail import compare_tails, magnitudes, tail_index
 from gradnb.tail.compat import largest_divisor, original_index, original_noise_index, original_order_index
-from gradnb.tail.estimators import METHODS, MOHAMMADI, Histograms, fit_stable, hill_k, k_plot, m_profile
+from gradnb.tail.estimators import METHODS, MOHAMMADI, k_plot, m_profile
 from gradnb.tail.magnitudes import BINS, Magnitudes, TailRefusal, bin_edges, count_logs, histogram, log_sum
+from gradnb.tail.methods import Histograms, fit_stable, hill_k
 from gradnb.tail.stable import stable_sample
 
 
@@ -89,7 +90,8 @@ def test_gauss_is_two_for_mohammadi_nearly_always():
 
 # --- intervals --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method, alpha", [("ecf", 1.2), ("ecf", 1.7), ("mohammadi", 1.2), ("mohammadi", 1.7), ("logmoment", 1.5)])
+@pytest.mark.parametrize("method, alpha",
+    [("ecf", 1.2), ("ecf", 1.7), ("mohammadi", 1.2), ("mohammadi", 1.7), ("logmoment", 1.5)])
 def test_intervals_cover(method, alpha):
     assert .92 <= coverage(repeat(method, alpha, 2_000, 300), alpha) <= .985
 
@@ -223,7 +225,7 @@ def test_hill_beside_powerlaw(kind):
     fit = lambda **options: powerlaw.Fit(x.numpy(), parameter_ranges={"alpha": [1.01, 20]}, verbose=False, **options)
     g = Stream(4).generator()
     x = {"stable": draws(1.5, 2_000).double().abs(),
-         "student": (torch.randn(2_000, generator=g) / (torch.randn(2_000, 3, generator=g).square().mean(1)).sqrt()).double().abs(),
+         "student": (torch.randn(2_000, generator=g) / torch.randn(2_000, 3, generator=g).square().mean(1).sqrt()).double().abs(),
          "pareto": torch.rand(2_000, generator=g).double()**(-1 / 2.5)}[kind]
     h = Histograms.leaving_out(Magnitudes.of(x, logs=False))
     for k in (100, 400):
@@ -285,9 +287,12 @@ def test_no_number_where_there_is_no_answer(method):
 
 def test_bad_arguments():
     x = draws(1.5, 100)
-    for call, says in [(lambda: tail_index(x, "hil"), "no tail estimator 'hil'"), (lambda: tail_index(x, m=0), "m must be 1 or more"),
-                       (lambda: tail_index(x[None, None]), "draws \\(n,\\) or \\(n, p\\)"), (lambda: tail_index(x.long()), "floating-point"),
-                       (lambda: tail_index(x, "hill", k=200), "k must leave a tail"), (lambda: tail_index(x, "pickands", k=30), "largest 4k"),
+    for call, says in [(lambda: tail_index(x, "hil"), "no tail estimator 'hil'"),
+                       (lambda: tail_index(x, m=0), "m must be 1 or more"),
+                       (lambda: tail_index(x[None, None]), "draws \\(n,\\) or \\(n, p\\)"),
+                       (lambda: tail_index(x.long()), "floating-point"),
+                       (lambda: tail_index(x, "hill", k=200), "k must leave a tail"),
+                       (lambda: tail_index(x, "pickands", k=30), "largest 4k"),
                        (lambda: tail_index(x, "mohammadi", m=1), "m = 1 compares nothing"),
                        (lambda: Magnitudes.of(x, 2) + Magnitudes.of(x, 4), "do not add")]:
         with pytest.raises(ValueError, match=says): call()
@@ -313,7 +318,8 @@ def test_the_original_to_rounding(seed):
     assert original_index(grads, shape[0]) == pytest.approx(
         (math.log(shape[0]) / (written_out(grads, shape[0])[0].mean() - written_out(grads, shape[0])[1].mean())).item(), rel=1e-5)
     k = n // m // 2
-    assert original_order_index(noise, k) == pytest.approx((math.log(m) / (y.sort()[0][k - 1] - x.sort()[0][m * k - 1])).item(), rel=1e-5)
+    theirs = math.log(m) / (y.sort()[0][k - 1] - x.sort()[0][m * k - 1])
+    assert original_order_index(noise, k) == pytest.approx(theirs.item(), rel=1e-5)
 
 
 def test_the_original_divisor():

@@ -181,8 +181,10 @@ def test_bad_arguments():
     for call, says in [(lambda: TailSketch({}), "at least one group"), (lambda: TailSketch(GROUPS, (2, 4)), "start at 1"),
                        (lambda: TailSketch(GROUPS, (1, 4, 6)), "multiple of the one before"),
                        (lambda: TailSketch(GROUPS, ()), "start at 1"),
-                       (lambda: sketch.add(gradients(2)), "one flat gradient"), (lambda: sketch.tail_index("neck"), "no group 'neck'"),
-                       (lambda: sketch.tail_index("all", m=8), "not of 8"), (lambda: TailSketch(GROUPS).tail_index("all"), "empty"),
+                       (lambda: sketch.add(gradients(2)), "one flat gradient"),
+                       (lambda: sketch.tail_index("neck"), "no group 'neck'"),
+                       (lambda: sketch.tail_index("all", m=8), "not of 8"),
+                       (lambda: TailSketch(GROUPS).tail_index("all"), "empty"),
                        (lambda: sketch.merge(TailSketch(GROUPS, (1, 2))), "do not merge"),
                        (lambda: sketched(gradients(30)).tail_index("all"), "blocks of m = 2 draws are too few")]:
         with pytest.raises(ValueError, match=says): call()
