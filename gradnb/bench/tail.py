@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 from .harness import Row, alternate
 from ..data import Dataset
+from ..estimators.minibatch import MiniBatch
 from ..models import build_model
+from ..probes import PROBES, View
 from ..problem import Problem
-from ..roles import Batch
+from ..rules.gd import GD
+from ..steppers import Descent, trajectory
 from ..streams import Stream
 from ..tail.estimators import tail_index
 from ..tail.magnitudes import histogram
 from ..tail.sketch import TailSketch, layer_groups
+from ..tail_probes import run_grads
 
 # %% ../../nbs/75_bench/06_tail.ipynb #reference
 def plain_mohammadi(
@@ -72,23 +76,26 @@ def sketch_rows(
     width: int,      # of the network's layers
     repeats: int,    # pairs
 ) -> Iterator[Row]:
-    "Gradients with a sketch against gradients alone."
+    "Gradients with a sketch, or with the probe, against gradients alone."
     g = (Stream() / "bench" / "images").generator()
-    data = Dataset(torch.randn(10_000, 1, 28, 28, generator=g), torch.randint(10, (10_000,), generator=g),
+    data = Dataset(torch.randn(17_400, 1, 28, 28, generator=g), torch.randint(10, (17_400,), generator=g),
                    torch.randn(10, 1, 28, 28, generator=g), torch.randint(10, (10,), generator=g), 10, "noise")
-    problem = Problem(build_model("fc", data, width=width), "ce", data)
-    draws = [Batch(torch.randint(problem.n, (100,), generator=g)) for _ in range(batches)]
-    gradients = lambda: (problem.grad_and_loss(problem.theta0, b)[0] for b in draws)
+    problem, descent = Problem(build_model("fc", data, width=width), "ce", data), Descent(GD(0.1), MiniBatch(100))
+    view = View(problem, descent, next(trajectory(problem, descent)), Stream() / "bench")
     def sketched(groups):
         sketch = TailSketch(groups)
-        for gradient in gradients(): sketch.add(gradient)
-        return sketch.tail_index("network")
+        for gradient in run_grads(view, batches): sketch.add(gradient)
+        return sketch.tail_index(next(iter(groups)))
     def alone():
-        for _ in gradients(): pass
-    groups = layer_groups(problem.layout)
-    for name, chosen, target in (("network", {"network": groups["network"]}, 1.2), ("network and layers", groups, None)):
-        yield alternate(lambda: sketched(chosen), alone, repeats, 1, process_time).row(
-            f"sketch of {batches} gradients, {name}", target, f"against the gradients alone, p = {problem.p:,}, m up to 16")
+        for _ in run_grads(view, batches): pass
+    layers = layer_groups(problem.layout)
+    probe = PROBES.build(f"tail_index:draws={batches},surrogates=0")
+    for name, work, target in (
+        ("tail_index probe", lambda: probe.measure(view), 1.2),
+        ("sketch of the network", lambda: sketched({"network": slice(None)}), 1.2),
+        ("sketch of network and layers", lambda: sketched(layers), None)):
+        note = f"against {batches} gradients alone, p = {problem.p:,}; sketches with m up to 16"
+        yield alternate(work, alone, repeats, 1, process_time).row(name, target, note)
 
 # %% ../../nbs/75_bench/06_tail.ipynb #rows
 def rows(
