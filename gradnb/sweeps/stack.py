@@ -20,7 +20,7 @@ from torch.func import grad_and_value, vmap
 from ..estimators.minibatch import FullBatch, MiniBatch
 from ..files import replace_file, seal
 from ..layout import Layout
-from ..probes import View
+from ..problem import Problem
 from ..roles import Rule, State, draw
 from ..rules.adam import Adam
 from ..rules.gd import GD
@@ -30,8 +30,7 @@ from ..rules.schedule import Scheduled
 from ..runs import Lock, Recorder, Run, Spec, Store
 from ..runs.store import environment, is_done, tidy
 from ..streams import Stream
-from ..traces import as_row
-from ..training import Outcome, goal_reached
+from ..training import Outcome, Watching
 
 # %% ../../nbs/61_sweeps/02_stack.ipynb #group
 ELEMENTWISE = {GD, Momentum, Adam, RMSProp}    # rules that treat every coordinate alike, whatever block it is in
@@ -58,37 +57,19 @@ class Member:
     "A run on its way in a stack."
     run: Run
     spec: Spec
-    problem: Any
-    stepper: Any
-    probes: tuple
-    memory: dict = field(default_factory=dict)    # of the probes, by name
-    before: dict = field(default_factory=dict)    # the same at the beginning of this step
+    watching: Watching
+    before: dict = field(default_factory=dict)    # the probes' memories at the beginning of this step
     rows: list = field(default_factory=list)      # (trace, step, row)
     error: float = 0.                             # relative difference of the first gradient from the ordinary one
     outcome: Outcome | None = None
 
-    def measure(self, state: State | None, k: int, loss: float):
-        "What `train` does at a prepared state: loss, probes, goals, end. The state is there when `watched`."
-        spec = self.spec
-        if self.memory: self.before = {name: dict(m) for name, m in self.memory.items()}
-        self.rows.append(("loss", k, as_row(loss)))
-        if not math.isfinite(loss):
-            self.outcome = Outcome("diverged", k, f"the loss is {loss} at step {k} of {self.stepper!r}; lower the learning rate")
-            return
-        shared = {}
-        for p in self.probes:
-            if p.due(k):
-                stream = Stream(spec.seed) / "probe" / p.name / k
-                view = View(self.problem, self.stepper, state, stream, self.memory.setdefault(p.name, {}), shared)
-                self.rows.append((p.name, k, p.measure(view)))
-        if (spec.loss_goal, spec.acc_goal) != (None, None) and k % 10 == 0:
-            self.outcome = goal_reached(self.problem, state, spec.loss_goal, spec.acc_goal)
-        if k >= spec.steps and self.outcome is None: self.outcome = Outcome("finished", k, f"finished {k} steps")
+    @property
+    def problem(self) -> Problem: return self.watching.problem
 
-    def watched(self, k: int) -> bool:
-        "Must the state of this step be taken out of the stack?"
-        goals = (self.spec.loss_goal, self.spec.acc_goal) != (None, None) and k % 10 == 0
-        return goals or k >= self.spec.steps or any(p.due(k) for p in self.probes)
+    def look(self, k: int, loss: float, state: State | None):
+        "Measure at a prepared state, which is there where more is looked at than a finite loss."
+        if self.watching.memory: self.before = self.watching.remembered()
+        self.outcome = self.watching.look(k, loss, state, lambda *entry: self.rows.append(entry))
 
 # %% ../../nbs/61_sweeps/02_stack.ipynb #rows
 class Group(NamedTuple):
@@ -144,7 +125,7 @@ def train_stack(
         ours, _ = gradients(problem, theta, batches(members, 0))
         for m, g, t in zip(members, ours, theta):
             batch, = batches([m], 0)
-            alone, _ = m.stepper.estimator.estimate((), m.problem, t, batch)
+            alone, _ = m.spec.estimator.estimate((), m.problem, t, batch)
             m.error = float((g - alone).norm() / alone.norm()) if alone.any() else float(g.norm())
         members = [m for m in members if m.error <= AGREE * torch.finfo(theta.dtype).eps ** 0.5]
         finished = list(together(problem, [start(m.spec.rule, [n for n in members if n.spec.rule == m.spec.rule])
@@ -161,7 +142,7 @@ def enter(spec: Spec, store: Store, device: str, locks: ExitStack) -> Member | N
     run.path.mkdir(parents=True, exist_ok=True)
     try: locks.enter_context(Lock(run.path))
     except RuntimeError: return None
-    return None if is_done(run) else Member(run, spec, problem, stepper, probes)
+    return None if is_done(run) else Member(run, spec, Watching(problem, stepper, spec.steps, probes, spec.seed, spec.loss_goal, spec.acc_goal))
 
 def batches(members: list[Member], k: int) -> list:
     "Each run's batch of step k, from its own stream."
@@ -182,9 +163,9 @@ def together(problem, groups: list[Group]):
         for g, grad in zip(groups, parts):
             for i, m in enumerate(g.members):
                 (j, value), state = next(values), None
-                if m.watched(k) or not math.isfinite(value):
+                if m.watching.wants(k) or not math.isfinite(value):
                     state = State(k, g.theta[i].clone(), row(g.state, i, problem.layout), (), grad[i].clone(), losses[j].clone(), {}, {})
-                m.measure(state, k, value)
+                m.look(k, value, state)
                 if m.outcome: yield m, state
             alive = [i for i, m in enumerate(g.members) if m.outcome is None]
             if len(alive) < len(g.members):
