@@ -16,7 +16,7 @@ from ..files import parse_json
 from ..models import build_model
 from ..probes import PROBES
 from ..problem import Problem
-from ..roles import KINDS, Estimator, Rule
+from ..roles import KINDS, Estimator, Rule, Stepper
 from ..rules.fromtorch import optimizer_class
 from ..steppers import Descent
 
@@ -95,7 +95,7 @@ class Spec(Identity):
     dataset: str                    # as for load_dataset: "digits", "cifar10-1k"
     model: str                      # "fc-tanh:width=100"
     loss: str                       # "ce", "mse", "linear_hinge"
-    rule: Rule                      # GD(0.02)
+    rule: Rule | Stepper            # GD(0.02), or a flow: GradientFlow(0.02), which has no estimator
     steps: int                      # updates
     estimator: Estimator = field(default_factory=FullBatch)   # where gradients come from
     probes: tuple[str, ...] = ()    # "sharpness:every=10"
@@ -108,6 +108,8 @@ class Spec(Identity):
     def __post_init__(self):
         object.__setattr__(self, "probes", (self.probes,) if isinstance(self.probes, str) else tuple(self.probes))
         if self.dtype not in ("float32", "float64"): raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}.")
+        if isinstance(self.rule, Stepper) and self.estimator != FullBatch():
+            raise ValueError(f"a flow follows the gradient of all examples; leave out the estimator {self.estimator!r}.")
 
     def build(self,
         device: str = "cpu",   # where to compute; no part of the run's identity
@@ -119,7 +121,8 @@ class Spec(Identity):
         data = load_dataset(self.dataset)
         module = build_model(self.model, data, seed=self.seed).to(where, getattr(torch, self.dtype))
         problem = Problem(module, self.loss, data, self.chunk_size)
-        return problem, Descent(self.rule, self.estimator), tuple(PROBES.build(p) for p in self.probes)
+        stepper = self.rule if isinstance(self.rule, Stepper) else Descent(self.rule, self.estimator)
+        return problem, stepper, tuple(PROBES.build(p) for p in self.probes)
 
 # %% ../../nbs/60_runs/01_spec.ipynb #imported
 @dataclass(frozen=True)
