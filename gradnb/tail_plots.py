@@ -96,7 +96,7 @@ def plot_columns(
     draw = lambda z, **look: ax.hist(column_indices(z, m).clamp(.4, 4).numpy(), bins, density=True, **look)
     draw(noise, alpha=.5, color=DATA, label="parameters")
     draw(null, histtype="step", color=GREY, label=f"all at {alpha:.2f}")
-    ax.set(xlabel="index of one parameter", ylabel="density", yticks=[])
+    ax.set(title="single parameters", xlabel="index", ylabel="density", yticks=[])
     ax.legend()
 
 def plot_quantiles(
@@ -115,7 +115,7 @@ def plot_quantiles(
         ax.plot(expected, seen, label=name, color=GREY if name == "gaussian" else color)
     ends = [seen[-1].item(), seen[0].item()]
     ax.plot(ends, ends, color="0.2", linewidth=.7, linestyle=(0, (4, 3)))
-    ax.set(xscale="log", yscale="log", xlabel="quantile of the fitted law", ylabel="quantile of |noise|")
+    ax.set(xscale="log", yscale="log", title="quantiles", xlabel="of the fitted law", ylabel="of |noise|")
     ax.set(xlim=(.03, None), ylim=(.03, None))
     ax.legend()
 
@@ -132,7 +132,7 @@ def plot_ccdf(
     for (name, fit), color in zip(fits.items(), palette(len(fits) + 1)[1:]):
         beyond = 1 - fit.law.folded(u / fit.scale, *fit.shapes.values())
         ax.plot(u, beyond, label=name, linewidth=1, color=GREY if name == "gaussian" else color)
-    ax.set(xscale="log", yscale="log", xlabel="u", ylabel="P(|noise| > u)", ylim=(.3 / len(x), 1.5))
+    ax.set(title="tails", xscale="log", yscale="log", xlabel="u", ylabel="P(|noise| > u)", ylim=(.3 / len(x), 1.5))
     ax.legend(loc="lower left")
 
 # %% ../nbs/72_tail_plots.ipynb #parts
@@ -220,7 +220,7 @@ def tail_panels(
         for x, label, color, shift in ((z, "noise", DATA, 0.), (gauss, "gaussian", GREY, .2)):
             plot_rows(axes["normal"], normality_rows(gaussianity(x, stream / "gaussianity", 200)), color, shift, label=label)
         axes["normal"].axvline(.05, color="0.2", linewidth=.7, linestyle=(0, (4, 3)))
-        axes["normal"].set(title="normality rejected", xlabel="share of directions, 5 % by chance", xlim=(-.02, 1.02))
+        axes["normal"].set(title="normality", xlabel="share rejected, 5 % by chance", xlim=(-.02, 1.02))
         legend_above(axes["normal"])
         plot_columns(axes["columns"], z[:, :4000].double().cpu(), row.value["data"], m, stream / "null")
         if layout: plot_layers(axes["layers"], noise, layout, m, stream / "layers")

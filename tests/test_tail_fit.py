@@ -241,7 +241,7 @@ def test_gaussianity():
 def test_the_verdict_says_stable_only_where_it_passes():
     seen = {name: verdict(ALTERNATIVES[name](12_000, 0), Stream(0), draws=79) for name in ("t3", "laplace")}
     for name, v in seen.items(): assert not v.stable and v.text.startswith("not stable: ") and "α-stable" not in v.text, (name, v.text)
-    assert "Best of five: laplace, which is not rejected either" in seen["laplace"].text
+    assert "Best of five: laplace, whose fit is not rejected" in seen["laplace"].text
     assert "Best of five: student (nu = " in seen["t3"].text
     passes = verdict(draws("stable", 12_000, "pass"), Stream(0), draws=79)
     assert passes.stable and passes.text.startswith("α-stable, as far as 12,000 draws can tell: α = 1.") and 0 in passes.profile

@@ -130,5 +130,5 @@ def described(
 
 def best_fit(laws: pd.DataFrame, best: str, ks: KS, size: float) -> str:
     "Of the five laws which is best, and is it good?"
-    good = "is not rejected either" if ks.p_value >= size else "is rejected too"
-    return f"Best of five: {described(laws, best)}, which {good} (p = {ks.p_value:.2g})."
+    good = "not rejected" if ks.p_value >= size else "rejected as well"
+    return f"Best of five: {described(laws, best)}, whose fit is {good} (p = {ks.p_value:.2g})."
