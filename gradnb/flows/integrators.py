@@ -136,10 +136,10 @@ class Chebyshev(Adaptive):
         check_range(self, "max_stages", 2)
 
     def longest(self, rate):
-        return .65 * (self.max_stages - 1) ** 2 / rate if rate > 0 else math.inf
+        return (self.max_stages**2 - 1) / 1.7 / rate if rate > 0 else math.inf
 
     def attempt(self, field, y, f, h, rate):
-        s = max(2, 1 + math.ceil(math.sqrt(1 + 1.54 * h * max(rate, 0.))))
+        s = max(2, math.ceil(math.sqrt(1 + 1.7 * h * max(rate, 0.)) - 1e-9))    # 1.54, and a tenth for a rate that has grown
         w0 = 1 + 2 / 13 / s**2
         T, dT, ddT = [1., w0], [0., 1.], [0., 0.]                          # Chebyshev polynomials and derivatives at w0
         for _ in range(2, s + 1):
