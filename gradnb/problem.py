@@ -73,15 +73,33 @@ class Point:
         v: Tensor,           # direction (p,)
     ) -> Tensor:             # (p,)
         "∇_θ [uᵀ H(θ) v], the third derivative contracted with two directions. Raises TypeError where torch's is wrong."
+        return self._thirds([v], [[u]])[0]
+
+    def curvature_grads(self,
+        U: Tensor,           # directions (p, k)
+    ) -> Tensor:             # (k, k, p)
+        "∇_θ [uᵢᵀ H(θ) uⱼ] of all pairs of columns, in k + k(k + 1)/2 backward passes over one graph."
+        u, k = U.unbind(1), U.shape[1]
+        found = self._thirds(u, [u[:j + 1] for j in range(k)])
+        i, j = torch.tril_indices(k, k)
+        out = U.new_empty(k, k, self.problem.p)
+        out[i, j] = out[j, i] = found
+        return out
+
+    def _thirds(self, firsts, seconds) -> Tensor:    # (number of seconds, p)
+        "∇_θ [uᵀ H(θ) v] for each v of `firsts` with every u of its list in `seconds`."
         if any(isinstance(m, torch.nn.LayerNorm) for m in self.problem.module.modules()):
             raise TypeError("third derivatives through torch.nn.LayerNorm are wrong in torch (its issue 175754); use "
                             "gradnb.models.norms.LayerNorm, which computes the same from plain operations.")
-        total = torch.zeros_like(u)
+        total = self.theta.new_zeros(sum(map(len, seconds)), self.problem.p)
         with torch.enable_grad():
             for _, g in self._pieces():
                 if not g.requires_grad: continue
-                hv, = torch.autograd.grad(g @ v, self.theta, create_graph=True, materialize_grads=True)
-                if hv.requires_grad: total += torch.autograd.grad(hv @ u, self.theta, retain_graph=True, materialize_grads=True)[0]
+                rows = iter(total)
+                for v, us in zip(firsts, seconds):
+                    hv, = torch.autograd.grad(g @ v, self.theta, create_graph=True, materialize_grads=True)
+                    for u, row in zip(us, rows):
+                        if hv.requires_grad: row += torch.autograd.grad(hv @ u, self.theta, retain_graph=True, materialize_grads=True)[0]
         return self.problem.reduce(total)[0]
 
 # %% ../nbs/20_problem.ipynb #problem
