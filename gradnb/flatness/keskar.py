@@ -37,7 +37,7 @@ def lbfgsb(
     centre: Centre,
     ball: Ball,              # a box
     iterations: int,
-    strict: bool = False,    # go on until the iterations are spent, whatever SciPy's tolerances say
+    strict: bool = False,    # go on until as many gradients are spent, whatever SciPy's tolerances say
     tol: float = 0.01,       # gap allowed, relative to the rise
 ) -> Ascent:
     "The highest place seen by SciPy's L-BFGS-B from the centre of a box."
@@ -49,7 +49,7 @@ def lbfgsb(
         if isfinite(loss) and loss > best[1]: best[:] = u, loss, ball.promise(g) - (g @ u).item()
         return -loss, -torch.where(scale > 0, g.cpu() / scale, 0.).numpy()
     bounds = list(zip((-scale).tolist(), scale.tolist()))
-    options = dict(maxiter=iterations) | (dict(ftol=0., gtol=0., maxfun=3 * iterations) if strict else {})
+    options = dict(maxiter=iterations) | (dict(ftol=0., gtol=0., maxfun=iterations) if strict else {})
     minimize(falling, torch.zeros_like(scale).numpy(), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     u, loss, gap = best
     return Ascent(u, loss, gap, 0 < loss - centre.loss and gap <= tol * (loss - centre.loss))     # without a rise it has seen nothing
@@ -64,7 +64,7 @@ def keskar_sharpness(
     subspace: int | None = None,     # dimension of a random subspace (the paper: 100); None: the whole space
     protocol: str = "converged",     # or "keskar2017": 10 iterations of L-BFGS-B
     columns: str = "gaussian",       # of the subspace: N(0, 1) entries, or of "unit" length
-    iterations: int = 50,            # of the long L-BFGS-B run
+    iterations: int = 60,            # of the long L-BFGS-B run; about as many gradients
     starts: int = 3,                 # of the ascents
     steps: int = 30,                 # gradients of each ascent
     tol: float = 0.01,               # gap at which a search has converged, relative to the rise
