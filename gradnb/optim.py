@@ -160,7 +160,8 @@ class Face(torch.optim.Optimizer):
             if like and not held: keep([held], [j], rule.init({j: real(p)}, {j: role(group, p)}))
             together.setdefault((p.device, p.dtype, *[held[k] for k in counts]), []).append((j, p, held))
         for (device, *_), members in together.items():
-            for piece in pieces(members, group["foreach"]):
+            foreach = True if group["foreach"] is None and not like else group["foreach"]
+            for piece in pieces(members, foreach):
                 names, params, held = zip(*piece)
                 field = lambda k, v: {n: h[k] for n, h in zip(names, held)} if isinstance(v, dict) else held[0][k]
                 state = type(like)(*[field(k, v) for k, v in zip(like._fields, like)]) if like else like
