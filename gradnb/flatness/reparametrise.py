@@ -64,8 +64,7 @@ def check_same(
     what: str,                       # was changed, for the message
 ):
     "Raise ValueError unless both weights give the same outputs, up to rounding, on 64 examples."
-    frozen, x = problem.frozen(), problem.dataset.x[:64]
-    a, b = frozen.outputs(theta, x), frozen.outputs(other, x)
+    a, b = (problem.outputs(w, problem.dataset.x[:64]) for w in (theta, other))
     if not (a - b).abs().max() <= 1e4 * torch.finfo(a.dtype).eps * (1 + a.abs().max()):
         raise ValueError(f"changing {what} together changes the outputs by {(a - b).abs().max():.3g}: between these blocks is "
                          "something else than a positively homogeneous activation (a normalisation, tanh, a skip connection?).")
