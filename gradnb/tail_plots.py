@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['COORDINATES', 'GREY', 'DATA', 'OTHER', 'plot_against', 'plot_rows', 'profile_frame', 'column_indices', 'plot_columns',
-           'plot_quantiles', 'plot_ccdf', 'normality_rows', 'plot_layers', 'legend_above', 'caption', 'tail_panels']
+           'plot_quantiles', 'plot_ccdf', 'normality_rows', 'plot_layers', 'caption', 'tail_panels', 'run_panels']
 
 # %% ../nbs/72_tail_plots.ipynb #imports
 from collections.abc import Iterable
-from math import log
+from math import isfinite, log
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
+from .estimate import Estimate
 from .layout import Layout
 from .plots import palette, style
 from .streams import Stream
@@ -23,7 +25,7 @@ from .tail.controls import control_row, gaussian_surrogate, gaussian_verdict
 from .tail.estimators import LEAST_BLOCKS, default_m, k_plot, m_profile, tail_index
 from .tail.fit import LAWS, Fit, as_columns, fit_law
 from .tail.magnitudes import Magnitudes
-from .tail.noise import alive, noise_index, noise_norms
+from .tail.noise import alive, gradient_draws, noise_index, noise_norms, paired_noise
 from .tail.sketch import layer_groups
 from .tail.stable import stable_sample
 from .tail.verdict import Verdict, gaussianity, verdict
@@ -43,7 +45,8 @@ def plot_against(
     lines = ax.plot(frame[x], frame.value, **({"marker": "o", "markersize": 3} | line))
     ax.fill_between(frame[x], frame.low, frame.high, color=lines[0].get_color(), alpha=.18, linewidth=0)
     ax.set(xscale="log", xlabel=x)
-    if (frame[x] % 1 == 0).all(): ax.set_xticks(frame[x], [f"{v:g}" for v in frame[x]]), ax.set_xticks([], minor=True)
+    if (frame[x] % 1 == 0).all(): ax.set_xticks(frame[x], [f"{v:g}" for v in frame[x]])
+    ax.xaxis.set_minor_formatter(NullFormatter())
     return lines
 
 def plot_rows(
@@ -158,15 +161,14 @@ def plot_layers(
     plot_rows(ax, frame, DATA, label="noise")
     plot_rows(ax, frame.assign(value=frame.gaussian, low=frame.gaussian_low, high=frame.gaussian_high), GREY, .2, label="gaussian")
     ax.set(title="layers", xlabel="index")
-    legend_above(ax)
-
-def legend_above(ax: Axes): ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=.2)
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=.2)
 
 def caption(
     noise: Tensor,                     # (n, p)
     row: pd.DataFrame,                 # of control_row
     said: Verdict,
     m: int,                            # draws to a sum
+    power: Estimate,                   # index of Dekkers, Einmahl & de Haan; infinite where there is no power tail
     facts: str,
 ) -> str:
     "All that the index depends on, and what it means, in words."
@@ -174,7 +176,8 @@ def caption(
     return (f"α = {data.value:.3g} [{data.low:.3g}, {data.high:.3g}], Mohammadi's estimator across draws: {n // m} blocks of m = {m} from "
             f"{n:,} draws of {p:,} parameters, of which {1 - moving.shape[1] / p:.1%} never move; {(moving == 0).double().mean().item():.1%} "
             f"of the other values are zero. {facts} It is {gaussian_verdict(row)}. "
-            f"Verdict on single parameters, each with its own scale: {said.text}")
+            f"On single parameters, each with its own scale: a power tail is {'seen' if isfinite(power.high) else 'not seen'} "
+            f"(moment estimator, index [{power.low:.2g}, {power.high:.2g}]); {said.text}")
 
 # %% ../nbs/72_tail_plots.ipynb #page
 def tail_panels(
@@ -221,7 +224,23 @@ def tail_panels(
             plot_rows(axes["normal"], normality_rows(gaussianity(x, stream / "gaussianity", 200)), color, shift, label=label)
         axes["normal"].axvline(.05, color="0.2", linewidth=.7, linestyle=(0, (4, 3)))
         axes["normal"].set(title="normality", xlabel="share rejected, 5 % by chance", xlim=(-.02, 1.02))
-        legend_above(axes["normal"])
+        axes["normal"].legend()
         plot_columns(axes["columns"], z[:, :4000].double().cpu(), row.value["data"], m, stream / "null")
         if layout: plot_layers(axes["layers"], noise, layout, m, stream / "layers")
-    return fig, caption(noise, row, said, m, facts), said
+    return fig, caption(noise, row, said, m, tail_index(some, "dedh"), facts), said
+
+# %% ../nbs/72_tail_plots.ipynb #run
+def run_panels(
+    run,                        # of a Store: its spec, theta and manifest are read
+    stream: Stream,             # of draws, controls and tests
+    gradients: int = 640,       # drawn
+    estimator=None,             # where they come from; None: the run's own
+    **page,                     # for tail_panels: columns, surrogates, draws
+) -> tuple[Figure, str, Verdict]:   # as from tail_panels
+    "What belongs beside the tail index at the end of a run."
+    problem, stepper, _ = run.spec.build()
+    source = estimator or stepper.estimator
+    noise = paired_noise(gradient_draws(problem, source, run.theta, gradients, stream / "grads"))
+    facts = (f"Differences of fresh draws of {source!r}, in training mode, from the examples that the network is trained on, at step "
+             f"{run.manifest['step']:,} of {run.spec.model} on {run.spec.dataset}, seed {run.spec.seed}.")
+    return tail_panels(noise, stream, facts, problem.layout, **page)
