@@ -1,0 +1,573 @@
+// Linked panels on canvases. uPlot draws axes and keeps scales; lines, bands, pictures and words are drawn here.
+// A scene is a block of bytes: length of a JSON head, the head, then float32 numbers and pixels (gradnb.explore.series.pack).
+
+const LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B3A000"];
+const DARK = ["#4BA3DD", "#F08A3C", "#2DC79A", "#E39BC6", "#F0B93A", "#8CCBF0", "#FFFFFF", "#D6C62E"];
+const DASH = [[], [6, 3], [2, 2], [8, 3, 2, 3]];                 // after eight keys colours come again, dashed
+
+function unpack(view) {
+  const bytes = view.byteLength ?? 0;
+  if (!bytes) return { head: { panels: [], keys: [], stops: null }, floats: () => null, pixels: () => null };
+  const size = view.getUint32(0, true), start = 4 + size + ((4 - (size % 4)) % 4);
+  const head = JSON.parse(new TextDecoder().decode(new Uint8Array(view.buffer, view.byteOffset + 4, size)));
+  const copy = view.buffer.slice(view.byteOffset + start, view.byteOffset + bytes);          // aligned
+  return {
+    head,
+    floats: (at) => at && new Float32Array(copy, at[0], at[1]),
+    pixels: (at) => new Uint8Array(copy, at[0], at[1]),
+  };
+}
+
+function readItem(entry, scene) {
+  if (entry.is === "picture") {
+    const [h, w] = entry.size, rgb = scene.pixels(entry.pixels), image = new ImageData(w, h);
+    for (let i = 0, j = 0; i < rgb.length; i += 3, j += 4) {
+      image.data[j] = rgb[i]; image.data[j + 1] = rgb[i + 1]; image.data[j + 2] = rgb[i + 2]; image.data[j + 3] = 255;
+    }
+    const canvas = Object.assign(document.createElement("canvas"), { width: w, height: h });
+    canvas.getContext("2d").putImageData(image, 0, 0);
+    return { ...entry, canvas };
+  }
+  if (entry.is === "words") return entry;
+  const shift = scene.floats(entry.x), x = new Float64Array(shift.length);
+  for (let i = 0; i < x.length; i++) x[i] = shift[i] + entry.x0;
+  return { ...entry, x, y: scene.floats(entry.y), low: scene.floats(entry.low), high: scene.floats(entry.high) };
+}
+
+function readScene(view) {
+  const scene = unpack(view), items = (list) => list.map((e) => readItem(e, scene));
+  for (const p of scene.head.panels) {
+    p.items = items(p.items);
+    if (p.steps) {
+      const [first, at, count] = p.steps;
+      p.steps = Float64Array.from(scene.floats([at, count]), (v) => v + first);
+      p.frames = new Map(Object.entries(p.frames).map(([k, list]) => [+k, items(list)]));
+    }
+  }
+  return scene.head;
+}
+
+const upTo = (x, value) => {                                       // index of the last entry ≤ value, -1 where there is none
+  let low = 0, high = x.length;
+  while (low < high) { const mid = (low + high) >> 1; if (x[mid] <= value) low = mid + 1; else high = mid; }
+  return low - 1;
+};
+
+const brief = (v) => {
+  if (!Number.isFinite(v)) return String(v);
+  const a = Math.abs(v);
+  return a !== 0 && (a < 1e-3 || a >= 1e5) ? v.toExponential(2).replace("e+", "e") : String(+v.toPrecision(4));
+};
+
+const tag = (name, props = {}, ...children) => {
+  const node = Object.assign(document.createElement(name), props);
+  for (const [k, v] of Object.entries(props.attrs ?? {})) node.setAttribute(k, v);
+  node.append(...children);
+  return node;
+};
+
+class Plot {                                                       // one panel
+  constructor(board, panel) {
+    this.board = board;
+    this.title = tag("span", { className: "gradnb-title", textContent: panel.name });
+    this.reading = tag("span", { className: "gradnb-reading" });
+    this.logs = tag("button", { className: "gradnb-small", textContent: "log", title: "logarithmic axis", type: "button",
+      onclick: () => board.toggleLog(this.panel.name), attrs: { "aria-label": `${panel.name}: logarithmic axis` } });
+    this.note = tag("div", { className: "gradnb-note" });
+    this.host = tag("div", { className: "gradnb-host", tabIndex: 0, attrs: { role: "img" } });
+    this.host.addEventListener("keydown", (e) => board.key(e, this));
+    this.el = tag("div", { className: "gradnb-panel", attrs: { "data-panel": panel.name } },
+      tag("div", { className: "gradnb-head" }, this.title, this.reading, this.logs), this.host, this.note);
+    this.marker = tag("div", { className: "gradnb-marker" });
+    this.zoomed = null;                                            // x range of a panel that is not linked
+    this.set(panel);
+  }
+
+  set(panel) {                                                     // new content
+    this.panel = panel;
+    this.note.textContent = panel.note;
+    this.host.style.display = panel.note ? "none" : "";
+    this.logs.style.display = panel.note || !panel.axes ? "none" : "";
+    this.logs.setAttribute("aria-pressed", panel.ylog);
+    if (this.plot && this.made !== this.kind()) { this.plot.destroy(); this.plot = null; }
+    this.frameStep = this.late = undefined;
+    this.moveTo(this.board.step);
+    this.draw();
+  }
+
+  kind() { return `${this.panel.xlog} ${this.panel.ylog} ${this.panel.axes}`; }
+
+  content() {                                                      // what is drawn: a refined window before the whole
+    const { panel, board } = this, fine = board.detail && panel.linked && board.detail.panels.find((p) => p.name === panel.name);
+    return fine ? fine.items : panel.items;
+  }
+
+  shown() { return [...this.content(), ...(this.frame ?? [])].filter((i) => !this.board.hidden.has(i.key)); }
+
+  ranges() {
+    const { panel, board } = this, x = [Infinity, -Infinity], y = [Infinity, -Infinity];
+    const grow = (r, v, log) => { if (Number.isFinite(v) && !(log && v <= 0)) { if (v < r[0]) r[0] = v; if (v > r[1]) r[1] = v; } };
+    const all = [...panel.items, ...(panel.frames ? [...panel.frames.values()].flat() : [])];
+    for (const i of all) {
+      if (i.is === "picture") { grow(x, i.extent[0]); grow(x, i.extent[1]); grow(y, i.extent[2]); grow(y, i.extent[3]); continue; }
+      if (i.is !== "line") { i.x.forEach((v) => grow(x, v, panel.xlog)); continue; }
+      for (const v of i.x) grow(x, v, panel.xlog);
+    }
+    const range = panel.linked ? board.range(panel.xlog) : this.zoomed ?? (x[0] <= x[1] ? x : [0, 1]);
+    const inside = this.zoomed || panel.linked ? this.shown() : all.filter((i) => !board.hidden.has(i.key));
+    for (const i of inside) {
+      if (i.is !== "line") continue;
+      for (let k = 0; k < i.x.length; k++) {
+        if (panel.linked && (i.x[k] < range[0] || i.x[k] > range[1])) continue;
+        grow(y, i.y[k], panel.ylog);
+        if (i.low) { grow(y, i.low[k], panel.ylog); grow(y, i.high[k], panel.ylog); }
+      }
+      if (i.style === "bars") grow(y, 0, panel.ylog);
+    }
+    if (y[0] > y[1]) { y[0] = panel.ylog ? 0.1 : 0; y[1] = 1; }
+    const exact = inside.some((i) => i.is === "picture");
+    const pad = (r, log, by) => {
+      if (exact) return r;
+      if (log) { const f = Math.max((r[1] / r[0]) ** by, 1.02); return [r[0] / f, r[1] * f]; }
+      const d = (r[1] - r[0]) * by || Math.abs(r[0]) * by || by;
+      return [r[0] - d, r[1] + d];
+    };
+    return { x: panel.linked ? range : pad(range, panel.xlog, this.zoomed ? 0 : 0.02), y: pad(y, panel.ylog, 0.06) };
+  }
+
+  draw() {                                                         // everything anew
+    if (this.panel.note) return;
+    const { panel, board, host } = this, { x, y } = this.ranges();
+    this.limits = { x, y };
+    const data = [[x[0], x[1]], [y[0], y[1]]];
+    if (!this.plot) {
+      this.made = this.kind();
+      const theme = () => board.theme, font = "11px system-ui, sans-serif";
+      const axis = (label, log, more) => ({
+        show: panel.axes, label, labelSize: label ? 16 : 0, labelFont: font, labelGap: 0, font, stroke: () => theme().text, gap: 3,
+        grid: { stroke: () => theme().grid, width: 1 }, ticks: { stroke: () => theme().grid, width: 1, size: 4 },
+        values: (u, ticks) => ticks.map((v) => (v == null || (log && !Number.isInteger(+Math.log10(v).toFixed(9)) && ticks.length > 9) ? "" : brief(v))), ...more });
+      const scale = (name, log) => ({ time: false, distr: log ? 3 : 1, range: () => this.limits[name] });
+      this.plot = new uPlot({
+        width: Math.max(host.clientWidth, 120), height: board.height, legend: { show: false }, pxAlign: 1,
+        cursor: { points: { show: false }, y: panel.axes, drag: { x: panel.axes, y: false, setScale: false } },
+        scales: { x: scale("x", panel.xlog), y: scale("y", panel.ylog) },
+        axes: [axis(panel.xlabel, panel.xlog, { size: 24 }), axis(panel.ylabel, panel.ylog, { size: 52 })],
+        series: [{}, { paths: () => null, points: { show: false } }],
+        hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.select(u)], setCursor: [(u) => this.hover(u)] },
+      }, data, host);
+      this.plot.over.append(this.marker);
+      this.plot.over.addEventListener("mousedown", () => { this.dragged = false; });
+      this.plot.over.addEventListener("click", (e) => { if (!this.dragged) this.pick(e.offsetX); });
+      this.plot.over.addEventListener("dblclick", () => (panel.linked ? board.setWindow(null) : this.zoom(null)));
+    } else this.plot.setData(data);
+  }
+
+  resize() {
+    if (this.plot && this.host.clientWidth) { this.plot.setSize({ width: this.host.clientWidth, height: this.board.height }); }
+  }
+
+  zoom(range) { this.zoomed = range; this.draw(); }
+
+  select(u) {
+    const { left, width } = u.select;
+    if (width < 4) return;
+    this.dragged = true;
+    const range = [u.posToVal(left, "x"), u.posToVal(left + width, "x")];
+    u.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+    if (this.panel.linked) this.board.setWindow(range); else this.zoom(range);
+  }
+
+  pick(left) { if (this.panel.linked && this.panel.axes) this.board.setStep(this.plot.posToVal(left, "x")); }
+
+  hover(u) {
+    const { left, top } = u.cursor;
+    if (this.board.hovering && left >= 0) this.pick(left);
+    this.host.title = left >= 0 && !this.panel.linked && this.panel.axes ? `${brief(u.posToVal(left, "x"))}, ${brief(u.posToVal(top, "y"))}` : "";
+  }
+
+  paint(u) {
+    const { ctx } = u, { left, top, width, height } = u.bbox, ratio = devicePixelRatio, { theme } = this.board, { ylog } = this.panel;
+    const px = (v) => u.valToPos(v, "x", true), py = (v) => u.valToPos(v, "y", true);
+    const ok = (v) => Number.isFinite(v) && !(ylog && v <= 0);
+    ctx.save();
+    ctx.beginPath(); ctx.rect(left, top, width, height); ctx.clip();
+    ctx.lineJoin = "round";
+    for (const i of this.shown()) {
+      if (i.is === "picture") {
+        const [l, r, b, t] = i.extent;
+        ctx.imageSmoothingEnabled = false;
+        ctx.drawImage(i.canvas, px(l), py(t), px(r) - px(l), py(b) - py(t));
+        continue;
+      }
+      if (i.is === "words") {
+        ctx.font = `${11 * ratio}px system-ui, sans-serif`; ctx.fillStyle = theme.text; ctx.textBaseline = "middle";
+        i.texts.forEach((text, k) => ctx.fillText(text, px(i.x[k]), py(i.y[k])));
+        continue;
+      }
+      const { color, dash } = this.board.look(i.key), n = i.x.length;
+      if (i.low) {
+        ctx.fillStyle = color; ctx.globalAlpha = 0.2;
+        let begin = 0;
+        for (let k = 0; k <= n; k++) if (k === n || !ok(i.low[k]) || !ok(i.high[k])) {
+          if (k - begin > 1) {
+            ctx.beginPath();
+            for (let j = begin; j < k; j++) ctx.lineTo(px(i.x[j]), py(i.high[j]));
+            for (let j = k - 1; j >= begin; j--) ctx.lineTo(px(i.x[j]), py(i.low[j]));
+            ctx.fill();
+          }
+          begin = k + 1;
+        }
+      }
+      ctx.globalAlpha = i.faint ? 0.35 : 1;
+      ctx.strokeStyle = ctx.fillStyle = color;
+      ctx.lineWidth = (i.style === "dashed" || i.faint ? 1 : 1.5) * ratio;
+      ctx.setLineDash((i.style === "dashed" ? [5, 3] : dash).map((v) => v * ratio));
+      ctx.beginPath();
+      if (i.style === "bars") {                                    // x are the left edges, the last one closes
+        const floor = py(ylog ? this.limits.y[0] : 0);
+        for (let k = 0; k + 1 < n; k++) if (ok(i.y[k])) ctx.rect(px(i.x[k]), py(i.y[k]), px(i.x[k + 1]) - px(i.x[k]), floor - py(i.y[k]));
+        ctx.globalAlpha = 0.45; ctx.fill(); ctx.globalAlpha = 1;
+      } else if (i.style === "points") {
+        for (let k = 0; k < n; k++) if (ok(i.y[k])) { const X = px(i.x[k]), Y = py(i.y[k]); ctx.moveTo(X + 2 * ratio, Y); ctx.arc(X, Y, 2 * ratio, 0, 7); }
+        ctx.fill(); ctx.beginPath();
+      } else {
+        let before = false;
+        for (let k = 0; k < n; k++) {
+          const good = ok(i.y[k]);
+          if (good) {
+            const X = px(i.x[k]), Y = py(i.y[k]);
+            if (!before) ctx.moveTo(X, Y);
+            else { if (i.style === "steps") ctx.lineTo(X, py(i.y[k - 1])); ctx.lineTo(X, Y); }
+            if (!before && !(k + 1 < n && ok(i.y[k + 1]))) { ctx.moveTo(X + 2 * ratio, Y); ctx.arc(X, Y, 2 * ratio, 0, 7); }     // a point by itself
+          }
+          before = good;
+        }
+      }
+      ctx.stroke();
+      ctx.setLineDash([]); ctx.globalAlpha = 1;
+    }
+    ctx.restore();
+    this.mark();
+  }
+
+  mark() {                                                         // the marker of the step
+    if (!this.plot) return;
+    const at = this.panel.linked && this.panel.axes && this.board.stops ? this.plot.valToPos(this.board.step, "x") : -1;
+    this.marker.style.display = at >= 0 && at <= this.plot.over.clientWidth ? "" : "none";
+    this.marker.style.transform = `translateX(${at}px)`;
+  }
+
+  moveTo(step) {                                                   // the slider has moved: true where a frame is still to come
+    const { panel } = this;
+    let missing = false;
+    if (panel.frames) {
+      const i = upTo(panel.steps, step), wanted = i < 0 ? undefined : panel.steps[i];
+      let have = wanted;
+      if (wanted !== undefined && !panel.frames.has(wanted)) {     // the newest one before it stands in
+        missing = true;
+        have = Math.max(...[...panel.frames.keys()].filter((k) => k <= wanted));
+      }
+      if (have !== this.frameStep) {
+        this.frameStep = have;
+        this.frame = panel.frames.get(have) ?? [];
+        if (this.plot) this.plot.redraw(false);
+      }
+      this.reading.textContent = have === undefined || have === -Infinity ? "not measured yet" : `step ${have}${missing ? " …" : ""}`;
+    } else if (panel.linked) {
+      const parts = [];
+      for (const i of this.shown()) {
+        if (i.is !== "line" || i.faint) continue;
+        const k = upTo(i.x, step);
+        if (k < 0 || parts.length >= 8) continue;
+        parts.push(tag("span", { textContent: (i.label ? `${i.label} ` : "") + (i.thinned ? "≈ " : "") + brief(i.y[k]), style: `color:${this.board.look(i.key).color}` }));
+      }
+      this.reading.replaceChildren(...parts);
+    } else this.reading.textContent = "";
+    this.mark();
+    this.host.setAttribute("aria-label", `${panel.name}: ${this.reading.textContent || panel.ylabel}`);
+    return missing;
+  }
+}
+
+class Board {                                                      // all panels of a canvas
+  constructor(model, el) {
+    this.model = model;
+    this.plots = new Map();
+    this.detail = null; this.asked = 0; this.hovering = false; this.height = 210;
+    this.said = tag("div", { className: "gradnb-said", attrs: { role: "status", "aria-live": "polite" } });
+    this.legend = tag("div", { className: "gradnb-legend", attrs: { role: "group", "aria-label": "legend" } });
+    this.where = tag("output", { className: "gradnb-step", attrs: { "aria-label": "step" } });
+    this.grid = tag("div", { className: "gradnb-grid" });
+    const button = (text, title, onclick) => tag("button", { textContent: text, title, onclick, type: "button", attrs: { "aria-label": title } });
+    const flag = (text, title, onclick) => {
+      const b = button(text, title, () => b.setAttribute("aria-pressed", onclick()));
+      b.setAttribute("aria-pressed", false);
+      return b;
+    };
+    this.spaced = flag("log steps", "slider in logarithmic steps", () => this.setSpacing(!this.logSpaced));
+    this.bar = tag("div", { className: "gradnb-bar", attrs: { role: "toolbar", "aria-label": "view" } },
+      this.where, this.spaced, flag("hover", "the step follows the mouse", () => (this.hovering = !this.hovering)),
+      flag("log x", "logarithmic step axis", () => this.toggleLog("step")),
+      button("+", "zoom in", () => this.zoomBy(0.5)), button("−", "zoom out", () => this.zoomBy(2)), button("⟷", "whole range", () => this.setWindow(null)));
+    this.text = tag("textarea", { className: "gradnb-code", readOnly: true, rows: 4, attrs: { "aria-label": "code that redraws this view" } });
+    this.text.style.display = "none";
+    if (model.get("alone")) this.bar.prepend(...this.ownSlider());
+    else for (const kind of ["png", "svg", "code"]) this.bar.append(button(kind, kind === "code" ? "code that redraws this view" : `save as ${kind.toUpperCase()}`, () => this.send({ kind: "save", format: kind })));
+    this.el = tag("div", { className: "gradnb-canvas" }, this.bar, this.said, this.legend, this.grid, this.text);
+    this.el.addEventListener("keydown", (e) => e.stopPropagation());     // the notebook's own keys stay out of it
+    el.append(this.el);
+    this.readTheme();
+    const on = (event, handler) => { model.on(event, handler); this.off.push(() => model.off(event, handler)); };
+    this.off = [];
+    on("change:scene", () => this.load());
+    on("change:position", () => this.follow());
+    on("change:step", () => this.place());
+    on("change:window", () => this.rewindow());
+    on("change:hidden", () => { this.hidden = new Set(model.get("hidden")); this.redraw(); });
+    on("change:message", () => this.say());
+    on("msg:custom", (content, buffers) => this.receive(content, buffers ?? []));
+    const resized = new ResizeObserver(() => this.plots.forEach((p) => p.resize()));
+    const themed = new MutationObserver(() => { this.readTheme(); this.redraw(); });
+    resized.observe(this.el);
+    themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "data-jp-theme-light", "class"] });
+    const dark = matchMedia("(prefers-color-scheme: dark)"), change = () => { this.readTheme(); this.redraw(); };
+    dark.addEventListener("change", change);
+    this.off.push(() => resized.disconnect(), () => themed.disconnect(), () => dark.removeEventListener("change", change));
+    this.load();
+    this.say();
+  }
+
+  close() {
+    this.off.forEach((f) => f());
+    clearInterval(this.playing); clearTimeout(this.later);
+    this.plots.forEach((p) => p.plot?.destroy());
+    this.el.remove();
+  }
+
+  send(content) { if (!this.model.get("alone")) this.model.send(content); }
+
+  set(values) {
+    for (const [k, v] of Object.entries(values)) this.model.set(k, v);
+    this.model.save_changes();
+  }
+
+  ownSlider() {                                                    // where there is no kernel, and so no ipywidgets
+    this.slider = tag("input", { type: "range", min: 0, className: "gradnb-slider", attrs: { "aria-label": "step" } });
+    this.slider.oninput = () => this.set({ position: +this.slider.value });
+    const play = tag("button", { type: "button", textContent: "▶", attrs: { "aria-label": "play", "aria-pressed": "false" } });
+    play.onclick = () => {
+      this.playing = this.playing ? clearInterval(this.playing) : setInterval(() => {
+        const last = this.model.get("last"), next = this.model.get("position") + Math.max(1, Math.round(last / 200));
+        this.set({ position: next > last ? 0 : next });
+      }, 50);
+      play.setAttribute("aria-pressed", !!this.playing);
+    };
+    return [play, this.slider];
+  }
+
+  readTheme() {
+    const probe = (name) => getComputedStyle(this.el).getPropertyValue(name).trim();
+    const light = document.body.dataset.jpThemeLight, dark = light ? light === "false" : matchMedia("(prefers-color-scheme: dark)").matches;
+    this.el.classList.toggle("gradnb-dark", dark);
+    this.theme = { dark, text: probe("--gradnb-text"), grid: probe("--gradnb-grid"), grey: probe("--gradnb-grey"), colors: dark ? DARK : LIGHT };
+  }
+
+  look(key) {
+    const i = this.head.keys.indexOf(key);
+    return i < 0 ? { color: this.theme.grey, dash: [] } : { color: this.theme.colors[i % 8], dash: DASH[Math.floor(i / 8) % 4] };
+  }
+
+  load() {                                                         // a new scene
+    const atEnd = this.head && this.model.get("position") >= this.model.get("last");
+    this.head = readScene(this.model.get("scene"));
+    this.detail = null;
+    this.hidden = new Set(this.model.get("hidden"));
+    this.stops = this.head.stops;
+    const wanted = this.model.get("step");
+    this.step = this.stops ? (atEnd || wanted < 0 ? this.stops[0] + this.stops[1] * (this.stops[2] - 1) : this.nearest(wanted)) : 0;
+    this.setStops();
+    const names = this.head.panels.map((p) => p.name);
+    for (const [name, plot] of this.plots) if (!names.includes(name)) { plot.plot?.destroy(); plot.el.remove(); this.plots.delete(name); }
+    for (const p of this.head.panels) {
+      if (this.plots.has(p.name)) { this.plots.get(p.name).set(p); continue; }
+      const plot = new Plot(this, p);
+      this.plots.set(p.name, plot);
+      this.grid.append(plot.el);
+      plot.draw();
+    }
+    names.forEach((name, i) => { if (this.grid.children[i] !== this.plots.get(name).el) this.grid.insertBefore(this.plots.get(name).el, this.grid.children[i]); });
+    this.redraw();
+    this.refine();
+    this.el.dataset.loaded = +(this.el.dataset.loaded ?? 0) + 1;
+  }
+
+  redraw() {
+    const names = this.head.keys;
+    this.legend.style.display = names.length ? "" : "none";
+    this.legend.replaceChildren(...names.map((key) => {
+      const { color, dash } = this.look(key), b = tag("button", { type: "button", title: "show or hide", attrs: { "aria-pressed": !this.hidden.has(key) } },
+        tag("i", { style: `border-top: 3px ${dash.length ? "dashed" : "solid"} ${color}` }), key);
+      b.onclick = () => {
+        this.hidden.has(key) ? this.hidden.delete(key) : this.hidden.add(key);
+        this.set({ hidden: [...this.hidden] });
+        this.redraw();
+        [...this.legend.children].find((c) => c.textContent === key)?.focus();
+      };
+      return b;
+    }));
+    this.bar.children.length && [...this.bar.children].find((b) => b.textContent === "log x")?.setAttribute("aria-pressed", this.head.panels.some((p) => p.linked && p.xlog));
+    this.plots.forEach((p) => { p.draw(); p.plot?.redraw(false); });
+    this.show();
+  }
+
+  // --- steps ---
+
+  setStops() {                                                     // positions of the slider
+    if (!this.stops) { this.set({ last: 0, position: 0 }); return; }
+    const [first, width, count] = this.stops;
+    this.log = null;
+    if (this.logSpaced) {
+      const all = new Set([0]);
+      for (let i = 0; i <= 240; i++) all.add(Math.round(count ** (i / 240)) - 1);
+      this.log = Float64Array.from([...all].sort((a, b) => a - b), (i) => first + width * i);
+    }
+    const last = (this.log ? this.log.length : count) - 1;
+    this.quiet = true;
+    this.set({ last });
+    this.set({ position: this.positionOf(this.step), step: this.step });
+    this.quiet = false;
+    if (this.slider) { this.slider.max = last; this.slider.value = this.model.get("position"); }
+  }
+
+  setSpacing(on) { this.logSpaced = on; this.setStops(); this.show(); return on; }
+
+  nearest(step) {
+    const [first, width, count] = this.stops;
+    return first + width * Math.min(Math.max(Math.round((step - first) / width), 0), count - 1);
+  }
+
+  positionOf(step) { return this.log ? Math.max(upTo(this.log, step), 0) : Math.round((step - this.stops[0]) / this.stops[1]); }
+
+  stepAt(position) { return this.log ? this.log[Math.min(position, this.log.length - 1)] : this.nearest(this.stops[0] + this.stops[1] * position); }
+
+  follow() {                                                       // the slider has moved
+    if (this.quiet || !this.stops) return;
+    this.step = this.stepAt(this.model.get("position"));
+    this.show();
+    this.quiet = true; this.set({ step: this.step }); this.quiet = false;
+  }
+
+  place() {                                                        // the kernel, or another view, has set the step
+    if (this.quiet || !this.stops || this.model.get("step") < 0) return;
+    this.setStep(this.model.get("step"));
+  }
+
+  setStep(value) {
+    if (!this.stops) return;
+    this.step = this.nearest(value);
+    this.quiet = true; this.set({ step: this.step, position: this.positionOf(this.step) }); this.quiet = false;
+    this.show();
+  }
+
+  show() {
+    this.where.textContent = this.stops ? `step ${this.step}` : "";
+    let missing = false;
+    this.plots.forEach((p) => { missing = p.moveTo(this.step) || missing; });
+    if (this.slider) this.slider.value = this.model.get("position");
+    this.el.dataset.step = this.step;
+    clearTimeout(this.later);
+    if (missing) this.later = setTimeout(() => this.send({ kind: "frames", step: this.step }), 60);
+  }
+
+  // --- window ---
+
+  whole(log) {
+    let low = Infinity, high = -Infinity;
+    for (const p of this.head.panels) if (p.linked) for (const i of p.items) if (i.is === "line") {
+      let k = 0;
+      while (log && k < i.x.length && i.x[k] <= 0) k++;
+      if (k < i.x.length) { low = Math.min(low, i.x[k]); high = Math.max(high, i.x[i.x.length - 1]); }
+    }
+    if (!(low <= high)) return log ? [1, 10] : [0, 1];
+    return log ? [low / 1.02, high === low ? low * 10 : high * 1.02] : [low - 0.01 * (high - low || 1), high + 0.01 * (high - low || 1)];
+  }
+
+  range(log) {
+    const all = this.whole(log), window = this.model.get("window");
+    return window ? [log ? Math.max(window[0], all[0]) : window[0], window[1]] : all;
+  }
+
+  setWindow(range) {
+    if (range && !(range[1] > range[0])) return;
+    this.set({ window: range && range.map(Number) });
+  }
+
+  zoomBy(factor) {
+    const log = this.head.panels.some((p) => p.linked && p.xlog), [a, b] = this.range(log), all = this.whole(log), half = ((b - a) * factor) / 2;
+    const mid = this.step >= a && this.step <= b ? this.step : (a + b) / 2;
+    const next = [Math.max(mid - half, all[0]), Math.min(mid + half, all[1])];
+    this.setWindow(next[0] <= all[0] && next[1] >= all[1] ? null : next);
+  }
+
+  rewindow() { this.detail = null; this.redraw(); this.refine(); }
+
+  refine() {                                                       // ask for the points that were left out
+    const window = this.model.get("window"), coarse = this.head.panels.some((p) => p.linked && p.items.some((i) => i.thinned));
+    if (coarse && (window || this.model.get("log").includes("step"))) this.send({ kind: "window", window, asked: ++this.asked });
+  }
+
+  toggleLog(name) {
+    const log = new Set(this.model.get("log")), on = !log.has(name);
+    on ? log.add(name) : log.delete(name);
+    for (const p of this.head.panels) { if (p.name === name) p.ylog = on; if (name === "step" && p.linked) p.xlog = on; }
+    this.set({ log: [...log] });
+    this.plots.forEach((p) => p.set(p.panel));
+    this.redraw();
+    if (name === "step") this.refine();
+    return on;
+  }
+
+  key(e, plot) {
+    const jump = { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10 }[e.key];
+    const acts = { "+": () => this.zoomBy(0.5), "-": () => this.zoomBy(2), 0: () => this.setWindow(null), l: () => this.toggleLog(plot.panel.name),
+      Home: () => this.set({ position: 0 }), End: () => this.set({ position: this.model.get("last") }) };
+    if (jump) this.set({ position: Math.min(Math.max(this.model.get("position") + jump, 0), this.model.get("last")) });
+    else if (acts[e.key] && !e.ctrlKey && !e.metaKey) acts[e.key]();
+    else return;
+    e.preventDefault();
+  }
+
+  // --- kernel ---
+
+  say() { const text = this.model.get("message"); this.said.textContent = text; this.said.style.display = text ? "" : "none"; }
+
+  receive(content, buffers) {
+    if (content.kind === "window" && content.asked === this.asked) { this.detail = readScene(view(buffers[0])); this.redraw(); this.el.dataset.refined = content.asked; }
+    if (content.kind === "frames") {
+      for (const p of readScene(view(buffers[0])).panels) {
+        const plot = this.plots.get(p.name), late = (plot.late ??= []);
+        if (!plot.panel.frames || !p.frames) continue;
+        for (const [k, items] of p.frames) if (!plot.panel.frames.has(k)) { plot.panel.frames.set(k, items); late.push(k); }
+        while (late.length > 300) plot.panel.frames.delete(late.shift());                  // memory does not grow as the slider moves
+        plot.draw();
+      }
+      this.show();
+    }
+    if (content.kind === "code") { this.text.value = content.text; this.text.style.display = ""; this.text.focus(); this.text.select(); }
+    if (content.kind === "file") {
+      const link = tag("a", { href: URL.createObjectURL(new Blob([view(buffers[0])], { type: content.type })), download: content.name });
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+    }
+  }
+}
+
+const view = (b) => (b instanceof DataView ? b : new DataView(b.buffer ?? b, b.byteOffset ?? 0, b.byteLength));
+
+export default {
+  render({ model, el }) {
+    const board = new Board(model, el);
+    return () => board.close();
+  },
+};
