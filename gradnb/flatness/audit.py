@@ -25,13 +25,13 @@ AUDITED = ("keskar:eps=0.005", "keskar:eps=0.005,protocol=keskar2017", "sam", "s
 def verdict(
     before: Reading, after: Reading,
     rtol: float,                      # to be the same
-    search: float = 0.1,              # half a width granted to a search, relative
+    search: float = 0.1,              # what a search may have missed, relative
 ) -> str:                             # "same", "agrees" or "moves"
     "How two readings of one function compare."
     apart = abs(after.value - before.value)
     if apart <= rtol * abs(before.value): return "same"
-    half = lambda r: search * abs(r.value) if r.high == inf else (r.high - r.low) / 2
-    return "agrees" if apart <= (half(before)**2 + half(after)**2)**.5 else "moves"
+    high = lambda r: r.value * (1 + search) if r.high == inf else r.high
+    return "agrees" if before.low <= high(after) and after.low <= high(before) else "moves"
 
 def invariance_audit(
     problem: Problem,           # in the mode that is meant: problem.frozen(buffers) evaluates BatchNorm and Dropout

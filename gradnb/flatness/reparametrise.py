@@ -101,14 +101,15 @@ def layer_rescale(
     problem: Problem,
     theta: Tensor,              # (p,)
     factors: list | tuple | None = None,   # one for each weight block, their product 1; None: drawn
-    alpha: float = 20.,         # where they are drawn: between 1/α and α, before they are divided by their geometric mean
+    alpha: float = 20.,         # where they are drawn, the farthest from 1 is α or 1/α
     seed: int = 0,              # of the factors
 ) -> Tensor:                    # (p,)
     "Every layer's weights with a factor of its own, biases by the product so far, in a homogeneous network."
     blocks = [*hidden_layers(problem), weight_blocks(problem.layout)[-1]]
     if factors is None:
         u = torch.rand(len(blocks), generator=(Stream(seed) / "layers").generator(), dtype=torch.float64)
-        factors = ((u - u.mean()) * 2 * log(alpha)).exp().tolist()
+        u = u - u.mean()
+        factors = (u / u.abs().max() * log(alpha)).exp().tolist()
     if len(factors) != len(blocks) or abs(log(prod(factors))) > 1e-9:
         raise ValueError(f"factors must be {len(blocks)} numbers above 0 with product 1, one for each of {', '.join(blocks)}; got {factors}.")
     for i, name in enumerate(blocks[:-1]): theta = alpha_rescale(problem, theta, prod(factors[:i + 1]), name)
