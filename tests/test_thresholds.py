@@ -1,0 +1,323 @@
+"""Thresholds, metrics and update maps against dense matrices on small networks, for every rule."""
+from dataclasses import dataclass
+from itertools import islice
+
+import pytest
+import torch
+
+from gradnb import Descent, Problem, Rule, Stream
+from gradnb.data import Dataset
+from gradnb.estimators.minibatch import MiniBatch
+from gradnb.estimators.sam import ASAM, SAM
+from gradnb.problem import Quadratic
+from gradnb.roles import State, draw
+from gradnb.rules.adam import Adam, AdamState
+from gradnb.rules.agd import AutomaticGradientDescent
+from gradnb.rules.fromtorch import FromTorch
+from gradnb.rules.gd import GD
+from gradnb.rules.kfac import KFAC
+from gradnb.rules.lamb import LAMB
+from gradnb.rules.lars import LARS
+from gradnb.rules.momentum import Momentum
+from gradnb.rules.rmsprop import RMSProp
+from gradnb.rules.schedule import Piecewise, Scheduled
+from gradnb.steppers import trajectory
+from gradnb.thresholds.directions import batch_sharpness, critical_sharpness, directional_sharpness, interaction_sharpness, ratio_of_means
+from gradnb.thresholds.metrics import METRICS, metric_of, preconditioned_sharpness, threshold
+from gradnb.thresholds.updates import UpdateMap, arnoldi, update_radius
+
+DOUBLE = torch.float64
+
+
+def small(bias=True):
+    "A tanh network of 50 (42 without biases) parameters on 30 random examples, in double precision."
+    gen = Stream(3).generator()
+    x, y = torch.randn(30, 5, generator=gen), torch.randn(30, 2, generator=gen)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 6, bias=bias), torch.nn.Tanh(), torch.nn.Linear(6, 2, bias=bias)).double()
+    for p in net.parameters(): p.data = torch.randn(p.shape, generator=gen, dtype=DOUBLE) / 2
+    return Problem(net, "mse", Dataset(x.double(), y.double(), x.double(), y.double(), None, "random"))
+
+
+def prepared(problem, rule, k=4, estimator=None):
+    stepper = Descent(rule, estimator) if estimator else Descent(rule)
+    return stepper, next(islice(trajectory(problem, stepper), k, None))
+
+
+def dense_hessian(problem, theta):
+    return problem.hvp(theta, torch.eye(problem.p, dtype=DOUBLE))
+
+
+def close(a, b, rtol): return torch.testing.assert_close(torch.as_tensor(a, dtype=DOUBLE), torch.as_tensor(b, dtype=DOUBLE), rtol=rtol, atol=rtol)
+
+
+RULES = {
+    "gd": GD(.1), "polyak": Momentum(.1), "nesterov": Momentum(.1, nesterov=True), "rmsprop": RMSProp(.01), "adam": Adam(.01),
+    "scheduled": Scheduled(Adam(.01), Piecewise(((2, .5),))), "lamb": LAMB(.05, weight_decay=.1),
+    "lamb-l2": LAMB(.05, weight_decay=.1, decay="l2", max_grad_norm=.1), "lamb-outside": LAMB.pytorch_optimizer(.05, weight_decay=.1),
+    "lamb-first": LAMB(.05, weight_decay=.1, bias_correction="first"), "lamb-plain": LAMB.cybertronai(.05, grad_averaging=False),
+    "lamb-matrices": LAMB.timm(.05, adapt="matrices"), "lars": LARS(.5, weight_decay=.1, trust=.1),
+    "lars-nesterov": LARS(.5, nesterov=True, rate="outside", trust=.1, adapt="matrices", weight_decay=.1),
+    "agd": AutomaticGradientDescent(), "kfac": KFAC(.1, every=1, invert=1, damping=.1), "ekfac": KFAC(.1, ekfac=True, damping=.1, clip=None),
+    "torch-sgd": FromTorch(torch.optim.SGD, lr=.1, momentum=.9, dampening=.2, weight_decay=.1),
+    "torch-adam": FromTorch(torch.optim.Adam, lr=.01, weight_decay=.1, amsgrad=True),
+    "torch-adamw": FromTorch(torch.optim.AdamW, lr=.01, weight_decay=.1),
+    "torch-rmsprop": FromTorch(torch.optim.RMSprop, lr=.01, centered=True, momentum=.5),
+}
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def problem_for(rule): return small(bias=not isinstance(rule, AutomaticGradientDescent))
+
+
+# --- the update map -----------------------------------------------------------------------------------------------
+
+def dense_map(problem, stepper, state):
+    "The Jacobian of a step of the rule, by fourth-order differences of whole steps through the problem's own gradient."
+    step = UpdateMap(problem, stepper, state)
+    sizes = [t.numel() for t in step.x[2:]]
+
+    def whole(z):
+        theta, *rest = z.split([problem.p, *sizes])
+        grad = problem.grad_and_loss(theta)[0]
+        if isinstance(stepper.estimator, SAM): grad = stepper.estimator.estimate((), problem, theta, None)[0]
+        out = step.step([theta, grad, *(r.view_as(t) for r, t in zip(rest, step.x[2:]))])
+        return torch.cat([t.reshape(-1) for t in out])
+
+    z0, columns = torch.cat([step.x[0], *(t.reshape(-1) for t in step.x[2:])]), []
+    for i in range(len(z0)):
+        h = 1e-4 * max(z0[i].abs().item(), 1e-6)
+        e = torch.zeros_like(z0)
+        e[i] = h
+        columns.append((8 * (whole(z0 + e) - whole(z0 - e)) - (whole(z0 + 2 * e) - whole(z0 - 2 * e))) / (12 * h))
+    return torch.stack(columns, 1)
+
+
+@every_rule
+def test_products_with_the_update_map_are_those_of_its_dense_jacobian(rule):
+    problem = problem_for(rule)
+    stepper, state = prepared(problem, rule)
+    step, J = UpdateMap(problem, stepper, state), dense_map(problem, stepper, state)
+    v = torch.randn(problem.p, generator=Stream(5).generator(), dtype=DOUBLE)
+    once = step(v, [torch.zeros_like(t) for t in step.x[2:]])
+    twice = step(once[0], [t.view_as(x) for t, x in zip(once[1:], step.x[2:])])
+    flat = lambda ts: torch.cat([t.reshape(-1) for t in ts])
+    z = torch.cat([v, v.new_zeros(J.shape[0] - problem.p)])
+    close(flat(once), J @ z, 2e-5)
+    close(flat(twice), J @ J @ z, 2e-5)
+    assert step.doubt < 1e-4 and step.exact == (not isinstance(rule, FromTorch))
+
+
+@pytest.mark.parametrize("name", ["gd", "nesterov", "rmsprop", "adam", "lamb", "lars", "agd", "kfac", "torch-adamw"])
+def test_the_outermost_eigenvalues_are_those_of_the_dense_jacobian(name):
+    rule = RULES[name]
+    problem = problem_for(rule)
+    stepper, state = prepared(problem, rule)
+    J = dense_map(problem, stepper, state)
+    reached = torch.zeros(J.shape[0], dtype=torch.bool)          # what a disturbance of θ can move
+    reached[:problem.p] = True
+    for _ in range(4): reached |= (J[:, reached].abs() > 0).any(1)
+    z = torch.linalg.eigvals(J[reached][:, reached])
+    found = update_radius(problem, stepper, state, tol=1e-8, max_products=400)
+    assert found.converged
+    close([found.radius, found.flip], [z.abs().max(), z.real.min()], 1e-4)
+
+
+def test_the_error_of_an_eigenvalue_covers_it_before_convergence():
+    problem = small()
+    stepper, state = prepared(problem, Adam(.1))
+    truth, hits = update_radius(problem, stepper, state, tol=1e-10, max_products=400), []
+    for seed in range(20):
+        found = update_radius(problem, stepper, state, tol=1e-2, stream=Stream(seed))
+        hits.append(abs(found.flip - truth.flip) <= max(found.flip_error, 1e-9))
+    assert sum(hits) >= 18
+
+
+def test_arnoldi_on_a_matrix_that_is_not_normal():
+    A = torch.randn(40, 40, generator=Stream(1).generator(), dtype=DOUBLE)
+    z = torch.linalg.eigvals(A)
+    found = arnoldi(A.mv, torch.ones(40, dtype=DOUBLE), tol=1e-10)
+    close([found.radius, found.flip], [z.abs().max(), z.real.min()], 1e-8)
+    assert not arnoldi(A.mv, torch.ones(40, dtype=DOUBLE), tol=1e-10, max_products=5).converged
+
+
+@pytest.mark.parametrize("kwargs", [dict(), dict(beta=.9), dict(beta=.9, nesterov=True), dict(beta=.3, nesterov=True)])
+def test_the_radius_on_a_quadratic_is_one_at_the_threshold(kwargs):
+    H = torch.diag(torch.linspace(.1, 3, 20, dtype=DOUBLE))
+    for scale, above in ((.99, False), (1.01, True)):
+        rule = Momentum(scale * threshold(1., **kwargs) / 3, **dict(beta=0.) | kwargs)
+        bowl = Quadratic(H)
+        assert (update_radius(bowl, *prepared(bowl, rule), tol=1e-9).radius > 1) is above
+
+
+@pytest.mark.parametrize("beta1", [0., .9])
+def test_adam_at_a_minimum_flips_at_the_threshold_of_its_metric(beta1):
+    gen = Stream(2).generator()
+    A = torch.randn(12, 12, generator=gen, dtype=DOUBLE)
+    bowl, zero = Quadratic(A @ A.T), torch.zeros(12, dtype=DOUBLE)
+    moments = AdamState(7, {"theta": zero}, {"theta": torch.rand(12, generator=gen, dtype=DOUBLE) + .1})
+    state = State(0, zero, moments, grad=zero, loss=zero[0])
+    metric = metric_of(bowl, Descent(Adam(1., beta1)), state)
+    sharp = preconditioned_sharpness(bowl.at(zero), metric, tol=1e-10).values[0].item()
+    lr = metric.threshold / sharp                    # the threshold is in units of 1/η
+    close(update_radius(bowl, Descent(Adam(lr, beta1)), state, tol=1e-9).flip, -1., 1e-6)
+
+
+def test_sam_moves_the_map_and_asam_is_refused():
+    problem = small()
+    stepper, state = prepared(problem, GD(.1), estimator=SAM(.2))
+    z = torch.linalg.eigvals(dense_map(problem, stepper, state))
+    close(update_radius(problem, stepper, state, tol=1e-8, max_products=200).flip, z.real.min(), 1e-5)
+    stepper, state = prepared(problem, GD(.1), estimator=ASAM(.2))
+    with pytest.raises(TypeError, match="ASAM"): update_radius(problem, stepper, state)
+
+
+@dataclass(frozen=True)
+class Detached(Rule):
+    "A rule that keeps nothing and hides its derivative."
+    lr: float
+    def step(self, state, blocks, grads): return {n: b - self.lr * grads[n].detach().clone() * b.detach() for n, b in blocks.items()}, state
+
+
+def test_a_rule_that_hides_its_derivative_is_differenced():
+    "Half of the derivative of θ' is lost here: the comparison with differences sees it."
+    problem = small()
+    stepper, state = prepared(problem, Detached(.1))
+    J = dense_map(problem, stepper, state)
+    v = torch.ones(problem.p, dtype=DOUBLE)
+    close(UpdateMap(problem, stepper, state)(v, [])[0], J @ v, 1e-5)
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+@every_rule
+def test_preconditioned_sharpness_is_the_top_eigenvalue_of_the_dense_product(rule):
+    problem = problem_for(rule)
+    stepper, state = prepared(problem, rule)
+    metric = metric_of(problem, stepper, state)
+    eye = torch.eye(problem.p, dtype=DOUBLE)
+    S = torch.stack([metric.root(e) for e in eye])
+    close(S, S.T, 1e-10)
+    M = S @ (dense_hessian(problem, state.theta) + torch.diag(metric.shift)) @ S
+    found = preconditioned_sharpness(problem.at(state.theta), metric, k=2, tol=1e-9)
+    close(found.values, torch.linalg.eigvalsh(M).flip(0)[:2], 1e-6)
+    assert metric.threshold > 0
+
+
+MOMENTUM = {"adam": (.9, False, .1), "scheduled": (.9, False, .1), "lamb": (.9, False, .1), "lamb-l2": (.9, False, .1),
+            "lamb-outside": (.9, False, .1), "lamb-first": (.9, False, .1), "lamb-matrices": (.9, False, .1), "lamb-plain": (.9, False, 1.),
+            "polyak": (.9, False, 1.), "nesterov": (.9, True, 1.), "lars": (.9, False, 1.), "lars-nesterov": (.9, True, 1.),
+            "kfac": (.9, False, 1.), "ekfac": (.9, False, 1.), "torch-sgd": (.9, False, .8), "torch-adam": (.9, False, .1),
+            "torch-adamw": (.9, False, .1), "torch-rmsprop": (.5, False, 1.)}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_metric_is_what_the_step_does_to_the_newest_gradient(name):
+    """θ' depends on the newest gradient, given the statistics that it enters, as −η w P⁻¹ g (with Nesterov (1 + β) P⁻¹).
+
+    Two rules step from one state: the rule itself and, with its velocity or first moment emptied, the same. What is left of
+    the second step is the newest gradient's part alone, statistics unchanged."""
+    rule = RULES[name]
+    problem = problem_for(rule)
+    stepper, state = prepared(problem, rule)
+    metric, layout = metric_of(problem, stepper, state), problem.layout
+    beta, nesterov, weight = MOMENTUM.get(name, (0., False, 1.))
+    inner, at = state.rule, rule
+    if name == "scheduled": inner, at = inner.inner, rule.at(inner.step)
+    if name.startswith("lamb") or name.startswith("lars"): pytest.skip("its trust ratio sees the velocity; compared below")
+    if hasattr(inner, "optimizer"):
+        for s in inner.optimizer["state"].values():
+            for field in ("momentum_buffer", "exp_avg"): s[field] = torch.zeros_like(s[field]) if s.get(field) is not None else s.get(field)
+    else:
+        for field in ("velocity", "exp_avg"):
+            if hasattr(inner, field): inner = inner._replace(**{field: {n: torch.zeros_like(v) for n, v in getattr(inner, field).items()}})
+    blocks, _ = at.step(inner, layout.named(state.theta), layout.named(state.grad))
+    moved = layout.join(blocks[n] for n in layout.names) - state.theta
+    if name == "torch-adamw": moved += .01 * .1 * state.theta                       # what decay takes, apart from the gradient
+    lr = (1 + beta) * 2 / (metric.threshold * weight * (1 + 2 * beta * nesterov))   # η, by the definition of the threshold
+    g = state.grad + metric.shift * state.theta
+    expected = -lr * weight * (1 + beta * nesterov) * metric.root(metric.root(g))
+    if name == "torch-adamw": expected *= (2 - .01 * .1) / 2
+    close(moved, expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if n.startswith(("lamb", "lars"))])
+def test_a_metric_with_trust_ratios_is_what_the_step_does_with_them(name):
+    "θ' written out from the metric, the velocity before the step, and the decay."
+    rule = RULES[name]
+    problem = small()
+    stepper, state = prepared(problem, rule)
+    metric, layout = metric_of(problem, stepper, state), problem.layout
+    beta, nesterov, weight = MOMENTUM[name]
+    after = stepper.step(problem, state)
+    theta, grad = state.theta, state.grad
+    decays = lambda n, b: rule.adapt != "matrices" or b.ndim > 1
+    if name.startswith("lars"):
+        inverse, velocity = metric.root(metric.root(torch.ones_like(theta))), layout.join(state.rule.velocity[n] for n in layout.names)
+        per = 1 if rule.rate == "outside" else rule.lr
+        new = beta * velocity / per + inverse * (grad + metric.shift * theta)
+        move = inverse * (grad + metric.shift * theta) + beta * new if nesterov else new
+        close(after.theta, theta - rule.lr * move, 1e-10)
+        return
+    inverse, taken = metric.root(metric.root(torch.ones_like(theta))), torch.zeros_like(theta)
+    for n, b, out in zip(layout.names, layout.split(theta), layout.split(taken)):
+        if rule.weight_decay and decays(n, b) and rule.decay != "l2":
+            first = 1 - rule.beta1 ** after.rule.step if rule.bias_correction == "first" else 1.
+            out += rule.lr * rule.weight_decay * (after.rule.trust_ratio[n] / first if rule.decay == "inside" else 1.)
+    clip = 1. if rule.max_grad_norm is None else min(1., rule.max_grad_norm / grad.norm().item())
+    moment = layout.join(state.rule.exp_avg[n] for n in layout.names) * beta / clip + weight * (grad + metric.shift * theta)
+    close(after.theta, (1 - taken) * theta - rule.lr * inverse * (2 - taken) / 2 * moment, 1e-9)
+
+
+def test_a_rule_of_ones_own_has_a_metric_once_filed():
+    @dataclass(frozen=True)
+    class Halved(Rule):
+        lr: float
+        def step(self, state, blocks, grads): return {n: b - self.lr / 2 * grads[n] for n, b in blocks.items()}, state
+
+    problem = small()
+    stepper, state = prepared(problem, Halved(.1))
+    with pytest.raises(TypeError, match="Halved has no metric"): metric_of(problem, stepper, state)
+    METRICS["Halved"] = lambda rule, state, blocks, grads: (threshold(rule.lr), {n: torch.tensor(.5) for n in blocks}, {})
+    try: found = preconditioned_sharpness(problem.at(state.theta), metric_of(problem, stepper, state), tol=1e-9)
+    finally: del METRICS["Halved"]
+    close(found.values[0], torch.linalg.eigvalsh(dense_hessian(problem, state.theta))[-1] / 2, 1e-6)
+
+
+# --- along directions -----------------------------------------------------------------------------------------------
+
+def test_directional_and_batch_measures_against_dense_hessians():
+    problem = small()
+    theta, batches = problem.theta0, [draw(MiniBatch(4), (), problem, Stream(7) / i) for i in range(60)]
+    point, H = problem.at(theta), dense_hessian(problem, theta)
+    g = point.grad
+    close(directional_sharpness(point), g @ H @ g / (g @ g), 1e-9)
+    gs = torch.stack([problem.grad_and_loss(theta, b)[0] for b in batches])
+    own = [gb @ problem.hvp(theta, torch.eye(problem.p, dtype=DOUBLE), b) @ gb / (gb @ gb) for gb, b in zip(gs, batches)]
+    found = batch_sharpness(problem, theta, batches)
+    close(found.value, torch.stack(own).mean(), 1e-9)
+    S = gs.T @ gs / len(gs)
+    both = interaction_sharpness(point, batches)
+    close(both.sharpness.value, (H @ S).trace() / S.trace(), 1e-9)
+    close(both.edge.value * both.ratio.value, both.sharpness.value, 1e-9)
+
+
+def test_intervals_of_batch_sharpness_cover():
+    problem = small()
+    truth = batch_sharpness(problem, problem.theta0, (draw(MiniBatch(3), (), problem, Stream(0) / i) for i in range(2500))).value
+    hits = sum(truth in batch_sharpness(problem, problem.theta0, (draw(MiniBatch(3), (), problem, Stream(1) / s / i) for i in range(30)))
+               for s in range(60))
+    assert hits >= 51                                      # 57 expected, 51 is 3.5 standard deviations below
+    a, b = torch.tensor([1., 2., 4.], dtype=DOUBLE), torch.tensor([2., 3., 7.], dtype=DOUBLE)
+    close(ratio_of_means(a, b).value, 7 / 12, 1e-12)
+
+
+@pytest.mark.parametrize("lr", [1e-4, .05, 30.])
+def test_the_critical_rate_is_where_the_loss_is_as_before(lr):
+    problem = small()
+    point = problem.at(problem.theta0)
+    found = critical_sharpness(point, -lr * point.grad, lr)
+    assert found.low <= found.value <= found.high <= found.low * 1.021 and found.evaluations <= 14
+    for eta, rises in ((2 / found.low, True), (2 / found.high, False)):
+        assert (problem.loss(problem.theta0 - eta * point.grad) > point.loss).item() is rises
+    warm = critical_sharpness(point, -lr * point.grad, lr, guess=found.multiple)
+    assert warm.evaluations <= 5 and warm.low <= found.high and found.low <= warm.high
