@@ -138,6 +138,7 @@ def update_variance_probe(
 def published_variance_probe(
     of: str | None = None,   # an estimator, in brackets; None: the run's own
     draws: int = 50,         # R; twice as many gradients are drawn
+    eps: float = 1e-7,       # added to the sum of R squares; c² times as much reads as gradients c times smaller would
     every: int = 500,        # steps between measurements
     name: str = "",          # of the trace; empty: made of `of`
 ) -> Probe:
@@ -148,7 +149,7 @@ def published_variance_probe(
         first, second = (estimates(view, estimator, state, draws, half) for half in ("first", "second"))
         found, masked = coordinate_normalized_variance(second)
         ours = dict(unbiased=found.value, unbiased_stderr=found.stderr, masked=masked, whole=normalized_variance(second).value)
-        return faghri2020(first, second)._asdict() | ours
+        return faghri2020(first, second, eps)._asdict() | ours
     return Probe(titled(name, "published_variance", of), _every(every), measure)
 
 # %% ../nbs/46_noise_probes.ipynb #scale
