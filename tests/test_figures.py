@@ -49,7 +49,7 @@ def drawn(monkeypatch):
 
 @pytest.mark.parametrize("name", find_figures())
 def test_shipped_notebooks(name):
-    "Every figure notebook is smoke-sized as it stands, names its runs at each size, and stores no outputs."
+    "Every figure notebook is smoke-sized as it stands, names its runs at each size, if any, and stores no outputs."
     path = find_figures()[name]
     cells = nbformat.read(path, as_version=4).cells
     assert not any(c.get("outputs") for c in cells), "figure notebooks are stored without outputs"
@@ -57,7 +57,7 @@ def test_shipped_notebooks(name):
     specs = {size: figure_specs(path, set_parameters(path, size, {})) for size in figures.SIZES}
     assert figure_specs(path, {}) == specs["smoke"]
     work = {size: sum(s.steps for s in found.values()) for size, found in specs.items()}
-    assert 0 < work["smoke"] < work["default"] <= work["full"]
+    assert not any(specs.values()) or 0 < work["smoke"] < work["default"] <= work["full"]
     for spec in specs["default"].values():
         assert Spec.from_json(spec.to_json()) == spec
 
