@@ -22,7 +22,7 @@ from .layout import Layout
 from .plots import palette, style
 from .streams import Stream
 from .tail.controls import control_row, gaussian_surrogate, gaussian_verdict
-from .tail.estimators import LEAST_BLOCKS, default_m, k_plot, m_profile, tail_index
+from .tail.estimators import LEAST_BLOCKS, MOST_ZEROS, default_m, k_plot, m_profile, tail_index
 from .tail.fit import LAWS, Fit, as_columns, fit_law
 from .tail.magnitudes import Magnitudes
 from .tail.noise import alive, gradient_draws, noise_index, noise_norms, paired_noise
@@ -176,7 +176,7 @@ def caption(
     return (f"α = {data.value:.3g} [{data.low:.3g}, {data.high:.3g}], Mohammadi's estimator across draws: {n // m} blocks of m = {m} from "
             f"{n:,} draws of {p:,} parameters, of which {1 - moving.shape[1] / p:.1%} never move; {(moving == 0).double().mean().item():.1%} "
             f"of the other values are zero. {facts} It is {gaussian_verdict(row)}. "
-            f"On single parameters, each with its own scale: a power tail is {'seen' if isfinite(power.high) else 'not seen'} "
+            f"On single parameters that are seldom zero, each with its own scale: a power tail is {'seen' if isfinite(power.high) else 'not seen'} "
             f"(moment estimator, index [{power.low:.2g}, {power.high:.2g}]); {said.text}")
 
 # %% ../nbs/72_tail_plots.ipynb #page
@@ -185,7 +185,7 @@ def tail_panels(
     stream: Stream,                 # of controls and tests
     facts: str,                     # how the draws were made, for the caption
     layout: Layout | None = None,   # of the columns: a row for each layer; None: no such panel
-    columns: int = 60,              # parameters, drawn at random, on which laws are fitted
+    columns: int = 60,              # parameters, drawn at random among those that are seldom zero, on which laws are fitted
     surrogates: int = 20,           # draws of each control
     draws: int = 199,               # simulated columns for each test of a fit
 ) -> tuple[Figure, str, Verdict]:   # the page, its caption, and the verdict
@@ -194,7 +194,7 @@ def tail_panels(
     index = lambda z: tail_index(z, "mohammadi", m)
     z = alive(noise)
     z = z[:, torch.randperm(z.shape[1], generator=(stream / "columns").generator())[:COORDINATES]]
-    some = as_columns(z[:, :columns])
+    some = as_columns(z[:, (z == 0).double().mean(0) <= MOST_ZEROS][:, :columns])
     gauss = gaussian_surrogate(z, (stream / "surrogate").generator())
     row, said = control_row(z, index, stream / "controls", surrogates), verdict(some, stream / "verdict", draws=draws)
     fits = {name: fit_law(LAWS[name], some) for name in ("gaussian", "student", "stable")}

@@ -258,6 +258,9 @@ def test_refusals():
     assert as_columns(dead).shape == (100, 9)
     with pytest.raises(TailRefusal, match=r"6\.0% of the values are exactly zero"): as_columns(sparse)
     with pytest.raises(TailRefusal, match="1 of 1000 values are not finite"): fit_law(STABLE, wild)
+    seldom = torch.cat([x.repeat(1, 2), torch.eye(100, 1, dtype=x.dtype)], 1)          # under 5 % zeros, all in one column
+    for call in (lambda: fit_law(STABLE, seldom), lambda: compare_laws(seldom), lambda: verdict(seldom, Stream())):
+        with pytest.raises(TailRefusal, match="1 of 21 columns are exactly zero in half of their draws or more"): call()
     with pytest.raises(TailRefusal, match="19 blocks of m² = 4"): verdict(x[:79], Stream())
     with pytest.raises(TailRefusal, match="100.0% of the values"): as_columns(torch.zeros(5, 4))
     with pytest.raises(ValueError, match=r"got shape \(2, 2, 2\)"): as_columns(torch.ones(2, 2, 2))

@@ -146,10 +146,14 @@ def fit_law(
     law: Law,                    # LAWS["student"], …
     x: Tensor | Sample,          # draws (n,), or one in each row (n, p)
 ) -> Fit:
-    "The most likely law of its family: shapes shared by all columns, a scale for each."
+    "The most likely law of its family: shapes shared by all columns, a scale for each. Raises TailRefusal on a column without one."
     sample = x if isinstance(x, Sample) else Sample.of(x)
     middle = (sample.count.cumsum(0) < sample.n / 2).sum(0)
-    best = {"at": sample.mid.gather(0, middle[None])[0].log()}
+    median = sample.mid.gather(0, middle[None])[0]
+    if (still := (median == 0).sum().item()):
+        raise TailRefusal(f"{still} of {len(median)} columns are exactly zero in half of their draws or more, and have no scale; "
+                          "leave them out or take larger batches.")
+    best = {"at": median.log()}
     def loss(z):
         best["at"], found = fit_scale(law, sample, tuple(np.exp(np.atleast_1d(z)).tolist()), best["at"])
         return -found.mean().item()
