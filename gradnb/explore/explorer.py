@@ -69,7 +69,7 @@ def draw_panel(
     log: tuple[str, ...],  # panels whose y axis is logarithmic
 ):
     "One panel."
-    ax.set_title(panel.name + (f", step {panel.steps[i]}" if panel.steps is not None and (i := np.searchsorted(panel.steps, step, "right") - 1) >= 0 else ""))
+    ax.set_title(panel.name)
     if panel.note or not panel.axes: ax.set_axis_off()
     if panel.note: return ax.text(.5, .5, textwrap.fill(panel.note, 44), ha="center", va="center", color=GREY, transform=ax.transAxes)
     colors, window = palette(8), look.window if panel.linked else None
@@ -81,7 +81,8 @@ def draw_panel(
         elif item.key not in look.hidden:
             i = names.index(item.key) if item.key in names else -1
             draw_line(ax, thin(item, window=window, log=xlog), GREY if i < 0 else colors[i % 8], DASHES[i // 8 % 4] if i >= 0 else "-")
-    ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log" if xlog else "linear", yscale="log" if panel.name in log else "linear")
+    i = -1 if panel.steps is None else int(np.searchsorted(panel.steps, step, "right")) - 1
+    ax.set(xlabel=", ".join(filter(None, [panel.xlabel, f"step {panel.steps[i]}" if i >= 0 else ""])), ylabel=panel.ylabel, xscale="log" if xlog else "linear", yscale="log" if panel.name in log else "linear")
     if panel.linked and panel.axes: ax.axvline(step, color="0.2", linewidth=.8)
     if window: ax.set_xlim(max(window[0], ax.get_xlim()[0]) if xlog else window[0], window[1])
 
@@ -135,6 +136,10 @@ class Explorer:
         "Code whose last line is an expression that makes this explorer anew. Raises ValueError where there is none."
         raise ValueError(f"what {type(self).__name__} shows lives in this session only; save it as PNG, SVG or HTML.")
 
+    def pinned(self, look: Look) -> Look:
+        "A look that will show the same when there are more data."
+        return look
+
     @property
     def look(self) -> Look:
         "What is shown now."
@@ -157,8 +162,8 @@ class Explorer:
 
     def code(self) -> str:
         "Code that draws the present view again."
-        default = self.Look()
-        differs = {f.name: v for f in fields(self.Look) if (v := getattr(self._look, f.name)) != getattr(default, f.name)}
+        look, default = self.pinned(self._look), self.Look()
+        differs = {f.name: v for f in fields(self.Look) if (v := getattr(look, f.name)) != getattr(default, f.name)}
         return f"{self.source()}.figure({', '.join(f'{k}={v!r}' for k, v in differs.items())})"
 
     def html(self) -> str:
@@ -195,7 +200,7 @@ class Explorer:
         if self._box is None: return
         with self.telling():
             for name, control in self._controls.items():
-                if name in changes and control.value != (value := getattr(self._look, name)): control.value = value
+                if name in changes and (value := getattr(self._look, name)) not in (None, control.value): control.value = value
             for name in SHARED:
                 if name in changes: setattr(self._canvas, name, self.trait(name))
         if changes.keys() - {*SHARED}: self.refresh()
