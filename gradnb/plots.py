@@ -51,8 +51,8 @@ def plot_trace(
 # %% ../nbs/70_plots.ipynb #sharpness
 def plot_sharpness(
     ax: Axes,
-    trace: Trace,                # of the probe "sharpness": columns value and residual
-    threshold=None,              # 2/η: a number, or one for each measured step, (T,); None: not drawn
+    trace: Trace,                # of a probe of eigenvalues: columns value and residual
+    threshold=None,              # a number, or one for each measured step, (T,); None: the trace's own, if it has one
     **line,                      # for ax.plot: color, label, linewidth, …
 ) -> list:                       # the lines of the eigenvalues
     "Draw eigenvalues, a band as wide as their residuals, and the threshold of stability, dashed."
@@ -60,6 +60,7 @@ def plot_sharpness(
     values, residuals = (np.reshape(trace.columns[c], (len(trace), -1)).T for c in ("value", "residual"))   # (k, T)
     for drawn, v, r in zip(lines, values, residuals):
         ax.fill_between(trace.steps, v - r, v + r, color=drawn.get_color(), alpha=.3, linewidth=0)
+    if threshold is None: threshold = trace.columns.get("threshold")
     if threshold is not None:
         at = np.broadcast_to(np.asarray(threshold, dtype=float), len(trace))
         dashed = dict(color=lines[0].get_color(), linestyle=(0, (4, 3)), linewidth=1, drawstyle="steps-post")
