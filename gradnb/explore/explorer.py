@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from threading import RLock
+from threading import RLock, local
 import ipywidgets
 import numpy as np
 from matplotlib.axes import Axes
@@ -118,7 +118,7 @@ class Explorer:
     Look = Look
 
     def __init__(self, **look):
-        self._look, self._panels, self._box, self._canvas, self._lock, self._quiet = self.changed(self.Look(), look), [], None, None, RLock(), False
+        self._look, self._panels, self._box, self._canvas, self._lock, self._quiet = self.changed(self.Look(), look), [], None, None, RLock(), local()
 
     def panels(self, look: Look) -> list[Panel]:
         "What is to be seen. To be written by each kind of explorer."
@@ -218,10 +218,15 @@ class Explorer:
     @contextmanager
     def telling(self):
         "While this lasts, what is raised is said in the widget, and what the widget's traits do changes no look."
-        before, self._quiet = self._quiet, True
+        before, self._quiet.on = self.quiet, True
         try: yield
         except Exception as e: self._canvas.message = str(e) if isinstance(e, (ValueError, KeyError)) else f"{type(e).__name__}: {e}"
-        finally: self._quiet = before
+        finally: self._quiet.on = before
+
+    @property
+    def quiet(self) -> bool:
+        "Does what the widget's traits do in this thread change no look?"
+        return getattr(self._quiet, "on", False)
 
     def trait(self, name: str):
         "A field of the look, as the canvas has it."
@@ -248,14 +253,14 @@ class Explorer:
                      ((slider, "value"), (canvas, "position")), ((player, "value"), (slider, "value"))): ipywidgets.jslink(*pair)
         rows.append(ipywidgets.HBox([player, slider]))
         self._box.children = [*rows, canvas]
-        for name, control in self._controls.items(): control.observe(lambda event, name=name: self._quiet or self.set(**{name: event["new"]}), "value")
+        for name, control in self._controls.items(): control.observe(lambda event, name=name: self.quiet or self.set(**{name: event["new"]}), "value")
         canvas.observe(self.heard, SHARED)
         canvas.on_msg(self.asked)
         return self._box
 
     def heard(self, event):
         "The browser has changed the look."
-        if self._quiet: return
+        if self.quiet: return
         value = event["new"]
         self._look = replace(self._look, **{event["name"]: value if not isinstance(value, list) else tuple(value)})
 
