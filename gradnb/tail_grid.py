@@ -30,7 +30,7 @@ def tail_grid(
     steps: int = 65_000,
     batch: int = 100,                                             # examples
     every: int = 100,                                             # steps between measurements
-    probes: tuple[str, ...] = ("original_index", "original_index:split=test", "tail_index", "train", "test"),
+    probes: tuple[str, ...] = ("original_index", "original_index:split=test", "tail_index", "tail_index:split=test", "train", "test"),
 ) -> dict[str, Spec]:    # by the original's folder names, DEPTH_WIDTH_SEED_DATASET_LOSS_fc
     "The runs of the tail-index study."
     looks = tuple(f"{p}{',' if ':' in p else ':'}every={every}" + f",size={batch}" * p.startswith("original_index") for p in probes)

@@ -151,6 +151,16 @@ def test_norms_are_norms(problem):
             assert layers[name][k] == pytest.approx(w.norm().item()) and layers[f"{name}.grad"][k] == pytest.approx(g.norm().item())
 
 
+def test_the_index_on_the_test_set(problem):
+    "That of a problem whose training set it is, from the same batches."
+    d = problem.dataset
+    swapped = Problem(problem.module, "ce", type(d)(d.x_test, d.y_test, d.x, d.y, d.classes))
+    here, there = (View(p, descent := Descent(GD(.1), MiniBatch(8)), next(trajectory(p, descent, problem.theta0)), Stream(3)) for p in (problem, swapped))
+    spec = "tail_index:draws=80,surrogates=3"
+    test = PROBES.build(f"{spec},split=test")
+    assert test.name == "tail_index_test" and test.measure(here) == PROBES.build(spec).measure(there)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_original_number(problem, split):
     found = measured(f"original_index:size=20,every=9,split={split}", problem, Descent(GD(.1), MiniBatch(8)), 0).columns
@@ -166,6 +176,6 @@ def test_the_original_number(problem, split):
     ("tail_index:draws=79", "79 draws are too few for 20 blocks of 2 differences; take 80 or more"),
     ("tail_index:draws=100,m=4", "take 160 or more"), ("tail_index:groups=all", "got 'all'"),
     ("tail_index:method=moh", "no tail estimator 'moh'"), ("noise_norms:draws=10", "take 40 or more"),
-    ("original_index:split=valid", "got 'valid'")])
+    ("original_index:split=valid", "got 'valid'"), ("tail_index:split=valid", "got 'valid'")])
 def test_refusals(spec, words):
     with pytest.raises(ValueError, match=words): PROBES.build(spec)
