@@ -173,12 +173,9 @@ class LiveExplorer(Live, Explorer):
 
     def told(self, act, wanted: bool = True):
         "Do what a control asks for; what is wrong with it becomes a message, and the control shows what holds."
-        if self.quiet or not wanted: return
-        with self.telling():
-            self._said = ""
-            act()
-            return
-        self.show_parts()
+        if not wanted: return
+        try: act()
+        except Exception as e: self.shown(str(e) if isinstance(e, (ValueError, TypeError)) else f"{type(e).__name__}: {e}")
 
     def heard_part(self, name: str):
         "A control of the chosen trajectory has another value."
@@ -197,7 +194,7 @@ class LiveExplorer(Live, Explorer):
 
     def show_parts(self):
         "Make the controls say what holds."
-        p, before = self._parts, self.quiet
+        p = self._parts
         if not p: return
         with self.telling():
             if [*p["which"].options] != [*self.trajectories]: p["which"].options = [*self.trajectories]
