@@ -13,7 +13,7 @@ from torch import Tensor
 from .curvature import sharpness
 from .problem import Evaluation, Point, Problem
 from .registry import Registry
-from .roles import State, check_range, draw
+from .roles import Batch, State, check_range, draw
 from .streams import Stream
 from .traces import as_row
 
@@ -145,10 +145,13 @@ def sharpness_probe(
     k: int = 1,             # how many eigenvalues
     tol: float = 1e-3,      # residuals allowed, relative to the largest eigenvalue
     frozen: bool = False,   # in evaluation mode? BatchNorm then normalises by its running statistics
+    examples: int = 0,      # on the first so many training examples only; 0: all
 ) -> Probe:
     "The k largest Hessian eigenvalues, each search warm from the last; columns value, residual, converged, matvecs."
     def measure(view):
-        eigs = sharpness(view.frozen_point if frozen else view.point, k=k, tol=tol, warm=view.memory.get("sketch"), stream=view.stream)
+        point = view.frozen_point if frozen else view.point
+        if examples: point = point.problem.at(view.theta, Batch(torch.arange(min(examples, view.problem.n))))
+        eigs = sharpness(point, k=k, tol=tol, warm=view.memory.get("sketch"), stream=view.stream)
         view.memory["sketch"] = eigs.sketch
         one = lambda v: v[0] if k == 1 else v
         return dict(value=one(eigs.values), residual=one(eigs.residuals), converged=eigs.converged, matvecs=eigs.matvecs)

@@ -9,8 +9,9 @@ from gradnb import Descent, Problem, Rule, Stream
 from gradnb.data import Dataset
 from gradnb.estimators.minibatch import MiniBatch
 from gradnb.estimators.sam import ASAM, SAM
+from gradnb.probes import PROBES, View
 from gradnb.problem import Quadratic
-from gradnb.roles import State, draw
+from gradnb.roles import Batch, State, draw
 from gradnb.rules.adam import Adam, AdamState
 from gradnb.rules.agd import AutomaticGradientDescent
 from gradnb.rules.fromtorch import FromTorch
@@ -321,3 +322,11 @@ def test_the_critical_rate_is_where_the_loss_is_as_before(lr):
         assert (problem.loss(problem.theta0 - eta * point.grad) > point.loss).item() is rises
     warm = critical_sharpness(point, -lr * point.grad, lr, guess=found.multiple)
     assert warm.evaluations <= 5 and warm.low <= found.high and found.low <= warm.high
+
+
+def test_sharpness_of_the_first_examples_only():
+    problem, first = small(), 7
+    stepper, state = prepared(problem, GD(.1))
+    row = PROBES.build(f"sharpness:examples={first},tol=1e-9").measure(View(problem, stepper, state))
+    H = problem.hvp(state.theta, torch.eye(problem.p, dtype=DOUBLE), Batch(torch.arange(first)))
+    close(row["value"], torch.linalg.eigvalsh(H)[-1], 1e-8)
