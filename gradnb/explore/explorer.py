@@ -19,6 +19,7 @@ import ipywidgets
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from .canvas import Canvas, page
 from .series import BARS, DASHED, POINTS, STEPS, Line, Panel, Picture, Words, keys, pack, stops, thin
 from ..plots import palette, style
@@ -182,6 +183,12 @@ class Explorer:
         with style(): self.figure().savefig(out, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
         return out.getvalue()
 
+    def still(self) -> bytes:
+        "A small picture, as a saved notebook holds it: PNG of 48 colours."
+        out = io.BytesIO()
+        Image.open(io.BytesIO(self.image("png", 72))).convert("RGB").quantize(48).save(out, "PNG", optimize=True)
+        return out.getvalue()
+
     def save(self,
         path: str | Path,     # …/NAME.png, .svg, .html or .py
     ) -> Path:
@@ -207,8 +214,8 @@ class Explorer:
 
     def refresh(self):
         "Show what the data are now. What is wrong becomes a message; the panels that were there stay."
-        if self._box is None: return
         with self._lock, self.telling():
+            if self._box is None: return
             panels = self.panels(self._look)
             scene = pack(panels, None, logarithmic(self._look, panels))
             if self._look.log is None: self._canvas.log = [*logarithmic(self._look, panels)]
@@ -220,7 +227,9 @@ class Explorer:
         "While this lasts, what is raised is said in the widget, and what the widget's traits do changes no look."
         before, self._quiet.on = self.quiet, True
         try: yield
-        except Exception as e: self._canvas.message = str(e) if isinstance(e, (ValueError, KeyError)) else f"{type(e).__name__}: {e}"
+        except Exception as e:
+            if self._canvas is None: return                  # closed in the meantime
+            self._canvas.message = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         finally: self._quiet.on = before
 
     @property
@@ -281,13 +290,14 @@ class Explorer:
 
     def close(self):
         "End the widget."
-        if self._box is None: return
-        for part in (*self._box.children, self._box): part.close()
-        self._box = self._canvas = None
+        with self._lock:
+            if self._box is None: return
+            for part in (*self._box.children, self._box): part.close()
+            self._box = self._canvas = None
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         bundle = self.widget._repr_mimebundle_()
         data, more = bundle if isinstance(bundle, tuple) else (bundle, {})
-        try: data = data | {"image/png": base64.b64encode(self.image("png", 72)).decode()}
+        try: data = data | {"image/png": base64.b64encode(self.still()).decode()}
         except Exception as e: data = data | {"text/plain": f"{type(self).__name__}: {e}"}
         return data, more

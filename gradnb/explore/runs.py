@@ -8,7 +8,6 @@ __all__ = ['BANDS', 'OF_VALUE', 'SPECTRA', 'FEW', 'AXES', 'FIRST', 'beside', 'qu
 
 # %% ../../nbs/74_explore/04_runs.ipynb #imports
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
@@ -263,8 +262,8 @@ class RunExplorer(Explorer):
 
     def refresh(self):
         super().refresh()
-        if self._box is None: return
         with self._lock, self.telling():
+            if self._box is None: return
             found, _ = self.found(self._look.where)
             hashes, some = self.chosen(self._look, found), [*found][:500]
             labels, menu = names_of({h: found[h] for h in some}, found), []
@@ -278,7 +277,7 @@ class RunExplorer(Explorer):
     @property
     def widget(self):
         if self._box is None:
-            box = super().widget
+            super().widget
             self._seen, self._closing = self.present(), Event()
             if self.follow: Thread(target=self.watch, args=(self._closing,), daemon=True).start()
         return super().widget
@@ -306,9 +305,12 @@ def names_of(
     chosen: dict[str, dict],     # fields by hash
     all_runs: dict[str, dict],
 ) -> dict[str, str]:             # by hash
-    "What to call runs: by the fields that tell them apart."
-    differ = [k for k in dict.fromkeys(k for f in all_runs.values() for k in f) if k != "probes" and len({repr(f.get(k)) for f in all_runs.values()}) > 1]
+    "What to call runs: by the fields that tell them apart, one by itself by its rule."
+    differ = [k for k in dict.fromkeys(k for f in all_runs.values() for k in f) if k != "probes" and len({repr(f.get(k)) for f in all_runs.values()}) > 1] or ["rule", "rule.lr"]
     short = lambda k, v: str(v) if isinstance(v, str) else f"{k.rpartition('.')[2]}={v}"
-    names = {h: " ".join(short(k, f[k]) for k in differ if f.get(k) is not None) for h, f in chosen.items()}
+    name = lambda f, words: " ".join(short(k, f[k]) for k in words if f.get(k) is not None)
+    common = [k for k in differ if all(k in f for f in all_runs.values())]      # what only some rules have is said where it must be
+    words = common if len({name(f, common) for f in all_runs.values()}) == len(all_runs) else differ
+    names = {h: name(f, words) for h, f in chosen.items()}
     twice = [n for n in names.values() if [*names.values()].count(n) > 1]
     return {h: n if n and n not in twice else f"{n} {h[:8]}".strip() for h, n in names.items()}
