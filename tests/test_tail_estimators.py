@@ -91,7 +91,7 @@ def test_gauss_is_two_for_mohammadi_nearly_always():
 # --- intervals --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method, alpha",
-    [("ecf", 1.2), ("ecf", 1.7), ("mohammadi", 1.2), ("mohammadi", 1.7), ("logmoment", 1.5)])
+    [("ecf", 1.7), ("mohammadi", 1.2), ("mohammadi", 1.7), ("logmoment", 1.5)])
 def test_intervals_cover(method, alpha):
     assert .92 <= coverage(repeat(method, alpha, 2_000, 300), alpha) <= .985
 

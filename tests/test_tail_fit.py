@@ -145,6 +145,7 @@ def test_held_out_likelihood_is_held_out():
     assert table.held_out["student"] == pytest.approx(np.mean(by_hand), abs=2e-4)
 
 
+@pytest.mark.slow
 def test_jackknife_errors_of_shapes():
     "z-scores of the index over repetitions have unit variance; columns that repeat each other add nothing."
     z = []
@@ -176,7 +177,7 @@ def test_the_statistic_is_scipys():
     assert ks_distance(Sample.of(x), fit).item() == pytest.approx(peer.statistic * sqrt(800), abs=1e-9)
 
 
-@pytest.mark.parametrize("n", [200, 2500], ids=["values", "bins"])
+@pytest.mark.parametrize("n", [pytest.param(200, id="values"), pytest.param(2500, id="bins", marks=pytest.mark.slow)])
 def test_size_of_the_fit_test(n):
     "A true law is rejected as often as it should be, whether the sample is kept or binned."
     p = [ks_test(LAWS["student"], draws("student", n, "size", k), Stream(k), 19).p_value for k in range(50)]
@@ -238,16 +239,19 @@ def test_gaussianity():
     with pytest.raises(ValueError, match="at least 20 draws, got 19"): gaussianity(shared[:19], Stream(0))
 
 
+@pytest.mark.parametrize("name, best", [("laplace", "laplace, whose fit is not rejected"),
+                                        pytest.param("t3", "student (nu = ", marks=pytest.mark.slow)])
+def test_the_verdict_names_what_is_not_stable(name, best):
+    v = verdict(ALTERNATIVES[name](12_000, 0), Stream(0), draws=60)
+    assert not v.stable and v.text.startswith("not stable: ") and "α-stable" not in v.text and f"Best of five: {best}" in v.text
+
+
 def test_the_verdict_says_stable_only_where_it_passes():
-    seen = {name: verdict(ALTERNATIVES[name](12_000, 0), Stream(0), draws=79) for name in ("t3", "laplace")}
-    for name, v in seen.items(): assert not v.stable and v.text.startswith("not stable: ") and "α-stable" not in v.text, (name, v.text)
-    assert "Best of five: laplace, whose fit is not rejected" in seen["laplace"].text
-    assert "Best of five: student (nu = " in seen["t3"].text
-    passes = verdict(draws("stable", 12_000, "pass"), Stream(0), draws=79)
+    passes = verdict(draws("stable", 12_000, "pass"), Stream(0), draws=60)
     assert passes.stable and passes.text.startswith("α-stable, as far as 12,000 draws can tell: α = 1.") and 0 in passes.profile
-    gauss = verdict(draws("gaussian", 12_000, "pass"), Stream(0), draws=79)
+    gauss = verdict(draws("gaussian", 12_000, "pass"), Stream(0), draws=60)
     assert not gauss.stable and gauss.text.startswith("not told from a Gaussian by 12,000 draws")
-    few = verdict(draws("stable", (90, 40), "few"), Stream(0), draws=79)
+    few = verdict(draws("stable", (90, 40), "few"), Stream(0), draws=60)
     assert not few.stable and few.text.startswith("undecided: 90 draws")
 
 
