@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradnb.data import load_dataset
+from gradnb.data import Dataset, load_dataset
 from gradnb.estimators.minibatch import FullBatch, MiniBatch
 from gradnb.laws import check_probe
 from gradnb.models import build_model
@@ -179,3 +179,16 @@ def test_the_original_number(problem, split):
     ("original_index:split=valid", "got 'valid'"), ("tail_index:split=valid", "got 'valid'")])
 def test_refusals(spec, words):
     with pytest.raises(ValueError, match=words): PROBES.build(spec)
+
+
+@pytest.mark.parametrize("shape, classes", [((1, 28, 28), 10), ((3, 32, 32), 10), ((3, 32, 32), 100)], ids=["mnist", "cifar10", "cifar100"])
+def test_the_networks_of_2019_on_its_data(shape, classes):
+    "Both networks with both losses on all three; the original had no fc for CIFAR-100 and no alexnet for MNIST."
+    g = Stream(0).generator()
+    x, y = torch.randn(12, *shape, generator=g), torch.randint(classes, (12,), generator=g)
+    for name, loss in (("fc:width=6,depth=4", "ce"), ("fc:width=6,depth=4", "linear_hinge"), ("alexnet:width=4", "ce"), ("alexnet:width=4", "linear_hinge")):
+        data = Dataset(x, y, x, y, classes)
+        problem = Problem(build_model(name, data), loss, data)
+        row = measured("original_index:every=9,size=2", problem, Descent(GD(.1), MiniBatch(4)), 0).columns
+        assert 0 < row["value"][0] < 4 and problem.outputs(problem.theta0, x).shape == (12, classes)
+        if name.startswith("fc"): assert problem.p == x[0].numel() * 6 + 2 * 36 + 6 * classes
