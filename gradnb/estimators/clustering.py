@@ -91,7 +91,7 @@ class GradientClustering(Estimator):
             finite(torch.cat([io.sq_norms() for io in parts]))
             return running_count_clusters(parts, self.clusters, stream / "centres", self.rounds)
         if self.sketch:
-            parts = [io.sketch(self.sketch, stream / "sketch").double().cpu() for io in problem.layer_io(theta)]
+            parts = [io.sketch(self.sketch, stream / "sketch").cpu() for io in problem.layer_io(theta)]
             finite((x := torch.cat(parts)).sum(1))
             points = Points(x)
         else: points = Products(all_products(problem, theta))

@@ -14,17 +14,17 @@ from ..streams import Stream
 # %% ../../nbs/30_estimators/04_hartigan.ipynb #points
 class Points(NamedTuple):
     "n points by their coordinates."
-    x: Tensor    # (n, m), float64 on the CPU
+    x: Tensor    # (n, m), on the CPU
 
-    def squares(self) -> Tensor: return self.x.square().sum(1)              # ‖xᵢ‖² (n,)
+    def squares(self) -> Tensor: return self.x.double().square().sum(1)     # ‖xᵢ‖² (n,)
 
-    def row(self, i: int) -> Tensor: return self.x @ self.x[i]              # ⟨xᵢ, xⱼ⟩ for all j (n,)
+    def row(self, i: int) -> Tensor: return (self.x @ self.x[i]).double()   # ⟨xᵢ, xⱼ⟩ for all j (n,)
 
-    def among(self, rows: Tensor) -> Tensor: return self.x[rows] @ self.x[rows].T     # ⟨xᵢ, xⱼ⟩ (b, b)
+    def among(self, rows: Tensor) -> Tensor: return (self.x[rows] @ self.x[rows].T).double()     # ⟨xᵢ, xⱼ⟩ (b, b)
 
     def cross(self, rows: Tensor, labels: Tensor, k: int) -> Tensor:        # (b, k)
         "⟨xᵢ, Σ_{j∈l} xⱼ⟩."
-        return self.x[rows] @ self.x.new_zeros(k, self.x.shape[1]).index_add_(0, labels, self.x).T
+        return (self.x[rows] @ self.x.new_zeros(k, self.x.shape[1]).index_add_(0, labels, self.x).T).double()
 
 class Products(NamedTuple):
     "n points by their inner products."
@@ -37,7 +37,7 @@ class Products(NamedTuple):
     def among(self, rows: Tensor) -> Tensor: return self.gram[rows][:, rows].double()
 
     def cross(self, rows: Tensor, labels: Tensor, k: int) -> Tensor:
-        return torch.zeros(k, len(rows), dtype=torch.float64).index_add_(0, labels, self.gram[rows].T.double()).T
+        return torch.zeros(len(rows), k, dtype=torch.float64).index_add_(1, labels, self.gram[rows].double())
 
 # %% ../../nbs/30_estimators/04_hartigan.ipynb #seeded
 def seeded(

@@ -99,18 +99,18 @@ def within(
     labels: Tensor,     # stratum of every example (n,), 0 … K−1, none empty
 ) -> Within:
     "Spread of the gradients inside each stratum, exactly. Raises ValueError on a gradient that is not finite."
-    sizes, squares, centres, whole = labels.bincount(), [], [], 0
-    for idx in labels.argsort(stable=True).split(sizes.tolist()):
-        square, total = 0.0, theta.new_zeros(problem.p)
-        for io in problem.layer_io(theta, Batch(idx)):
-            square += finite(io.sq_norms(), idx).sum(dtype=torch.float64).item()
-            total += io.combine(torch.ones_like(io.losses))
-            idx = idx[io.n:]
-        squares.append(square)
-        centres.append(total.double().square().sum().item())
-        whole = whole + total
-    spread = torch.tensor(squares, dtype=torch.float64) - torch.tensor(centres, dtype=torch.float64) / sizes
-    return Within(spread.clamp_min(0), sizes, sum(squares) - whole.double().square().sum().item() / problem.n)
+    sizes, order = labels.bincount(), labels.argsort(stable=True)
+    squares, centres = torch.zeros(2, len(sizes), dtype=torch.float64)
+    whole, begun, start = 0, (-1, 0), 0                                      # a stratum may begin in one chunk and end in the next
+    for io in problem.layer_io(theta, Batch(order)):
+        idx, start = order[start:start + io.n], start + io.n
+        squares.index_add_(0, labels[idx], finite(io.sq_norms(), idx).double().cpu())
+        whole = whole + io.combine(torch.ones_like(io.losses))
+        for k in labels[idx].unique().tolist():
+            total = io.combine((labels[idx] == k).to(io.losses))
+            if k == begun[0]: total += begun[1]
+            begun, centres[k] = (k, total), total.dot(total)
+    return Within((squares - centres / sizes).clamp_min(0), sizes, squares.sum().item() - whole.double().square().sum().item() / problem.n)
 
 def finite(
     scores: Tensor,             # one number for each example (m,)

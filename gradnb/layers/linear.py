@@ -63,11 +63,13 @@ class Linear(Layer):
     def combine(self, w: Tensor) -> Tensor:
         if not self.rank_one: return super().combine(w)
         a, d = (t.squeeze(1) for t in self.factors)
-        def one(row):
+        out, shape = d.new_empty(len(w), self.q), (d.shape[1], a.shape[1])
+        for row, o in zip(w, out):
             used = slice(None) if row.all() else row.nonzero()[:, 0]              # a partition costs one product in all
             e = d[used] * row[used, None]
-            return torch.cat([(e.T @ a[used]).flatten(), e.sum(0)] if self.bias else [(e.T @ a[used]).flatten()])
-        return torch.stack([one(row) for row in w])
+            torch.mm(e.T, a[used], out=o[:shape[0] * shape[1]].view(shape))
+            if self.bias: o[shape[0] * shape[1]:] = e.sum(0)
+        return out
 
     def gram(self, other: "Linear") -> Tensor:
         if not (self.rank_one and other.rank_one): return super().gram(other)
