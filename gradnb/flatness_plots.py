@@ -28,7 +28,8 @@ def plot_audit(
     ax.grid(False)
     for (i, j), log in np.ndenumerate(logs):
         word = verdict.iloc[i, j]
-        text = {"same": "=", "agrees": "≈"}.get(word, f"×{ratio.iloc[i, j]:.3g}")
+        by = ratio.iloc[i, j]
+        text = {"same": "=", "agrees": "≈"}.get(word, f"×{by:,.0f}" if by >= 1000 else f"×{by:.3g}")
         ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if abs(log) > 1.8 else "black")
     ax.set_xticks(range(len(ratio.columns)), ratio.columns)
     ax.set_yticks(range(len(ratio)), ratio.index, fontsize=8)
@@ -51,7 +52,7 @@ def plot_line(
     right.grid(False)
     for x, name in zip((0, 1), ends):
         ax.axvline(x, color="0.6", linewidth=.8, zorder=0)
-        ax.annotate(name, (x, 1), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points", va="top", fontsize="small")
+        ax.annotate(name, (x, 0), xycoords=("data", "axes fraction"), xytext=(3, 3), textcoords="offset points", va="bottom", fontsize="small")
     return right
 
 # %% ../nbs/72_flatness_plots.ipynb #surface

@@ -8,7 +8,7 @@ __all__ = ['flatness_probe']
 # %% ../nbs/49_flatness_probes.ipynb #imports
 from inspect import signature
 import torch
-from .flatness.centre import MEASURES, Centre
+from .flatness.centre import MEASURES, Centre, logit_normalised
 from .probes import PROBES, Probe, every
 from .registry import unknown
 from .roles import Batch
@@ -22,6 +22,7 @@ def flatness_probe(
     every: int = 100,              # steps between measurements
     examples: int | None = 2000,   # the first so many of the training set; None: all
     frozen: bool = True,           # in evaluation mode? BatchNorm then normalises by its running statistics
+    normalised: bool = False,      # the logit-normalised loss?
     name: str | None = None,       # of the trace; None: flatness_ and the measure with its options
     **options,                     # of the measure
 ) -> Probe:
@@ -31,6 +32,7 @@ def flatness_probe(
         if key not in known: raise unknown(f"argument of flatness measure {measure!r}", key, known)
     def look(view):
         problem = view.frozen if frozen else view.problem
+        if normalised: problem = logit_normalised(problem)
         batch = None if examples is None or examples >= problem.n else Batch(torch.arange(examples))
         return MEASURES.build(measure, Centre(problem, view.theta, batch, view.stream), **options)._asdict()
     return Probe(name or "flatness_" + "_".join([measure, *(f"{k}={v}" for k, v in options.items())]), _every(every), look)

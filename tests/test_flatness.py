@@ -11,7 +11,7 @@ from gradnb.data.dataset import Dataset
 from gradnb.estimators.minibatch import MiniBatch
 from gradnb.flatness.audit import AUDITED, invariance_audit
 from gradnb.flatness.ball import Ball, worst
-from gradnb.flatness.centre import MEASURES, Centre, flatness, logit_normalised
+from gradnb.flatness.centre import MEASURES, Centre, logit_normalised, measure_flatness
 from gradnb.flatness.keskar import keskar_sharpness
 from gradnb.flatness.landscape import Plane, filter_plane, interpolate, iterates_plane, surface
 from gradnb.flatness.reparametrise import TRANSFORMS, alpha_rescale, hidden_layers, layer_rescale, rescale_units
@@ -363,9 +363,9 @@ def test_bad_centres_are_refused(near):
     problem, theta = near
     nan = theta.clone()
     nan[-1] = math.nan
-    with pytest.raises(ValueError, match="theta is not finite in out.weight"): flatness(problem, nan, "sam")
-    with pytest.raises(ValueError, match="the loss at the centre is"): flatness(problem, theta * 1e200, "sam")
-    with pytest.raises(ValueError, match="theta must have shape"): flatness(problem, theta[:-1], "sam")
+    with pytest.raises(ValueError, match="theta is not finite in out.weight"): measure_flatness(problem, nan, "sam")
+    with pytest.raises(ValueError, match="the loss at the centre is"): measure_flatness(problem, theta * 1e200, "sam")
+    with pytest.raises(ValueError, match="theta must have shape"): measure_flatness(problem, theta[:-1], "sam")
 
 
 @pytest.mark.parametrize("model", ["fc-tanh:width=6", "fc-bn-relu:width=6"])

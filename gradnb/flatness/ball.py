@@ -45,10 +45,6 @@ class Ball:
         "The nearest point of the ball."
         return u.clamp(-1, 1) if self.norm == inf else u / u.norm().clamp_min(1)
 
-    def random(self, z: Tensor) -> Tensor:          # on the sphere, or at a corner
-        "A start on the boundary, from normal numbers."
-        return self.steepest(z)
-
 # %% ../../nbs/39_flatness/02_ball.ipynb #ascent
 class Ascent(NamedTuple):
     "The best place that a search found."
@@ -94,7 +90,7 @@ def worst(
     first = ball.steepest(ball.pull(centre.grad_at(None, batch)[0]))
     shape = torch.Size((len(ball.scale),))
     draw = lambda i: torch.randn(shape, generator=(centre.stream / "start" / i).generator(), dtype=torch.float64).to(ball.scale)
-    found = [ascend(centre, ball, u, steps, tol, batch) for u in (first, *(ball.random(draw(i)) for i in range(1, starts)))]
+    found = [ascend(centre, ball, u, steps, tol, batch) for u in (first, *(ball.steepest(draw(i)) for i in range(1, starts)))]
     return max(found, key=lambda a: a.loss if isfinite(a.loss) else -inf)
 
 # %% ../../nbs/39_flatness/02_ball.ipynb #sam
