@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['backpack_pass', 'cockpit_pass', 'trace_of_variance', 'second_moments', 'three_tests', 'network', 'speed_rows', 'Peak',
-           'memory_row', 'test_rows', 'clustering_row', 'rows']
+           'memory_row', 'test_rows', 'clustering_rows', 'rows']
 
 # %% ../../nbs/75_bench/08_noise.ipynb #imports
 import sys
@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from time import process_time
 from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor, nn
@@ -170,18 +171,26 @@ def test_rows(
         note = f"all three tests of ours against cockpit's, {problem.p:,} parameters; answers differ by {apart:.1g} at most"
         yield alternate(lambda: three_tests(problem, problem.theta0), theirs, repeats, 1).row(name, 1., note)
 
-def clustering_row(
-    n: int = 5000,    # examples
-    k: int = 128,     # clusters
-) -> Row:
-    "Passes over the data of one round of clustering, the exact distortion included."
+def clustering_rows(
+    n: int = 5000,       # examples
+    k: int = 128,        # clusters
+    width: int = 1024,   # of the two hidden layers
+    repeats: int = 2,    # pairs
+) -> Iterator[Row]:
+    "One round of clustering, the exact distortion included: passes over the data, and CPU time beside a gradient."
     try: data = load_dataset(f"mnist-{n}")
     except (OSError, RuntimeError, ValueError): data = images(n)
-    problem, gc = Problem(build_model("fc-tanh", data), "ce", data), GradientClustering(k, rounds=1)
-    counted, state = Counted(problem), gc.init(problem, problem.theta0)
-    gc.refresh(state, counted, problem.theta0, 0, Stream() / "bench")
-    return Row.of(f"one round of gradient clustering, n = {n:,}, k = {k}", counted.examples / n, 1., 3., "passes",
-                  f"{data.name}, {problem.p:,} parameters; gradients of single examples asked for, over n")
+    problem = Problem(build_model(f"mlp:width={width},activation=relu", data), "ce", data)
+    theta, about = problem.theta0, f"{data.name}, {problem.p:,} parameters"
+    once = lambda problem, gc: gc.refresh(gc.init(problem, theta), problem, theta, 0, Stream() / "bench")
+    for how, sketch in (("exact distances", 0), ("sketches of 256", 256)):
+        gc, counted = GradientClustering(k, rounds=1, sketch=sketch), Counted(problem)
+        name = f"one round of gradient clustering, n = {n:,}, k = {k}, {how}"
+        once(counted, gc)
+        yield Row.of(f"{name}, passes", counted.examples / n, 1., 3., "passes",
+                     f"{about}; gradients of single examples asked for, over n")
+        times = alternate(lambda: once(problem, gc), lambda: problem.grad_and_loss(theta), repeats, 1, process_time)
+        yield times.row(f"{name}, CPU time", 3., f"{about}; against one gradient")
 
 # %% ../../nbs/75_bench/08_noise.ipynb #rows
 def rows(
@@ -195,4 +204,4 @@ def rows(
     yield from speed_rows(cnn, "CNN", (None, 1.6, None), repeats)
     yield memory_row(cnn, "CNN", 1.)
     yield from test_rows(network("fc-tanh:width=100", min(n, 512)))
-    yield clustering_row(n, min(128, n // 4))
+    yield from clustering_rows(n, min(128, n // 4))
