@@ -17,6 +17,7 @@ from .data import Dataset
 from .layers import LayerIO, capture, verify
 from .layout import Layout
 from .likelihood import sample_targets
+from .linearised import Linearised
 from .losses import accuracy, resolve_loss
 from .network import Network
 from .streams import Stream
@@ -67,6 +68,22 @@ class Point:
             else: total += torch.autograd.grad(g, self.theta, v.T, retain_graph=True, is_grads_batched=True,
                                                materialize_grads=True)[0].T
         return self.problem.reduce(total)[0]
+
+    @cached_property
+    def linear(self) -> Linearised: return Linearised(self.problem, self.theta, self.batch)
+
+    def ggn(self,
+        v: Tensor,           # direction (p,), or a block of them (p, k)
+    ) -> Tensor:             # of v's shape
+        "Product with the generalised Gauss–Newton matrix (Schraudolph 2002)."
+        return self.linear.ggn(v)
+
+    def fisher(self,
+        v: Tensor,              # direction (p,), or a block of them (p, k)
+        labels: str = "model",  # expected by the "model", or those of the "data" (the empirical Fisher)
+    ) -> Tensor:                # of v's shape
+        "Product with the Fisher matrix."
+        return self.linear.fisher(v, labels)
 
     def curvature_grad(self,
         u: Tensor,           # direction (p,)
