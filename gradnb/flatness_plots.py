@@ -6,7 +6,6 @@
 __all__ = ['plot_audit', 'plot_line', 'plot_surface']
 
 # %% ../nbs/72_flatness_plots.ipynb #imports
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -70,7 +69,7 @@ def plot_surface(
     filled = ax.contourf(surface.x, surface.y, shown, levels, cmap="viridis")
     ax.contour(surface.x, surface.y, shown, levels, colors="white", linewidths=.3, alpha=.6)
     if path is not None:
-        x, y = surface.plane.coordinates(path).T
+        x, y = surface.plane.coordinates(path).cpu().T
         ax.plot(x, y, ".-", color="white", markersize=3, linewidth=1)
         ax.plot(x[-1:], y[-1:], "*", color="#D55E00", markersize=10, markeredgecolor="white")
     share = surface.plane.explained

@@ -65,7 +65,7 @@ def cost_rows(
         found = MEASURES.build(word, Centre(problem, theta, stream=Stream() / "bench"))
         outside = problem.spent + (2 / 3 if word.startswith("fisher_rao") else 0)
         if abs(outside - found.cost) > 1e-6: raise RuntimeError(f"{word} says that it cost {found.cost:.4g} gradients, but {outside:.4g} were counted.")
-        yield Row.of(word, found.cost, budget, 1.0, "gradients", f"{why}; converged: {found.converged}")
+        yield Row.of(word, round(found.cost, 9), round(budget, 9), 1.0, "gradients", f"{why}; converged: {found.converged}")
 
 # %% ../../nbs/75_bench/09_flatness.ipynb #surface
 def surface_row(

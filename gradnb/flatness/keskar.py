@@ -9,7 +9,6 @@ __all__ = ['COLUMNS', 'PROTOCOLS', 'keskar_box', 'lbfgsb', 'keskar_sharpness']
 from math import inf, isfinite
 import torch
 from scipy.optimize import minimize
-from torch import Tensor
 from .ball import Ascent, Ball, worst
 from .centre import MEASURES, Centre, Reading, check_positive
 

@@ -7,7 +7,7 @@ __all__ = ['TRANSFORMS', 'hidden_layers', 'rescale_units', 'check_same', 'alpha_
            'permute_neurons']
 
 # %% ../../nbs/39_flatness/06_reparametrise.ipynb #imports
-from math import exp, log, prod
+from math import log, prod
 import torch
 from torch import Tensor
 from .norms import weight_blocks
