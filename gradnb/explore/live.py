@@ -191,7 +191,7 @@ class Live:
         for t in self.trajectories.values():
             if t.error is not None: t.error = t.outcome = None
         with self._turn:
-            self._goal = math.inf if steps is None else steps + max(t.step for t in self.trajectories.values())
+            self._goal = math.inf if steps is None else steps + max(max(t.step, t.begin.step) for t in self.trajectories.values())
             if self.running and not self._stop.is_set(): return
         self.pause()
         self._stop.clear()
