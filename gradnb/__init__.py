@@ -59,7 +59,6 @@ _NAMES = {
     "sweeps.sweep": ["results", "sweep"],
     "exports": ["export_runs"],
     "originals": ["import_runs"],
-    "tail_grid": ["tail_grid"],
     "claims": ["Claim", "claim", "save_claims", "load_claims"],
     "figures": ["run_figures"],
     "explore.runs": ["RunExplorer"],
