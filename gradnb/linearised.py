@@ -21,6 +21,7 @@ class Piece(NamedTuple):
     leaf: Tensor      # f by itself
     slope: Tensor     # s (b, …), a function of the leaf
     weight: Tensor | float    # of each example in the mean, () or (b,)
+    terms: Tensor | int       # log-likelihoods that an example's loss is the mean of, 1 or (b, 1, 1)
 
     def along(self, v: Tensor) -> Tensor:          # (p,) → f's shape
         "Jv."
@@ -60,7 +61,8 @@ class Linearised:
                 u, leaf = torch.zeros_like(out, requires_grad=True), out.detach().requires_grad_()
                 back, = torch.autograd.grad(out, self.theta, u, create_graph=True, materialize_grads=True)
                 slope, = torch.autograd.grad(self.problem.per_example(leaf, y).sum(), leaf, create_graph=True, materialize_grads=True)
-                piece = Piece(out, u, back, leaf, slope, 1 / n if weight is None else weight / n)
+                terms = (y >= 0).sum(1)[:, None, None] if out.ndim == 3 else 1
+                piece = Piece(out, u, back, leaf, slope, 1 / n if weight is None else weight / n, terms)
                 if self.problem.one_chunk(self.batch): self._kept = piece
                 yield piece
 
@@ -93,4 +95,4 @@ class Linearised:
         if self.problem.per_example not in LIKELIHOODS:
             raise ValueError(f"loss {getattr(self.problem.per_example, '__name__', self.problem.per_example)!r} is no negative "
                              "log-likelihood known here; use labels='data', or ggn.")
-        return self.ggn(v)
+        return self.product(v, lambda piece, moved: piece.curved(moved) / piece.terms)    # of T independent means: a Tth of the mean's
