@@ -292,7 +292,7 @@ class Explorer:
         "End the widget."
         with self._lock:
             if self._box is None: return
-            for part in (*self._box.children, self._box): part.close()
+            for part in (self._box, *self._box.children): part.close()
             self._box = self._canvas = None
 
     def _repr_mimebundle_(self, include=None, exclude=None):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'OF_VALUE', 'SPECTRA', 'FEW', 'AXES', 'FIRST', 'beside', 'quantities', 'smoothed', 'trace_lines',
-           'plain_threshold', 'vector', 'frame_lines', 'RunLook', 'RunExplorer', 'positive', 'names_of']
+           'plain_threshold', 'vector', 'frame_lines', 'RunLook', 'RunExplorer', 'positive', 'wide', 'names_of']
 
 # %% ../../nbs/74_explore/04_runs.ipynb #imports
 import os
@@ -67,6 +67,7 @@ def trace_lines(
     key: str,                        # entry of the legend
     half: float = 0.,                # steps in which a weight of the mean halves; 0: raw
     edge: np.ndarray | None = None,  # (T,), a threshold where the trace has none
+    alone: bool = True,              # are there no other runs? Then a Gaussian is grey, with its band
 ) -> list[Line]:
     "A column with all that stands beside it."
     columns, steps, lines = trace.columns, trace.steps, []
@@ -83,8 +84,9 @@ def trace_lines(
     edge = columns["threshold"] if "threshold" in columns else edge
     if edge is not None: lines.append(Line(steps, edge, key=key, label="threshold", style=DASHED))
     if "gaussian" in columns:
-        sides = [columns[f"gaussian_{w}"] for w in ("low", "high") if f"gaussian_{w}" in columns]
-        lines.append(Line(steps, columns["gaussian"], *(sides if len(sides) == 2 else ()), label="Gaussian"))
+        sides = [columns[f"gaussian_{w}"] for w in ("low", "high") if f"gaussian_{w}" in columns and alone]
+        how = {} if alone else dict(key=key, style=DASHED)
+        lines.append(Line(steps, columns["gaussian"], *(sides if len(sides) == 2 else ()), label="Gaussian", **how))
     return lines
 
 # %% ../../nbs/74_explore/04_runs.ipynb #edge
@@ -234,8 +236,8 @@ class RunExplorer(Explorer):
             xlabel, ylabel = AXES[kind]
             return Panel(name, (), xlabel, ylabel, linked=False, steps=steps, frame=lambda k: frame_lines(kind, column, traces, k))
         edge = lambda h, t: plain_threshold(Run(self.store.root / h).spec, t.steps) if source == "sharpness" and column == "value" else None
-        lines = [line for h, t in having.items() for line in trace_lines(t, column, labels[h], look.smooth, edge(h, t))]
-        return Panel(name, tuple(lines), ylog=positive(lines) and "loss" in name)
+        lines = [line for h, t in having.items() for line in trace_lines(t, column, labels[h], look.smooth, edge(h, t), len(having) == 1)]
+        return Panel(name, tuple(lines), ylog=positive(lines) and ("loss" in name or wide(lines)))
 
     def nothing(self, look: RunLook, found: dict, lost: list[str]) -> str:
         "Why no run is shown."
@@ -254,7 +256,7 @@ class RunExplorer(Explorer):
         many = lambda text, wait=False: ipywidgets.SelectMultiple(description=text, layout=few)
         return dict(where=ipywidgets.Text(self.look.where, description="where", placeholder="rule=GD seed=0", continuous_update=False, layout=wide),
                     runs=many("runs"), show=many("panels"),
-                    smooth=ipywidgets.FloatText(self.look.smooth, min=0, description="smooth", layout=ipywidgets.Layout(width="160px")))
+                    smooth=ipywidgets.BoundedFloatText(self.look.smooth, min=0, max=1e12, description="smooth", layout=ipywidgets.Layout(width="160px")))
 
     def set(self, **changes):
         if "where" in changes: changes = {"runs": None} | changes
@@ -271,8 +273,9 @@ class RunExplorer(Explorer):
             choices = dict(runs=([(labels[h], h) for h in some], hashes), show=(menu, self.shown(self._look, menu)))
             for name, (options, value) in choices.items():
                 control = self._controls[name]
-                if [*control.options] != options: control.options = options
-                control.value = [v for v in value if v in [o if name == "show" else o[1] for o in options]]
+                with control.hold_sync():          # the browser must not look for what was chosen among other options
+                    if [*control.options] != options: control.options = options
+                    control.value = [v for v in value if v in [o if name == "show" else o[1] for o in options]]
 
     @property
     def widget(self):
@@ -284,9 +287,9 @@ class RunExplorer(Explorer):
 
     def present(self) -> tuple:
         "Changes when something has been written."
-        try: there = tuple(sorted(e.name for e in os.scandir(self.store.root)))
-        except OSError: there = ()
-        return there, *map(self.stamp, self._read)
+        try: there = {e.name for e in os.scandir(self.store.root) if e.name in self._about or os.path.exists(f"{e.path}/spec.json")}
+        except OSError: there = set()
+        return there, *map(self.stamp, [*self._read])
 
     def watch(self, closing: Event):
         "Show what is written from now on, until the widget is closed."
@@ -300,6 +303,14 @@ class RunExplorer(Explorer):
         super().close()
 
 def positive(lines: list[Line]) -> bool: return any((line.y > 0).any() for line in lines)
+
+def wide(
+    lines: list[Line],
+    times: float = 300.,
+) -> bool:
+    "Do the values, all positive, span so much that a linear axis would hide most of them?"
+    y = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
+    return bool(len(y) and y.min() > 0 and y.max() > times * y.min())
 
 def names_of(
     chosen: dict[str, dict],     # fields by hash

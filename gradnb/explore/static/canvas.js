@@ -1,8 +1,9 @@
 // Linked panels on canvases. uPlot draws axes and keeps scales; lines, bands, pictures and words are drawn here.
 // A scene is a block of bytes: length of a JSON head, the head, then float32 numbers and pixels (gradnb.explore.series.pack).
 
-const LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B3A000"];
-const DARK = ["#4BA3DD", "#F08A3C", "#2DC79A", "#E39BC6", "#F0B93A", "#8CCBF0", "#FFFFFF", "#D6C62E"];
+const LIGHT = { text: "#222", grid: "#e3e3e3", grey: "#737373", back: "#fff" }, DARK = { text: "#e0e0e0", grid: "#3a3a3a", grey: "#a0a0a0", back: "#111" };
+const ON_LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B3A000"];
+const ON_DARK = ["#4BA3DD", "#F08A3C", "#2DC79A", "#E39BC6", "#F0B93A", "#8CCBF0", "#FFFFFF", "#D6C62E"];
 const DASH = [[], [6, 3], [2, 2], [8, 3, 2, 3]];                 // after eight keys colours come again, dashed
 
 function unpack(view) {
@@ -367,10 +368,10 @@ class Board {                                                      // all panels
   }
 
   readTheme() {
-    const probe = (name) => getComputedStyle(this.el).getPropertyValue(name).trim();
     const light = document.body.dataset.jpThemeLight, dark = light ? light === "false" : matchMedia("(prefers-color-scheme: dark)").matches;
     this.el.classList.toggle("gradnb-dark", dark);
-    this.theme = { dark, text: probe("--gradnb-text"), grid: probe("--gradnb-grid"), grey: probe("--gradnb-grey"), colors: dark ? DARK : LIGHT };
+    this.theme = { ...(dark ? DARK : LIGHT), colors: dark ? ON_DARK : ON_LIGHT };
+    for (const name of ["text", "grey", "back"]) this.el.style.setProperty(`--gradnb-${name}`, this.theme[name]);
   }
 
   look(key) {
@@ -379,7 +380,7 @@ class Board {                                                      // all panels
   }
 
   load() {                                                         // a new scene
-    const atEnd = this.head && this.model.get("position") >= this.model.get("last");
+    const atEnd = this.stops && this.model.get("position") >= this.model.get("last");
     this.head = readScene(this.model.get("scene"));
     this.detail = null;
     this.hidden = new Set(this.model.get("hidden"));
