@@ -20,6 +20,7 @@ from gradnb.probes import PROBES
 from gradnb.problem import Problem, Quadratic
 from gradnb.roles import Batch
 from gradnb.rules.gd import GD
+from gradnb.runs import Spec, Store
 from gradnb.steppers import Descent
 from gradnb.streams import Stream
 from gradnb.training import train
@@ -277,12 +278,13 @@ class Counting:
     "A problem that counts passes by itself."
     def __init__(self, problem): self.problem, self.passes = problem, 0.
     def __getattr__(self, name): return getattr(self.problem, name)
-    def loss(self, *args): self.passes += 1 / 3; return self.problem.loss(*args)
-    def grad_and_loss(self, *args): self.passes += 1; return self.problem.grad_and_loss(*args)
+    def share(self, batch): return 1 if batch is None else len(batch.idx) / self.problem.n
+    def loss(self, theta, batch=None): self.passes += self.share(batch) / 3; return self.problem.loss(theta, batch)
+    def grad_and_loss(self, theta, batch=None): self.passes += self.share(batch); return self.problem.grad_and_loss(theta, batch)
 
 
 @pytest.mark.parametrize("word, most", [
-    ("sam", 1.7), ("asam", 1.7), ("sam:steps=20", 21), ("keskar:protocol=keskar2017", 25), ("keskar", 60 + 3 * 30 + 25), ("average:pairs=8", 6),
+    ("sam", 1.34), ("asam", 1.34), ("sam:m=20", 1.34), ("sam:steps=20", 21), ("keskar:protocol=keskar2017", 25), ("keskar", 60 + 3 * 30 + 25), ("average:pairs=8", 6),
     ("eps_radius:rays=4", 4 * 20 / 3 + 4)])
 def test_costs_are_what_was_computed(near, word, most):
     problem, theta = near
@@ -348,6 +350,14 @@ def test_probes_leave_the_run_alone_and_know_every_measure():
     for m in MEASURES: assert set(traces[f"flatness_{m}"].columns) >= {"value", "low", "high", "converged", "cost"}
 
 
+def test_a_stored_run_keeps_open_intervals(tmp_path):
+    spec = Spec("digits-60", "fc-relu:width=6", "ce", GD(.1), 2, probes=("flatness:measure=keskar,protocol=keskar2017,every=2", "flatness:measure=sam,rho=0.1,every=1"))
+    run = Store(tmp_path).run(spec, progress=False)
+    columns = run.trace("flatness_keskar_protocol=keskar2017").columns
+    assert columns["high"].tolist() == [math.inf] * 2 and (columns["low"] <= columns["value"]).all()
+    assert len(run.trace("flatness_sam_rho=0.1")) == 3
+
+
 # --- bad input --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("word, what", [
@@ -364,7 +374,8 @@ def test_bad_centres_are_refused(near):
     nan = theta.clone()
     nan[-1] = math.nan
     with pytest.raises(ValueError, match="theta is not finite in out.weight"): measure_flatness(problem, nan, "sam")
-    with pytest.raises(ValueError, match="the loss at the centre is"): measure_flatness(problem, theta * 1e200, "sam")
+    for word in MEASURES:
+        with pytest.raises(ValueError, match="the loss at the centre is"): measure_flatness(problem, theta * 1e200, word)
     with pytest.raises(ValueError, match="theta must have shape"): measure_flatness(problem, theta[:-1], "sam")
 
 

@@ -107,19 +107,19 @@ def worst_case(
     check_positive(rho=rho, steps=steps, starts=starts)
     ball = Ball(rho * scale, inf if norm == "inf" else norm)
     def top(batch):
-        if steps > 1: return worst(centre, ball, steps, starts, batch=batch)
-        u = ball.steepest(ball.pull(centre.grad_at(None, batch)[0]))
-        return Ascent(u, centre.loss_at(ball.displacement(u), batch), 0., True)
+        "Highest loss found, loss at the centre, converged?"
+        if steps > 1:
+            found = worst(centre, ball, steps, starts, batch=batch)
+            return found.loss, centre.loss if batch is None else centre.loss_at(None, batch), found.converged
+        grad, base = centre.grad_at(None, batch)
+        return centre.loss_at(ball.displacement(ball.steepest(ball.pull(grad))), batch), base, True
     if m is None:
-        found = top(None)
-        one = centre.rise(found.loss)
-        return one._replace(high=one.high if steps == 1 else inf, converged=found.converged)
-    rises = []
-    for batch in parts(centre, m):
-        found = top(batch)
-        rises.append((found.loss - centre.loss_at(None, batch), found.converged))
-    mean = centre.estimate([r for r, _ in rises])
-    return mean._replace(high=mean.high if steps == 1 else inf, converged=all(ok for _, ok in rises))
+        loss, _, converged = top(None)
+        found = centre.rise(loss)
+    else:
+        tops = [top(batch) for batch in parts(centre, m)]
+        found, converged = centre.estimate([loss - base for loss, base, _ in tops]), all(ok for *_, ok in tops)
+    return found._replace(high=found.high if steps == 1 else inf, converged=converged and found.converged)
 
 def parts(
     centre: Centre,
@@ -140,7 +140,7 @@ def sam_sharpness(
     steps: int = 1,            # gradients of an ascent; 1: the first-order worst point
     starts: int = 1,           # of the ascent
     m: int | None = None,      # of m-sharpness
-) -> Reading:                  # 1⅔ gradients for one step
+) -> Reading:                  # 1⅓ gradients for one step
     "Rise of the loss to the worst place within ρ (Foret et al. 2021)."
     return worst_case(centre, rho, torch.ones_like(centre.w), norm, steps, starts, m)
 
@@ -153,6 +153,6 @@ def asam_sharpness(
     steps: int = 1,            # gradients of an ascent; 1: the first-order worst point
     starts: int = 1,           # of the ascent
     m: int | None = None,      # of m-sharpness
-) -> Reading:                  # 1⅔ gradients for one step
+) -> Reading:                  # 1⅓ gradients for one step
     "Rise of the loss to the worst place within ρ|w| (Kwon et al. 2021)."
     return worst_case(centre, rho, centre.w.abs() + eta, norm, steps, starts, m)

@@ -47,7 +47,7 @@ def check_positive(
 
 # %% ../../nbs/39_flatness/01_centre.ipynb #centre
 class Centre:
-    "A point around which flatness is measured. Raises ValueError where it or its loss is not finite."
+    "A point around which flatness is measured. Raises ValueError where it is not finite, and at first use where its loss is not."
     def __init__(self,
         problem: Problem,          # in the mode that is meant: problem.frozen(buffers) evaluates BatchNorm and Dropout
         theta: Tensor,             # where, (p,)
@@ -55,12 +55,24 @@ class Centre:
         stream: Stream = Stream() / "flatness", # of everything random; equal streams give two networks equal draws
     ):
         self.problem, self.theta, self.batch, self.stream, self.cost = problem, problem.check(theta).detach(), batch, stream, 0.
+        self._loss = self._point = None
         self.n = problem.n if batch is None else len(batch.idx)
         bad = [name for name, block in problem.layout.named(self.theta).items() if not block.isfinite().all()]
         if bad: raise ValueError(f"theta is not finite in {', '.join(bad[:4])}; flatness needs a point with a finite loss.")
-        self.loss = self.loss_at()
-        if not isfinite(self.loss):
-            raise ValueError(f"the loss at the centre is {self.loss}; flatness needs a point with a finite loss.")
+
+    @property
+    def loss(self) -> float:
+        "L(w), computed once."
+        return self._known(self.loss_at()) if self._loss is None else self._loss
+
+    def _known(self, loss: float) -> float:
+        if not isfinite(loss): raise ValueError(f"the loss at the centre is {loss}; flatness needs a point with a finite loss.")
+        self._loss = loss
+        return loss
+
+    def check(self):
+        "Refuse a centre whose loss is not finite, for a measure that never asks for it."
+        return self.loss
 
     @property
     def w(self) -> Tensor: return self.theta.double()        # (p,) float64
@@ -82,6 +94,7 @@ class Centre:
         "∇L(w + d) and L(w + d)."
         self.pay(1, batch)
         grad, loss = self.problem.grad_and_loss(self.moved(d), batch or self.batch)
+        if d is None and batch is None: self._known(loss.item())
         return grad.double(), loss.item()
 
     @torch.no_grad()
@@ -102,7 +115,10 @@ class Centre:
     @property
     def point(self):
         "This problem at w, with the graph that all products share."
-        if not hasattr(self, "_point"): self.pay(1); self._point = self.problem.at(self.theta, self.batch)
+        if self._point is None:
+            self.pay(1)
+            self._point = self.problem.at(self.theta, self.batch)
+            self._known(self._point.loss.item())
         return self._point
 
     def normal(self, *name) -> Tensor:                       # (p,) float64

@@ -143,6 +143,7 @@ def pac_bayes_sigma(
     if risk not in ("error", "loss"): raise ValueError(f"risk must be 'error' or 'loss', got {risk!r}.")
     if draws < 2: raise ValueError(f"draws must be at least 2 to see a spread, got {draws}.")
     at = centre.error_at if risk == "error" else centre.loss_at
+    centre.check()
     base, known = at(), {}
     def excess(sigma):
         if sigma not in known:

@@ -109,6 +109,7 @@ def fisher_rao(
 ) -> Reading:                 # 1 gradient
     "wᵀ F w, the squared Fisher–Rao norm of the weights (Liang et al. 2019)."
     if labels not in LABELS: raise ValueError(f"labels must be one of {', '.join(LABELS)}, got {labels!r}.")
+    centre.check()
     problem, total = centre.problem, 0.
     for x, y, weight, n, noise in problem.chunks(centre.batch):
         out, moved = jvp(lambda theta: problem.outputs(theta, x, noise), (centre.theta,), (centre.theta,))     # f, J w
