@@ -6,6 +6,7 @@
 __all__ = ['sharpness', 'unit']
 
 # %% ../nbs/36_curvature.ipynb #imports
+import warnings
 import torch
 from torch import Tensor
 from .linalg import Eigs, Sketch, lanczos
@@ -22,13 +23,17 @@ def sharpness(
     batch=None,                     # on these examples only (an abridged training set); None: all
     stream: Stream = Stream() / "sharpness",   # of the random part of the start
     max_matvecs: int | None = None, # Hessian products allowed; None: the solver's default
-) -> Eigs:                          # values (k,) descending, vectors (p, k), residuals (k,), matvecs, converged
+    which: str = "largest",         # or "smallest": the negative end of the spectrum, and a sketch of −H
+) -> Eigs:                          # values (k,), the outermost first, vectors (p, k), residuals (k,), matvecs, converged
     "The k largest (algebraic) eigenvalues of the Hessian of the training loss. Raises ValueError where θ or ∇L is not finite."
+    if which not in ("largest", "smallest"): raise ValueError(f"which is 'largest' or 'smallest', got {which!r}.")
     point = problem if isinstance(problem, Point) else problem.at(theta, batch)
     for what, vec in (("theta", point.theta.detach()), ("the gradient", point.grad)):
         if not torch.isfinite(vec).all():
             bad = [n for n, b in point.problem.layout.named(vec).items() if not torch.isfinite(b).all()]
             raise ValueError(f"{what} is not finite in {', '.join(bad[:4])}; the run has diverged, so no Hessian exists here.")
+    if point.problem.kinks:
+        warnings.warn(f"the loss has kinks ({', '.join(point.problem.kinks)}); its Hessian is that of the smooth piece around θ.", stacklevel=2)
     noise = torch.randn(point.problem.p, generator=stream.generator(), dtype=torch.float64).to(point.theta)
     fresh, sketch, start = unit(point.grad) + unit(noise), None, warm
     if warm is None: start = fresh
@@ -37,7 +42,10 @@ def sharpness(
         sketch = Sketch(warm[0], warm[1].T.contiguous().T)       # strides decide roundings, and a resumed run has others
         start = sketch.vectors[:, :k].clone()
         start[:, -1] += 0.3 * unit(sketch.vectors[:, k:].sum(1)) + 0.3 * unit(point.grad) + 0.1 * unit(noise)
-    return lanczos(point.hvp, start, k, tol, max_matvecs, stream=stream / "lanczos", sketch=sketch, keep=k + 8)
+    sign = 1 if which == "largest" else -1
+    product = point.hvp if sign == 1 else lambda v: -point.hvp(v)
+    eigs = lanczos(product, start, k, tol, max_matvecs, stream=stream / "lanczos", sketch=sketch, keep=k + 8)
+    return eigs._replace(values=sign * eigs.values)
 
 def unit(v: Tensor) -> Tensor:
     "v / ‖v‖, and zero for zero."

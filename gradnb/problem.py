@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from .data import Dataset
+from .graphs import free_memory, kinks_of, saved_bytes
 from .layers import LayerIO, capture, verify
 from .layout import Layout
 from .likelihood import sample_targets
@@ -37,11 +38,10 @@ class Point:
     def _pieces(self):
         "(loss, gradient with its graph) of every chunk; they sum to the whole."
         if self._kept: yield from self._kept; return
+        self.problem.check_memory(self.batch)
         with torch.enable_grad():
-            chunks = self.problem.chunks(self.batch)
-            for chunk in chunks:
-                loss = self.problem.piece(self.theta, *chunk)
-                piece = loss, torch.autograd.grad(loss, self.theta, create_graph=True, materialize_grads=True)[0]
+            for chunk in self.problem.chunks(self.batch):
+                piece = self.problem.gradient_graph(self.theta, *chunk)
                 if self.problem.one_chunk(self.batch): self._kept = [piece]
                 yield piece
 
@@ -216,6 +216,36 @@ class Problem:
         "A chunk's share of the batch loss, differentiable in theta."
         losses = self.per_example(self.outputs(theta, x, noise), y)
         return (losses if weight is None else losses * weight).sum() / n
+
+    def gradient_graph(self, theta: Tensor, *chunk) -> tuple[Tensor, Tensor]:
+        "A chunk's share of the batch loss, and its gradient with its graph."
+        loss = self.piece(theta, *chunk)
+        return loss, torch.autograd.grad(loss, theta, create_graph=True, materialize_grads=True)[0]
+
+    def _few(self, n: int) -> tuple[Tensor, Tensor, None, int]:
+        some = torch.arange(n, device=self.device) % self.n
+        return self.dataset.x[some], self.dataset.y[some], None, n
+
+    @cached_property
+    def graph_bytes(self) -> float:
+        "What an example adds to the kept graph of a gradient, counted on 2 and 4."
+        theta = self.theta0.clone().requires_grad_()
+        two, four = (saved_bytes(lambda: self.gradient_graph(theta, *self._few(n))) for n in (2, 4))
+        return max(four - two, 0) / 2
+
+    def check_memory(self, batch=None):
+        "Raises MemoryError where the graph of a chunk would not fit, with the chunk size that does."
+        rows = len(self.part(self.n if batch is None else len(batch.idx)))
+        rows = rows if self.chunk_size is None else min(rows, self.chunk_size)
+        need, free = rows * self.graph_bytes, free_memory(self.device)
+        if need > free:
+            raise MemoryError(f"the gradient's graph of {rows} examples takes {need / 2**30:.3g} GB and {free / 2**30:.3g} GB are free; "
+                              f"give the problem chunk_size={max(1, int(0.8 * free / self.graph_bytes))} or fewer.")
+
+    @cached_property
+    def kinks(self) -> tuple[str, ...]:
+        "Piecewise linear operations between θ and the loss, where it has no second derivative."
+        with torch.enable_grad(): return kinks_of(self.piece(self.theta0.clone().requires_grad_(), *self._few(2)))
 
     @torch.no_grad()
     def loss(self, theta: Tensor, batch=None) -> Tensor:   # ()

@@ -3,7 +3,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from gradnb import Batch, Problem, Stream, build_model, load_dataset, sharpness
+from gradnb import Batch, Dataset, Problem, Stream, build_model, load_dataset, sharpness
+from gradnb.likelihood import sample_targets
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
 CASES = [("fc-tanh:width=6,depth=2", "mse"), ("fc-softplus:width=6,depth=1", "ce"), ("fc-elu:width=6,depth=1", "ce"),
@@ -115,3 +116,105 @@ def test_a_tied_parameter_moves_everywhere_at_once():
     W = draw(64, 64) / 10
     x = dataset.x.flatten(1)
     torch.testing.assert_close(problem.outputs(W.reshape(-1), dataset.x), (x @ W.T).tanh() @ W.T, rtol=1e-12, atol=1e-12)
+
+
+# --- Gauss–Newton and Fisher -------------------------------------------------------------------------------------
+
+def pieces_by_hand(problem, theta, batch=None):
+    "Gauss–Newton and empirical Fisher matrices from a dense Jacobian and Hessians of single examples' losses."
+    (x, y, weight, n, _), = problem.chunks(batch)
+    J = torch.func.jacrev(lambda t: problem.outputs(t, x))(theta).flatten(1, -2) if problem.outputs(theta, x).ndim > 1 \
+        else torch.func.jacrev(lambda t: problem.outputs(t, x))(theta)[:, None]                    # (b, outputs, p)
+    out = problem.outputs(theta, x)
+    one = lambda o, y: problem.per_example(o[None], y[None])[0]
+    M = torch.func.vmap(torch.func.hessian(one))(out, y).reshape(len(x), J.shape[1], J.shape[1])
+    d = torch.func.vmap(torch.func.grad(one))(out, y).flatten(1)
+    w = torch.ones(len(x), dtype=theta.dtype) if weight is None else weight
+    G, g = torch.einsum("bip,bij,bjq->pq", J * w[:, None, None], M, J) / n, torch.einsum("bi,bip->bp", d, J)
+    return G, (g * w[:, None]).T @ g / n
+
+
+FAMILIES = [("fc-tanh:width=6,depth=2", "ce"), ("fc-relu:width=5,depth=2", "mse"), ("fc-tanh:width=5,depth=1", "unit_mse"),
+            ("fc:width=4,depth=2", "linear_hinge"), ("cnn-tanh:width=3", "ce"), ("cnn-avgpool-elu:width=2", "mse"),
+            ("deeplinear:width=6,depth=3", "mse"), ("resnet:width=2,blocks=1", "ce"), ("vit:width=4,layers=1,heads=1,head=4,hidden=6,init_scale=1", "ce"),
+            ("lstm:width=4,layers=1", "ce"), ("mamba:width=4,layers=1", "mse"), ("gpt:width=4,layers=1,heads=1,dropout=0", "ce"), ("transformer:width=4,layers=1,heads=1,init_scale=1", "ce")]
+
+
+def family(name, loss, chunk=None):
+    "A small network of its kind: on digits, or on texts of seven tokens."
+    if name.split(":")[0] in ("lstm", "mamba", "gpt", "transformer"):
+        x = torch.randint(5, (20, 7), generator=Stream(3).generator())
+        data = Dataset(x, (x + 1) % 5, x, (x + 1) % 5, 5, "counting", words=5)
+    else: data = load_dataset("digits-20")
+    return Problem(build_model(name, data).double(), loss, data, chunk)
+
+
+@pytest.mark.parametrize("model, loss", FAMILIES)
+def test_hessian_products_of_every_family_by_forward_over_reverse(model, loss):
+    problem = family(model, loss)
+    v, (chunk,) = draw(problem.p), problem.chunks()
+    truth = torch.func.jvp(torch.func.grad(lambda t: problem.piece(t, *chunk)), (problem.theta0,), (v,))[1]
+    torch.testing.assert_close(problem.hvp(problem.theta0, v), truth, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("model, loss", FAMILIES)
+def test_gauss_newton_and_fisher_are_the_dense_ones(model, loss, weighted):
+    problem = family(model, loss)
+    assert problem.p <= 2000
+    batch = Batch(torch.tensor([3, 3, 7, 11, 19]), draw(5).abs()) if weighted else None
+    G, F = pieces_by_hand(problem, problem.theta0, batch)
+    V, tol = draw(problem.p, 3), dict(rtol=1e-9, atol=1e-11)
+    for chunk in (None, 2):
+        point = family(model, loss, chunk).at(problem.theta0, batch)
+        for product, truth in ((point.ggn, G), (lambda v: point.fisher(v, "data"), F)):
+            torch.testing.assert_close(product(V), truth @ V, **tol)
+            torch.testing.assert_close(product(V[:, 0]), truth @ V[:, 0], **tol)
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+def test_a_network_without_hidden_layers_has_no_other_curvature(loss):
+    dataset = load_dataset("digits-60")
+    point = Problem(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).double(), loss, dataset)
+    point, v = point.at(point.theta0), draw(650)
+    torch.testing.assert_close(point.ggn(v), point.hvp(v), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("model, loss", [("fc-tanh:width=4,depth=1", "ce"), ("fc-tanh:width=4,depth=1", "mse"), ("gpt:width=4,layers=1,heads=1,dropout=0", "ce")])
+def test_targets_of_the_model_give_the_fisher_matrix(model, loss):
+    problem = family(model, loss)
+    (x, y, _, n, _), = problem.chunks()
+    v, out = draw(problem.p), problem.outputs(problem.theta0, x)
+    slope = torch.func.vmap(torch.func.grad(lambda o, y: problem.per_example(o[None], y[None])[0]))
+    Jv = torch.func.jvp(lambda t: problem.outputs(t, x), (problem.theta0,), (v,))[1]
+    def form(stream):
+        s = slope(out, sample_targets(problem.per_example, out, stream.generator()))
+        return (s * Jv).flatten(1).sum(1).square().mean()
+    forms = torch.stack([form(Stream(i, ("labels",))) for i in range(400)])
+    truth = v @ problem.at(problem.theta0).fisher(v)
+    assert abs(forms.mean() - truth) < 4 * forms.std() / 20 < .3 * truth
+
+
+def test_batch_statistics_are_differentiated():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 10))
+    problem = Problem(net.double(), "ce", load_dataset("digits-60"))
+    (x, y, _, _, _), = problem.chunks()
+    J = torch.func.jacrev(lambda t: problem.outputs(t, x))(problem.theta0)                          # (b, 10, p)
+    P, v = problem.outputs(problem.theta0, x).softmax(1), draw(problem.p)
+    s = torch.einsum("bij,bj->bi", torch.diag_embed(P) - P[:, :, None] * P[:, None], J @ v) / len(x)
+    torch.testing.assert_close(problem.at(problem.theta0).ggn(v), torch.einsum("bi,bip->p", s, J), rtol=1e-8, atol=1e-10)
+
+
+def test_memory_that_will_not_fit_is_refused_with_the_chunk_that_does(monkeypatch):
+    problem = make(chunk=None)
+    held = problem.graph_bytes
+    assert held > 8 * (64 + 6 + 10)                              # at least the inputs and every layer's output, in float64
+    monkeypatch.setattr("gradnb.problem.free_memory", lambda device: 30 * held)
+    with pytest.raises(MemoryError, match=r"60 examples.*chunk_size=24 or fewer"): problem.at(problem.theta0).grad
+    assert make(chunk=24).at(problem.theta0).grad.isfinite().all()
+
+
+@pytest.mark.parametrize("model, kinks", [("fc-tanh:width=6", ()), ("fc-relu:width=6", ("Relu",)), ("fc-hardtanh:width=6", ("Hardtanh",))])
+def test_operations_without_a_second_derivative_are_named(model, kinks):
+    problem = make(model)
+    assert problem.kinks == kinks
