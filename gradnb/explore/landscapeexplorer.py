@@ -102,7 +102,7 @@ class LandscapeExplorer(Explorer):
         run = Line(at[:, 0], at[:, 1], key="run")
         return [Panel("surface", (*surface_items(found), run), *names, linked=False, steps=self.steps, frame=here),
                 Panel("loss", (Line(self.steps, self.losses, key="run"), Line(self.steps, below, key="projected")), ylog=bool((self.losses > 0).all())),
-                Panel("share of the way outside the plane", (Line(self.steps, out / np.where(way > 0, way, np.nan), key="run"),)),
+                Panel("way outside the plane", (Line(self.steps, out / np.where(way > 0, way, np.nan), key="run"),)),
                 *(Panel(f"coordinate {'xy'[i]}", (Line(self.steps, at[:, i], key="run"),)) for i in range(2))]
 
     def controls(self):

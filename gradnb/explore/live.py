@@ -6,12 +6,14 @@
 __all__ = ['changed_stepper', 'own', 'make', 'adopted', 'Trajectory', 'Live']
 
 # %% ../../nbs/74_explore/05_live.ipynb #imports
+import atexit
 import math
 import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from threading import Event, Lock, Thread, current_thread
+from weakref import WeakMethod
 from torch import Tensor
 from ..probes import Probe
 from ..registry import unknown
@@ -166,6 +168,8 @@ class Live:
         start = stepper.init(problem, problem.check(problem.theta0 if theta is None else theta).detach().clone())
         self.trajectories = {name: Trajectory(problem, stepper, start, self.probes, seed, most)}
         self._thread, self._stop, self._goal, self._turn = None, Event(), 0, Lock()
+        pausing = WeakMethod(self.pause)
+        atexit.register(lambda: (pause := pausing()) and pause())     # a thread must not outlive the interpreter
 
     def moved(self, last: bool):
         "Called in the thread after every round, and at its end."

@@ -1,0 +1,223 @@
+"""Live runs, and the explorers of tails, clusters and landscapes: bitwise numbers, bad input, closing at any time."""
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from gradnb.data import load_dataset
+from gradnb.estimators.clustering import GradientClustering
+from gradnb.estimators.minibatch import FullBatch, MiniBatch
+from gradnb.estimators.sam import SAM
+from gradnb.estimators.svrg import SVRG
+from gradnb.explore.clusterexplorer import ClusterExplorer, clusters_over, snapshots
+from gradnb.explore.landscapeexplorer import LandscapeExplorer
+from gradnb.explore.live import Live, changed_stepper
+from gradnb.explore.liveexplorer import LiveExplorer
+from gradnb.explore.tailexplorer import TailExplorer
+from gradnb.flows.central import CentralFlow
+from gradnb.flows.gradient import GradientFlow
+from gradnb.models import build_model
+from gradnb.probes import every, probe
+from gradnb.problem import Problem
+from gradnb.rules.adam import Adam
+from gradnb.rules.agd import AutomaticGradientDescent
+from gradnb.rules.fromtorch import FromTorch
+from gradnb.rules.gd import GD
+from gradnb.rules.momentum import Momentum
+from gradnb.rules.schedule import Piecewise, Scheduled
+from gradnb.steppers import Descent
+from gradnb.streams import Stream
+from gradnb.training import train
+
+STEPPERS = {
+    "gd": Descent(GD(.1)),
+    "adam, batches": Descent(Adam(1e-3), MiniBatch(16)),
+    "svrg": Descent(Momentum(.02), SVRG(8, 5)),
+    "clusters": Descent(GD(.1), GradientClustering(4, every=6)),
+    "sam": Descent(GD(.1), SAM(.05, MiniBatch(16))),
+    "torch": Descent(FromTorch(torch.optim.AdamW, lr=1e-3), MiniBatch(16)),
+    "scheduled": Descent(Scheduled(GD(.1), Piecewise(((7, .5),))), MiniBatch(16)),
+    "flow": GradientFlow(.1),
+    "central": CentralFlow(GD(.1)),
+}
+
+
+@pytest.fixture(scope="module")
+def problem():
+    digits = load_dataset("digits-50")
+    return Problem(build_model("fc-tanh:width=6", digits), "mse", digits)
+
+
+@probe(every(3))
+def drawn(view):
+    "A number of the probe's own stream."
+    return torch.randn((), generator=view.stream.generator()) + view.full_grad.norm()
+
+
+@pytest.mark.parametrize("name", STEPPERS)
+def test_live_is_train(problem, name):
+    "Laws 1 to 3: in a thread, in several pieces, with a fork beside it, every number is that of train."
+    live = Live(problem, STEPPERS[name], [drawn], seed=3, most=4)
+    live.advance(4)
+    fork = live.fork(2)
+    live.advance(8)
+    state, traces = train(problem, STEPPERS[name], 12, [drawn], seed=3, progress=False)
+    for t in live.trajectories.values():
+        assert t.step == 12 and torch.equal(t.state.theta, state.theta)
+    for trace in ("loss", "drawn"):
+        assert (live.first.traces[trace].values == traces[trace].values).all()
+    assert live.of(fork).traces["distance"].values[-1] == 0
+    start, _ = train(problem, STEPPERS[name], 5, seed=3, progress=False)
+    assert torch.equal(live.first.at(5)[0].theta, start.theta)          # replayed
+
+
+@pytest.mark.parametrize("old", STEPPERS)
+@pytest.mark.parametrize("new", STEPPERS)
+def test_every_stepper_follows_every_other(problem, old, new):
+    "What goes on is θ and the step; a state of the same make goes on too."
+    live = Live(problem, STEPPERS[old])
+    live.advance(3)
+    before = live.first.state
+    said = live.change(stepper=STEPPERS[new])
+    assert live.first.state.step == 3 and torch.equal(live.first.state.theta, before.theta)
+    assert (old == new) <= (said == "")
+    live.advance(2)
+    assert live.first.step == 5 and live.first.state.theta.isfinite().all()
+    if old == new: assert torch.equal(live.first.state.theta, train(problem, STEPPERS[new], 5, progress=False)[0].theta)
+
+
+def test_changed_rate_is_train_from_there(problem):
+    old = Descent(Adam(1e-2), MiniBatch(16))
+    live = Live(problem, old, seed=1)
+    live.advance(6)
+    live.change(lr=1e-3, size=8)
+    live.advance(6)
+    state, _ = train(problem, old, 6, seed=1, progress=False)
+    state, _ = train(problem, changed_stepper(old, lr=1e-3, size=8), 12, state=state, seed=1, progress=False)
+    assert torch.equal(live.first.state.theta, state.theta)
+
+
+def test_pausing_at_any_time_loses_nothing(problem):
+    "Run, pause, change and fork from the outside while the thread works; then the same numbers as in one piece."
+    stepper = Descent(Momentum(.02), MiniBatch(16))
+    live = Live(problem, stepper, [drawn])
+    for i in range(10):
+        live.run()
+        time.sleep(.01 * (i % 3))
+        live.change(lr=.02)                                           # the same again, in the middle of it
+        if i % 3 == 0: live.fork(name=f"fork {i}")
+        live.pause()
+        assert not live.running
+    live.advance(5)
+    last = live.first.step
+    state, traces = train(problem, stepper, last, [drawn], progress=False)
+    for t in live.trajectories.values():
+        assert t.step == last and torch.equal(t.state.theta, state.theta)
+    assert (live.first.traces["loss"].values == traces["loss"].values).all()
+    assert (live.first.traces["drawn"].values == traces["drawn"].values).all()
+
+
+def test_kept_states_are_bounded(problem):
+    live = Live(problem, Descent(GD(.01)), most=8)
+    live.advance(200)
+    assert 4 <= len(live.first.kept) <= 8 and 0 in live.first.kept
+
+
+def test_an_interrupt_pauses(problem, monkeypatch):
+    live = Live(problem, Descent(GD(.01)))
+    join, calls = threading.Thread.join, []
+    def interrupted(self, timeout=None):
+        calls.append(timeout)
+        if len(calls) == 1: raise KeyboardInterrupt
+        return join(self, timeout)
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.warns(RuntimeWarning, match="interrupted at step"): live.advance(10**6)
+    assert not live.running
+    reached = live.first.step
+    live.advance(1)
+    assert live.first.step == max(reached, 0) + 1
+
+
+def test_global_generator_untouched(problem):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    live = Live(problem, Descent(GD(.1), MiniBatch(16)), [drawn])
+    live.advance(5)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# --- widgets ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def noise(): return torch.randn(200, 20, generator=Stream(0).generator(), dtype=torch.float64)
+
+
+@pytest.fixture
+def explorers(problem, noise):
+    thetas = snapshots(problem, Descent(GD(.1)), (0, 5, 10))
+    live = LiveExplorer(problem, Descent(GD(.1), MiniBatch(16)), [drawn])
+    live.advance(3)
+    found = [live, TailExplorer(noise, surrogates=3, columns=2), ClusterExplorer(problem, clusters_over(problem, thetas, k=3)),
+             LandscapeExplorer(problem, thetas, points=5)]
+    yield found
+    for e in found: e.close()
+
+
+def test_every_explorer_is_a_figure_a_page_and_a_picture(explorers, tmp_path):
+    for e in explorers:
+        assert len(e.figure().axes) >= 2
+        for kind in ("png", "svg", "html"): assert e.save(tmp_path / f"{type(e).__name__}.{kind}").stat().st_size > 1000
+        assert "image/png" in e._repr_mimebundle_()[0]
+        controls = [*e._controls.values(), *getattr(e, "_parts", {}).values()]
+        assert controls and all(c.description for c in controls)      # a label for each
+        before = e._canvas.scene
+        with pytest.raises(ValueError, match="no field"): e.set(stop=3)
+        assert e._canvas.scene == before
+
+
+def test_closing_while_it_updates(problem, noise):
+    "A widget that goes away in the middle of its thread's work, and comes back."
+    live = LiveExplorer(problem, Descent(GD(.1)))
+    live.widget, live.run()
+    live.close()
+    assert not live.running
+    live.widget, live.close(), live.refresh()
+    tail = TailExplorer(noise, surrogates=3, columns=2)
+    tail.widget, tail.close(), tail.widget
+    for _ in range(600):
+        if b"computing" not in tail._canvas.scene: break
+        time.sleep(.1)
+    assert b"computing" not in tail._canvas.scene and b"verdict" in tail._canvas.scene
+    tail.close()
+
+
+def test_live_says_what_is_wrong(problem):
+    e = LiveExplorer(problem, Descent(GD(.1)))
+    e.widget
+    assert b"nothing has been measured yet" in e._canvas.scene
+    for part, value, said in (("rule", "gd:lr=-1", "0 ≤ lr"), ("rule", "gd:rate=1", "no argument"), ("estimator", "minibatch", "needs size"),
+                              ("estimator", "minibatch:size=51", "a batch of 51")):
+        e._parts[part].value = value
+        assert said in e._canvas.message and e.first.stepper == Descent(GD(.1), FullBatch())
+        assert e._parts[part].value in ("gd:lr=0.1", "fullbatch")
+    with pytest.raises(ValueError, match="no learning rate"): e.flow_of(Descent(AutomaticGradientDescent()))
+    e.close()
+
+
+def test_tail_explorer_refuses_in_words():
+    for bad in (torch.ones(10, 3), torch.full((50, 2), np.nan), torch.zeros(60, 2)):
+        panels = TailExplorer(bad.double()).panels(TailExplorer.Look())
+        assert all(p.note for p in panels[:2])
+    with pytest.raises(ValueError, match="takes draws"): TailExplorer(torch.arange(10))
+
+
+@pytest.mark.slow
+def test_tail_controls_answer_at_once(noise):
+    "What was computed once is not computed again."
+    e = TailExplorer(noise, surrogates=3, columns=2)
+    e.figure(method="hill", m=4)
+    kept = dict(e._cache)
+    e.figure(method="hill", m=4)
+    assert e._cache == kept
