@@ -180,6 +180,9 @@ class CentralFlow:
     def init(self, problem, theta: Tensor) -> State:
         "The state before the first step, at theta (p,)."
         Downhill(problem)
+        if self.critical is not None and problem.buffers and not problem.network.is_frozen:
+            raise TypeError("a central flow needs third derivatives, and torch has none through batch statistics; use "
+                            "problem.frozen(buffers), GroupNorm, or critical=None for the stable flow.")
         return State(0, theta, CentralState(Descent(self.rule).init(problem, theta).rule if self.start else ()), (), buffers=problem.buffers)
 
     def prepare(self, problem, state: State, stream: Stream) -> State:

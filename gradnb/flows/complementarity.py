@@ -50,7 +50,7 @@ def violation(
     scale = max(A.abs().max(), push.abs().max(), torch.finfo(A.dtype).tiny)
     below = (-torch.linalg.eigvalsh(S)[0]).clamp_min(0)
     apart = (X * S).sum().abs() / X.diagonal().sum().clamp_min(torch.finfo(A.dtype).tiny)
-    return float(torch.maximum(below, apart) / scale)
+    return abs(float(torch.maximum(below, apart) / scale))
 
 def oscillation(
     A: Tensor,               # (k, k), symmetric: slacks without an oscillation
