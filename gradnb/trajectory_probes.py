@@ -6,7 +6,6 @@
 __all__ = ['iterates_probe', 'flow_probe', 'stabilization_probe']
 
 # %% ../nbs/49_trajectory_probes.ipynb #imports
-import torch
 from .probes import PROBES, Probe, every
 from .selfstabilization import self_stabilization
 from .trajectories import Projection

@@ -170,3 +170,14 @@ def test_central_flows_keep_the_laws(rule):
 def test_at_the_edge_they_keep_the_laws_too():
     problem = landscape(two_valleys, 0., 0., 19.95, 19.98)
     check_stepper(CentralFlow(GD(.1)), problem)
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-9), (torch.float32, 1e-3)], ids=str)
+def test_chunks_and_dtypes_agree(dtype, close):
+    "At the edge, with one critical direction: the same oscillation from chunks of 60, and from float32."
+    data = load_dataset("digits-200")
+    make = lambda dtype, chunk: Problem(build_model("fc-tanh:width=8", data).to(dtype), "mse", data, chunk)
+    flow = CentralFlow(GD(.3), start=60)
+    truth, found = (run(make(*a), flow, 64)[-1].rule for a in ((D, None), (dtype, 60)))
+    assert found.X.shape == (1, 1) and float(found.X) == pytest.approx(float(truth.X), rel=close)
+    assert found.added_loss == pytest.approx(truth.added_loss, rel=close)

@@ -36,7 +36,7 @@ def page(browser, request):
     context = browser.new_context(viewport=dict(width=1280, height=900), accept_downloads=True)
     context.set_default_timeout(WAIT)
     found = context.new_page()
-    found.on("pageerror", lambda e: errors.append(str(e)))
+    found.on("pageerror", lambda e: errors.append(e.stack or str(e)))
     found.on("console", lambda m: errors.append(m.text) if m.type == "error" and not harmless(m.text) else None)
     yield found
     if folder := os.environ.get("GRADNB_SHOTS"):
@@ -289,10 +289,9 @@ def test_lab_run_explorer(notebook, tmp_path):
 
     in_kernel(page, "store.run(spec(Momentum(.01)), progress=False)", wait=False)       # a run comes, while the kernel is busy with it
     page.wait_for_selector("[data-panel=loss] canvas")
-    page.wait_for_function(f"() => document.querySelector('{CANVAS}').dataset.step === '20'")
     page.locator(".widget-slider [role=slider]").focus()
     page.keyboard.press("End")
-    page.wait_for_function(f"() => document.querySelector('{CANVAS}').dataset.step === '30'")
+    page.wait_for_function(f"() => document.querySelector('{CANVAS}').dataset.step === '30'")                    # its last, once it is written
 
     for kind, magic in (("PNG", b"\x89PNG"), ("SVG", b"<?xml")):
         with page.expect_download() as download:
@@ -326,3 +325,68 @@ def test_lab_saved_notebook_shows_a_picture(notebook, lab, request):
     saved = json.loads(next(lab[1].glob("test_lab_saved*.ipynb")).read_text())
     data = saved["cells"][1]["outputs"][0]["data"]
     assert data["image/png"].startswith("iVBOR") and "application/vnd.jupyter.widget-view+json" in data
+
+
+# --- the notebooks in nbs/explore, their explorers moved by hand ------------------------------------------------------
+
+def press_run(page):
+    "Train 30 steps in the background, then at another rate."
+    last = int(step_of(page))
+    steps = page.get_by_label("for steps")
+    steps.fill("30")
+    steps.press("Enter")
+    page.get_by_role("button", name="run", exact=True).click()
+    page.wait_for_function(f"(last) => +document.querySelector('{CANVAS}').dataset.step >= last + 30", arg=last)
+    rule = page.get_by_label("rule")
+    rule.fill("adam:lr=0.01")
+    rule.press("Enter")
+    page.get_by_text("the rule's state begins anew").wait_for()
+    rule.fill("adm")
+    rule.press("Enter")
+    page.get_by_text("no rule 'adm'").wait_for()
+    page.get_by_role("button", name="fork", exact=True).click()
+    page.wait_for_function("() => document.querySelectorAll('.gradnb-legend button').length === 2")
+    assert in_kernel(page, "print(explorer.first.step)") == str(last + 30)
+
+
+def choose_method(page):
+    "Another estimator, and what was computed meanwhile."
+    page.get_by_label("method").select_option("dedh")
+    page.wait_for_selector("[data-panel='dedh over the share of extremes']")
+    page.wait_for_function(f"() => !document.querySelector('{CANVAS}').innerText.includes('computed') && !document.querySelector('{CANVAS}').innerText.includes('computing')")
+    page.get_by_text("On single coordinates").wait_for()
+
+
+def sort_clusters(page):
+    "Another order of clusters, and another snapshot."
+    before = page.locator(".gradnb-panel").first.get_attribute("data-panel")
+    page.get_by_label("sort by").select_option("pull")
+    page.wait_for_selector("[data-panel='largest pull']")
+    assert before == "largest loss"
+    shown = pixels(page, "largest pull")
+    page.locator(".widget-slider [role=slider]").focus()
+    page.keyboard.press("Home")
+    page.wait_for_function("(before) => document.querySelector(\"[data-panel='largest pull'] canvas\").toDataURL() !== before", arg=shown)
+
+
+def turn_plane(page):
+    "A plane of random directions."
+    before = pixels(page, "surface")
+    page.get_by_label("plane").select_option("filter-normalised")
+    page.wait_for_function("(before) => document.querySelector('[data-panel=surface] canvas').toDataURL() !== before", arg=before)
+    assert in_kernel(page, "print(explorer.look.plane)") == "filter"
+
+
+HANDS = {"live_explorer": press_run, "tail_explorer": choose_method, "cluster_explorer": sort_clusters, "landscape_explorer": turn_plane}
+
+
+@pytest.mark.parametrize("name", HANDS)
+def test_lab_explorers_by_hand(notebook, name):
+    "Up to the cell that shows the explorer."
+    cells = [c for c in json.loads((Path(__file__).parents[1] / "nbs" / "explore" / f"{name}.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    end = next(i for i, c in enumerate(cells) if c["id"] == "explorer")
+    page = notebook(*("".join(c["source"]) for c in cells[:end + 1]))
+    HANDS[name](page)
+    unnamed = page.evaluate("() => [...document.querySelectorAll('.jp-OutputArea select, .jp-OutputArea input, .jp-OutputArea button')]"
+                            ".filter((e) => e.offsetParent && !(e.labels?.length || e.getAttribute('aria-label') || e.title || e.textContent.trim())).map((e) => e.outerHTML)")
+    assert unnamed == []

@@ -153,3 +153,12 @@ def test_a_lost_field_is_said():
     field = lambda theta: (theta * float("nan"), theta.sum())
     problem.grad_and_loss = field
     with pytest.raises(RuntimeError, match="not finite"): last(problem, GradientFlow(.1, DormandPrince()), 1)
+
+
+@pytest.mark.parametrize("method", [RK4(), DormandPrince()], ids=repr)
+def test_batch_statistics_settle_once_a_unit(method):
+    data, net = load_dataset("digits-100"), torch.nn
+    torch_net = net.Sequential(net.Flatten(), net.Linear(64, 6), net.Tanh(), net.BatchNorm1d(6), net.Linear(6, 10)).double()
+    problem = Problem(torch_net, "mse", data)
+    check_stepper(GradientFlow(.1, method), problem)
+    assert last(problem, GradientFlow(.1, method), 5).buffers["3.num_batches_tracked"] == 5

@@ -16,7 +16,7 @@ from ..estimators.minibatch import FullBatch
 from .complementarity import oscillation, pack
 from .gradient import Downhill
 from .midpoint import midpoint
-from ..linalg import Eigs, lanczos
+from ..linalg import lanczos
 from ..roles import Rule, State, check_range, kind
 from ..rules.adam import Adam
 from ..rules.gd import GD
