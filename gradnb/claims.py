@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import wrap
 import numpy as np
-from scipy.stats import t as student
 from .estimate import Estimate
 from .runs import replace_file
 
@@ -130,5 +129,4 @@ def batch_means(
         raise ValueError(f"{blocks} blocks need a series of {max(2 * blocks, 4)} values or more, got shape {x.shape}.")
     means = np.array([block.mean() for block in np.array_split(x, blocks)])
     stderr = means.std(ddof=1) / math.sqrt(blocks)
-    half = student.ppf((1 + level) / 2, blocks - 1) * stderr
-    return Estimate(float(x.mean()), float(stderr), float(x.mean() - half), float(x.mean() + half))
+    return Estimate.student(x.mean(), stderr, blocks - 1, level)

@@ -10,6 +10,7 @@ from math import sqrt
 from statistics import NormalDist
 from typing import NamedTuple
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 # %% ../nbs/02_estimate.ipynb #estimate
@@ -32,16 +33,28 @@ class Estimate(NamedTuple):
         return cls(float(value), float(stderr), float(value - half), float(value + half))
 
     @classmethod
+    def student(
+        cls,
+        value: float,         # the estimate
+        stderr: float,        # its standard error, itself estimated
+        dof: float,           # degrees of freedom of that; r - 1 for the mean of r draws
+        level: float = 0.95,  # how often the interval covers the truth
+    ) -> "Estimate":
+        "A symmetric interval value ± t·stderr, for Gaussian estimates with few draws."
+        half = stdtrit(dof, (1 + level) / 2) * stderr
+        return cls(float(value), float(stderr), float(value - half), float(value + half))
+
+    @classmethod
     def mean(
         cls,
         samples: Tensor,      # independent draws (r,), r ≥ 2
         level: float = 0.95,  # how often the interval covers the truth
     ) -> "Estimate":
-        "The mean of independent draws. Raises ValueError on fewer than 2, which show no spread."
+        "The mean of independent draws, with Student's interval. Raises ValueError on fewer than 2, which show no spread."
         samples = torch.as_tensor(samples, dtype=torch.float64)
         if samples.ndim != 1 or len(samples) < 2:
             raise ValueError(f"a mean needs at least 2 draws in a vector to see a spread, got shape {tuple(samples.shape)}.")
-        return cls.normal(samples.mean().item(), samples.std().item() / sqrt(len(samples)), level)
+        return cls.student(samples.mean().item(), samples.std().item() / sqrt(len(samples)), len(samples) - 1, level)
 
     def __contains__(self, truth: float) -> bool: return self.low <= truth <= self.high
 

@@ -12,7 +12,6 @@ from math import inf, isfinite
 from typing import NamedTuple
 import pandas as pd
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 from ..estimate import Estimate
 from ..losses import accuracies
@@ -137,10 +136,9 @@ class Centre:
         return self.reading(scale * value, scale * (value - slack), scale * (value + slack), isfinite(loss))
 
     def estimate(self, samples: list[float] | Tensor, scale: float = 1.) -> Reading:
-        "The mean of independent draws, with Student's interval: they are often few."
+        "The mean of independent draws, with Student's interval."
         found = Estimate.mean(scale * torch.as_tensor(samples, dtype=torch.float64))
-        half = student.ppf(0.975, len(samples) - 1) * found.stderr
-        return self.reading(found.value, found.value - half, found.value + half, isfinite(found.value))
+        return self.reading(found.value, found.low, found.high, isfinite(found.value))
 
 # %% ../../nbs/39_flatness/01_centre.ipynb #logits
 def logit_normalised(
