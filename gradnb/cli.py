@@ -138,8 +138,12 @@ def flow_from(args):
     from gradnb.roles import RULES
     from gradnb.runs import Spec
     if args.max_time is not None:
-        if not args.max_time > 0 < args.lr: raise ValueError(f"a flow for a time of {args.max_time:g} in steps of {args.lr:g} has no end; both must be positive.")
-        args.steps = max(1, round(args.max_time / args.lr))
+        if not 0 < args.lr <= args.max_time < float("inf"):
+            raise ValueError(f"a flow for a time of {args.max_time:g} in steps of {args.lr:g}: both must be positive, finite, and the step no longer.")
+        if any(word.startswith("--steps") for word in args.argv): raise ValueError("--max-time T is short for --steps T/H; give one of them.")
+        args.steps = round(args.max_time / args.lr)
+        if abs(args.steps * args.lr / args.max_time - 1) > 1e-6:
+            raise ValueError(f"--max-time {args.max_time:g} is no multiple of the step {args.lr:g}; {args.steps * args.lr:g} is.")
     if not args.central:
         if args.start or args.stable: raise ValueError("--start and --stable belong to --central RULE.")
         return Spec(rule=GradientFlow(args.lr, METHODS.build(args.method or "rk4")), **problem_from(args))

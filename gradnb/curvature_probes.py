@@ -93,7 +93,7 @@ def drawn(view: View, draws: int):
 
 def plain_edge(view: View) -> float:
     "2/η where the run is stochastic gradient descent, nan otherwise."
-    rule = view.stepper.rule
+    rule = getattr(view.stepper, "rule", view.stepper)
     return two_over(view) if type(getattr(rule, "rule", rule)).__name__ == "GD" else nan
 
 @PROBES.add("batch_sharpness")

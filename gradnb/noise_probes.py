@@ -192,7 +192,7 @@ def batch_tests_probe(
 
 def learning_rate(view: View) -> float | None:
     "The rule's, at this step; None where it has none."
-    rule = view.stepper.rule
+    rule = getattr(view.stepper, "rule", view.stepper)      # a flow has one of its own
     return getattr(rule.at(view.step) if hasattr(rule, "at") else rule, "lr", None)
 
 @torch.no_grad()

@@ -57,6 +57,12 @@ class Watching:
     goal_every: int = 10              # steps between looks at the goals
     memory: dict = field(default_factory=dict)    # the probes', by name
 
+    def __post_init__(self):
+        if self.acc_goal is None: return
+        if not 0 <= self.acc_goal <= 1: raise ValueError(f"acc_goal is a share of the examples, in [0, 1], got {self.acc_goal:g}.")
+        if self.problem.dataset.classes is None:
+            raise ValueError(f"acc_goal={self.acc_goal:g} is never met: dataset {self.problem.dataset.name!r} has no classes; give loss_goal.")
+
     def goals(self, k: int) -> bool:
         "Are the goals looked at?"
         return (self.loss_goal, self.acc_goal) != (None, None) and k % self.goal_every == 0

@@ -8,13 +8,16 @@ import torch
 from scipy.integrate import solve_ivp
 
 from gradnb.data import load_dataset
+from gradnb.flows.central import CentralFlow
 from gradnb.flows.gradient import GradientFlow
 from gradnb.flows.integrators import RK4, Chebyshev, DormandPrince
 from gradnb.laws import check_stepper
 from gradnb.models import build_model
+from gradnb.probes import PROBES
 from gradnb.problem import Problem, Quadratic
 from gradnb.roles import FLOWS, RULES
 from gradnb.rules.gd import GD
+from gradnb.rules.rmsprop import RMSProp
 from gradnb.runs import Spec, Store
 from gradnb.steppers import Descent, trajectory
 from gradnb.streams import Stream
@@ -122,6 +125,16 @@ def test_a_flow_is_no_rule():
     with pytest.raises(ValueError, match="all examples"):
         from gradnb.estimators.minibatch import MiniBatch
         Spec("chebyshev-3-20", "regression", "mse", GradientFlow(.1), 5, MiniBatch(4))
+
+
+@pytest.mark.parametrize("stepper", [GradientFlow(.1), CentralFlow(GD(.1)), CentralFlow(RMSProp(1e-5))], ids=repr)
+def test_what_is_measured_along_a_step_is_measured_along_a_flow(stepper):
+    "The flow's own displacement; and a gradient flow has no batches but the whole."
+    words = "critical_sharpness", "directional_sharpness", "batch_sharpness:draws=2", "interaction_sharpness:draws=2", "stabilization"
+    _, traces = train(small(), stepper, 1, [PROBES.build(w) for w in words], progress=False)
+    full, edge = traces["directional_sharpness"].values, traces["batch_sharpness"].columns["threshold"]
+    assert np.allclose(traces["batch_sharpness"].values, full[:1]) and np.allclose(traces["interaction_sharpness"].values, full[:1])
+    assert np.isfinite(traces["critical_sharpness"].values).all() and np.isfinite(edge).all() == (stepper == CentralFlow(GD(.1)))
 
 
 def test_noise_is_refused():

@@ -304,10 +304,10 @@ def test_directional_and_batch_measures_against_dense_hessians():
 
 def test_intervals_of_batch_sharpness_cover():
     problem = small()
-    truth = batch_sharpness(problem, problem.theta0, (draw(MiniBatch(3), (), problem, Stream(0) / i) for i in range(2500))).value
+    truth = batch_sharpness(problem, problem.theta0, (draw(MiniBatch(3), (), problem, Stream(0) / i) for i in range(1000))).value
     hits = sum(truth in batch_sharpness(problem, problem.theta0, (draw(MiniBatch(3), (), problem, Stream(1) / s / i) for i in range(30)))
-               for s in range(60))
-    assert hits >= 51                                      # 57 expected, 51 is 3.5 standard deviations below
+               for s in range(40))
+    assert hits >= 33                                      # 38 expected, 33 is 3.6 standard deviations below
     a, b = torch.tensor([1., 2., 4.], dtype=DOUBLE), torch.tensor([2., 3., 7.], dtype=DOUBLE)
     close(ratio_of_means(a, b).value, 7 / 12, 1e-12)
 

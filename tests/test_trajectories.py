@@ -87,6 +87,9 @@ def test_gradnb_flow(tmp_path, capsys):
     run, = Store(tmp_path).list(rule="CentralFlow")
     assert run.spec.fields["rule.rule.beta"] == .5 and run.spec.rule.critical is None and run.status == "finished"
     for words, said in (("--lr 0.1 --start 3", "--central"), ("--lr 0.1 --central gd --method rk4", "gradient flow"),
-                        ("--lr 0.1 --central lamb", "no central flow"), ("--lr 0.1 --max-time -1", "positive")):
+                        ("--lr 0.1 --central lamb", "no central flow"), ("--lr 0.1 --max-time -1", "positive"),
+                        ("--lr 0.1 --max-time inf", "finite"), ("--lr 0.1 --max-time 1 --steps 9", "one of them"),
+                        ("--lr 0.1 --max-time 0.25", "no multiple"), ("--lr 0.1 --probe update_radius", "is a flow"),
+                        ("--lr 0.1 --probe preconditioned_sharpness", "is a flow"), ("--lr 0.1 --acc-goal 0.9", "no classes")):
         assert main([*line, *words.split(), "--store", str(tmp_path)]) == 2
         assert said in capsys.readouterr().err

@@ -7,6 +7,7 @@ __all__ = ['Kinetics', 'kinetics', 'CentralState', 'Motion', 'CentralFlow']
 
 # %% ../../nbs/41_flows/05_central.ipynb #imports
 import math
+import warnings
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, NamedTuple
@@ -123,7 +124,8 @@ class Motion:
             c, vectors = c._replace(products=c.products + eigs.matvecs), eigs.vectors
             if k == len(root) or eigs.values[-1] <= self.flow.bound: break
             if k == 16: raise RuntimeError("16 eigenvalues are at the limit of stability; the third derivatives of all their pairs "
-                                           "would take 152 backward passes a substep.")
+                                           "would take 152 backward passes a substep. Lower the learning rate, or let the rule "
+                                           "itself run at first: start=100.")
             k += 1
         return c._replace(vectors=vectors.contiguous(), values=eigs.values)
 
@@ -183,6 +185,9 @@ class CentralFlow:
         if self.critical is not None and problem.buffers and not problem.network.is_frozen:
             raise TypeError("a central flow needs third derivatives, and torch has none through batch statistics; use "
                             "problem.frozen(buffers), GroupNorm, or critical=None for the stable flow.")
+        if self.critical is not None and problem.kinks:
+            warnings.warn(f"the loss has kinks ({', '.join(problem.kinks)}); a central flow's third derivatives are those of the smooth "
+                          "pieces, and what an oscillation across kinks does to the curvature is missing.", stacklevel=2)
         return State(0, theta, CentralState(Descent(self.rule).init(problem, theta).rule if self.start else ()), (), buffers=problem.buffers)
 
     def prepare(self, problem, state: State, stream: Stream) -> State:

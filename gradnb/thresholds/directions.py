@@ -92,7 +92,8 @@ def ratio_of_means(
     above: Tensor,    # (r,)
     below: Tensor,    # (r,), of the same draws
 ) -> Estimate:
-    "A ratio of two means, its standard error by linearisation (Cochran 1977, §6.3)."
+    "A ratio of two means, its standard error by linearisation (Cochran 1977, §6.3). Raises ValueError on fewer than 2 draws."
+    if len(above) < 2: raise ValueError(f"a ratio of means needs at least 2 draws to see a spread, got {len(above)}.")
     value = above.mean() / below.mean()
     return Estimate.normal(value.item(), ((above - value * below).std() / sqrt(len(above)) / below.mean()).abs().item())
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..problem import Point
 from ..roles import State
 from ..streams import Stream
+from .metrics import refuse_flow
 
 # %% ../../nbs/38_thresholds/02_updates.ipynb #jvp
 class SingleNorms(TorchFunctionMode):
@@ -84,6 +85,7 @@ class UpdateMap:
         state: State,                # prepared
         point: Point | None = None,  # at the state's θ, if there is one
     ):
+        refuse_flow(stepper)
         rule, layout, self.products = stepper.rule, problem.layout, 0
         self.exact, self.doubt = True, 0.           # derivatives in forward mode; their relative error otherwise
         while hasattr(rule, "schedule"): rule, state = rule.at(state.rule.step), state._replace(rule=state.rule.inner)

@@ -1,0 +1,115 @@
+"""The edge of stability against earlier, independent runs of the same tasks.
+
+Initial weights are drawn otherwise here, so that an interval is such a run's number with a margin."""
+import os
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gradnb.data import load_dataset
+from gradnb.estimators.sam import SAM
+from gradnb.flows.gradient import GradientFlow
+from gradnb.flows.integrators import Chebyshev
+from gradnb.models import build_model
+from gradnb.probes import PROBES
+from gradnb.problem import Problem
+from gradnb.rules.adam import Adam
+from gradnb.rules.gd import GD
+from gradnb.rules.momentum import Momentum
+from gradnb.rules.rmsprop import RMSProp
+from gradnb.rules.schedule import Piecewise, Scheduled
+from gradnb.steppers import Descent, trajectory
+from gradnb.training import train
+from gradnb.trajectories import first_crossing
+
+pictures = pytest.mark.skipif(not Path(os.environ.get("GRADNB_DATA", "nowhere"), "cifar10-5k.npz").exists(),
+                              reason="needs cifar10-5k.npz in GRADNB_DATA")
+
+
+def sharpness_of(dataset, model, stepper, steps, loss="mse", every=20, probe="preconditioned_sharpness"):
+    "Steps, and the sharpness in units of the threshold."
+    data = load_dataset(dataset)
+    _, traces = train(Problem(build_model(model, data), loss, data), stepper, steps, [PROBES.build(f"{probe}:every={every}")],
+                      progress=False)
+    assert traces.outcome.kind == "finished" and traces[probe].columns["converged"].all()
+    return traces[probe].steps, traces[probe].values / traces[probe].columns["threshold"]
+
+
+def cifar(n): return f"npz:cifar10-5k.npz{n}"
+
+
+@pytest.mark.parametrize("degree", [3, pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
+def test_polynomials(degree):
+    "Acceptance 4: the mean of the second half of 8,000 steps was 1.001, 1.013 and 1.017."
+    steps, ratio = sharpness_of(f"chebyshev-{degree}-20", "regression", Descent(GD(.2)), 8000, every=40)
+    assert ratio[0] < .6 and .98 < ratio[len(ratio) // 2:].mean() < 1.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stepper, was", [
+    (Descent(Adam(1e-3)), .976), (Descent(Adam(3e-3)), .985), (Descent(RMSProp(1e-3)), 1.022), (Descent(GD(.2), SAM(.02)), 1.016),
+], ids=["adam 1e-3", "adam 3e-3", "rmsprop", "sam"])
+def test_adaptive_rules_and_sam(stepper, was):
+    "Acceptance 5, on chebyshev-4-20: within a twentieth of the means (SAM: the median) of the second half."
+    steps, ratio = sharpness_of("chebyshev-4-20", "regression", stepper, 8000, every=40)
+    assert np.median(ratio[len(ratio) // 2:]) == pytest.approx(was, rel=.05)
+
+
+@pytest.mark.slow
+def test_a_deep_linear_network():
+    "With 2/η = 10,000 the mean of the second half of 6,000 steps was 1.009; with 40,000 it never came to the crossing, and ended at 0.73."
+    for lr, low, high in ((2e-4, .97, 1.05), (5e-5, .5, .95)):
+        ratio = sharpness_of("linear-50-50", "deeplinear", Descent(GD(lr)), 3000, every=60)[1]
+        assert low < ratio[len(ratio) // 2:].mean() < high
+
+
+@pictures
+@pytest.mark.slow
+@pytest.mark.parametrize("n, lr, steps, start", [("-1k", .02, 2000, 500), ("", .025, 1000, 600)], ids=["A", "B"])
+def test_pictures(n, lr, steps, start):
+    "Acceptance 1: means of 1.086 (from the crossing at 360 on) and 1.046 (from 600 on)."
+    at, ratio = sharpness_of(cifar(n), "fc-tanh", Descent(GD(lr)), steps)
+    assert ratio[0] < 1 and 1. < ratio[at >= start].mean() < 1.15
+    assert 200 < first_crossing(at, ratio, 1.).value < 600
+
+
+@pictures
+@pytest.mark.slow
+def test_a_drop_of_the_rate_sets_the_sharpness_free():
+    "Acceptance 2: it rose from 108 at once and hovered at 198–206 from 1,200 steps later, with 2/η = 200."
+    at, ratio = sharpness_of(cifar("-1k"), "fc-tanh", Descent(Scheduled(GD(.02), Piecewise(((800, .5),)))), 2600)
+    after = ratio[at >= 800]
+    assert .45 < after[0] < .6 and (np.diff(after[:20]) > 0).all() and .97 < ratio[at >= 2200].mean() < 1.06
+
+
+@pictures
+@pytest.mark.slow
+def test_descent_leaves_the_flow_after_the_crossing():
+    "Acceptance 3: 4 units of time after the crossing it is more than ten times as far from the flow as at the crossing."
+    data, lr, start = load_dataset(cifar("-1k")), .02, None
+    problem, far = Problem(build_model("fc-tanh", data), "mse", data), []
+    flow = trajectory(problem, GradientFlow(lr, Chebyshev(1e-5)))
+    for a, b in islice(zip(trajectory(problem, Descent(GD(lr))), flow), 800):
+        far.append(float((a.theta - b.theta).norm()))
+        if start is None and b.rule.sharpness > 2 / lr: start = b.step
+        if start is not None and b.step == start + round(4 / lr): break
+    assert 200 < start < 600 and far[-1] > 10 * far[start]
+
+
+@pictures
+@pytest.mark.slow
+def test_with_the_cross_entropy_the_sharpness_falls_in_the_end():
+    "Acceptance 6: it rose to 1.45 of the threshold, and fell below half of it as the loss did."
+    at, ratio = sharpness_of(cifar("-1k"), "fc-tanh", Descent(GD(.05)), 1600, "ce")
+    assert ratio[0] < .5 and 1. < ratio.max() < 1.6 and ratio[-1] < .5
+    assert ratio[(at >= 120) & (at <= 380)].mean() == pytest.approx(1.14, abs=.12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule, low, high", [(Momentum(.2), .85, 1.05), (Momentum(.05, nesterov=True), .9, 1.05)], ids=["polyak", "nesterov"])
+def test_momentum(rule, low, high):
+    "Means were 0.944 (Polyak, chebyshev-5-20) and 0.963 (Nesterov, chebyshev-4-20)."
+    ratio = sharpness_of(f"chebyshev-{4 if rule.nesterov else 5}-20", "regression", Descent(rule), 8000, every=40)[1]
+    assert low < ratio[len(ratio) // 2:].mean() < high and ratio.max() > 1
