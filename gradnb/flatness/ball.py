@@ -82,15 +82,15 @@ def worst(
     centre: Centre,
     ball: Ball,
     steps: int = 30,               # gradients allowed a start
-    starts: int = 4,               # the first-order worst point, and random points of the boundary
+    starts: int = 4,               # the first-order worst point, if there is a slope, and random points of the boundary
     tol: float = 0.01,             # gap allowed, relative to the rise
     batch: Batch | None = None,    # on these examples; None: the centre's
 ) -> Ascent:
     "The best of several ascents."
-    first = ball.steepest(ball.pull(centre.grad_at(None, batch)[0]))
-    shape = torch.Size((len(ball.scale),))
-    draw = lambda i: torch.randn(shape, generator=(centre.stream / "start" / i).generator(), dtype=torch.float64).to(ball.scale)
-    found = [ascend(centre, ball, u, steps, tol, batch) for u in (first, *(ball.steepest(draw(i)) for i in range(1, starts)))]
+    slope = ball.pull(centre.grad_at(None, batch)[0])
+    draw = lambda i: torch.randn(len(ball.scale), generator=(centre.stream / "start" / i).generator(), dtype=torch.float64).to(ball.scale)
+    firsts = (slope if i == 0 and slope.any() else draw(i) for i in range(starts))
+    found = [ascend(centre, ball, ball.steepest(u), steps, tol, batch) for u in firsts]
     return max(found, key=lambda a: a.loss if isfinite(a.loss) else -inf)
 
 # %% ../../nbs/39_flatness/02_ball.ipynb #sam

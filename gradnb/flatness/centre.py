@@ -102,9 +102,11 @@ class Centre:
         if self.problem.dataset.classes is None:
             raise TypeError("this data set has no classes, so no error rate; measure with risk='loss'.")
         self.pay(1 / 3)
-        chunks = self.problem.chunks(self.batch)
-        right = sum(accuracies(self.problem.outputs(self.moved(d), x, noise), y).sum() for x, y, _, _, noise in chunks)
-        return 1 - float(self.problem.reduce(right)[0]) / self.n
+        wrong, moved = 0., self.moved(d)
+        for x, y, weight, n, noise in self.problem.chunks(self.batch):
+            each = 1 - accuracies(self.problem.outputs(moved, x, noise), y)
+            wrong = wrong + (each if weight is None else each * weight).sum() / n
+        return float(self.problem.reduce(wrong)[0])
 
     def hvp(self, v: Tensor) -> Tensor:                      # of v's shape, float64
         "H(w) v for one direction (p,) or a block (p, k)."

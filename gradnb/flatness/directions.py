@@ -8,9 +8,11 @@ __all__ = ['KINDS', 'filter_normalised', 'direction', 'average_sharpness', 'cros
 
 # %% ../../nbs/39_flatness/04_directions.ipynb #imports
 from collections.abc import Callable
+from functools import cache
 from math import exp, inf, isfinite, lgamma, log, pi
 import torch
 from torch import Tensor
+from ..estimate import Estimate
 from .centre import MEASURES, Centre, Reading, check_positive
 from ..layout import Layout
 
@@ -50,7 +52,7 @@ def average_sharpness(
     kind: str = "plain",     # "plain", "adaptive" (the paper) or "filter"
     pairs: int = 32,         # of draws ±d
 ) -> Reading:                # 2·pairs/3 gradients
-    "Mean rise of the loss at Gaussian places (Andriushchenko et al. 2023, eq. 2)."
+    "Mean rise of the loss at Gaussian places (Andriushchenko et al. 2023, §3)."
     check_positive(rho=rho)
     ds = (rho * direction(centre, kind, "average", i) for i in range(pairs))
     return centre.estimate([(centre.loss_at(d) + centre.loss_at(-d)) / 2 - centre.loss for d in ds])
@@ -107,11 +109,11 @@ def eps_radius(
     rays: int = 8,
     tol: float = 1e-3,        # of each radius, relative
     most: float = 1e4,        # radius at which a ray counts as infinite
-) -> Reading:                 # larger is flatter
+) -> Reading:                 # in units of the direction, larger is flatter; about 20·rays/3 gradients
     "Mean radius of the set where the loss rises by less than ε."
     radii = ray_radii(centre, eps, kind, rays, tol, most)
     found = centre.estimate(radii.clamp(max=most))
-    return found._replace(converged=bool(radii.isfinite().all()))
+    return found._replace(low=found.low * (1 - tol), high=found.high * (1 + tol), converged=bool(radii.isfinite().all()))
 
 @MEASURES.add("eps_volume")
 def eps_volume(
@@ -120,12 +122,12 @@ def eps_volume(
     rays: int = 8,
     tol: float = 1e-3,        # of each radius, relative
     most: float = 1e4,        # radius at which a ray counts as infinite
-) -> Reading:                 # larger is flatter; n·log of it is the log-volume
+) -> Reading:                 # larger is flatter; n·log of it is the log-volume; about 20·rays/3 gradients
     "n-th root of the volume of the set where the loss rises by less than ε, a lower end by Jensen's inequality."
     radii, n = ray_radii(centre, eps, "plain", rays, tol, most), centre.problem.p
     unit = (n / 2 * log(pi) - lgamma(n / 2 + 1)) / n                  # n⁻¹ log V_n
     found = centre.estimate(radii.clamp(max=most).log() + unit)
-    return found._replace(value=exp(found.value), low=exp(found.low), high=inf, converged=bool(radii.isfinite().all()))
+    return found._replace(value=exp(found.value), low=exp(found.low) * (1 - tol), high=inf, converged=bool(radii.isfinite().all()))
 
 # %% ../../nbs/39_flatness/04_directions.ipynb #pac
 @MEASURES.add("pac_bayes")
@@ -144,17 +146,12 @@ def pac_bayes_sigma(
     if draws < 2: raise ValueError(f"draws must be at least 2 to see a spread, got {draws}.")
     at = centre.error_at if risk == "error" else centre.loss_at
     centre.check()
-    base, known = at(), {}
+    base = at()
+    @cache
     def excess(sigma):
-        if sigma not in known:
-            x = torch.tensor([at(sigma * direction(centre, kind, "sigma", i)) for i in range(draws)], dtype=torch.float64) - base
-            known[sigma] = x.mean().item(), 1.96 * x.std().item() / draws**0.5
-        return known[sigma]
-    def where(sign):
-        def f(sigma):
-            mean, half = excess(sigma)
-            return mean + sign * half - alpha if isfinite(mean) else inf
-        low, high = crossing(f, 2.**-6, tol, most)
-        return high if high == inf else (low + high) / 2
-    value, low, high = map(where, (0, 1, -1))
-    return centre.reading(min(value, most), min(low, most), high, value < inf)
+        return Estimate.mean(torch.tensor([at(sigma * direction(centre, kind, "sigma", i)) - base for i in range(draws)]))
+    def bracket(end):
+        f = lambda sigma: getattr(x, end) - alpha if isfinite((x := excess(sigma)).value) else inf
+        return crossing(f, 2.**-6, tol, most)
+    low, high = bracket("value")
+    return centre.reading(min((low + high) / 2, most), bracket("high")[0], bracket("low")[1], high < inf)

@@ -67,7 +67,7 @@ def keskar_sharpness(
     starts: int = 3,                 # of the ascents
     steps: int = 30,                 # gradients of each ascent
     tol: float = 0.01,               # gap at which a search has converged, relative to the rise
-) -> Reading:                        # percent of 1 + L; 10 to 16 gradients for the paper's protocol
+) -> Reading:                        # percent of 1 + L; 10 to 16 gradients for the paper's protocol, at most iterations + (steps + 1)·starts converged
     "Keskar's sharpness φ, a lower end: no search proves that there is nothing higher in the box."
     if protocol not in PROTOCOLS: raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}.")
     ball = keskar_box(centre, eps, subspace, columns)

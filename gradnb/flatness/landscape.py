@@ -45,8 +45,11 @@ class Plane(NamedTuple):
         return self.origin + x * self.directions[0] + y * self.directions[1]
 
     def coordinates(self, thetas: Tensor) -> Tensor:        # (T, 2) float64
-        "Where weights (T, p) project to, by least squares."
+        "Where weights (T, p) project to, by least squares. Raises ValueError on another p, or where the directions are parallel."
         D = self.directions.double()
+        if thetas.shape[1:] != self.origin.shape:
+            raise ValueError(f"a plane of weights of shape {tuple(self.origin.shape)} cannot hold weights of shape {tuple(thetas.shape[1:])}.")
+        if torch.linalg.cond(D) > 1e8: raise ValueError("the plane's directions are parallel, so a place on it has no coordinates.")
         return torch.linalg.solve(D @ D.T, D @ (thetas.double() - self.origin.double()).T).T
 
 def filter_plane(
