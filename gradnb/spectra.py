@@ -37,7 +37,7 @@ def xtrace(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Estimate:
-    "The trace. Raises ValueError on fewer than 4 products, or more than half of p columns."
+    "The trace; Hutch++ (Meyer et al. 2021) made exchangeable. Raises ValueError on fewer than 4 products, or more than p."
     k = products // 2
     if k < 2 or 2 * k > p: raise ValueError(f"xtrace needs from 4 to {p} products for a matrix of size {p}, got {products}; "
                                             "a small matrix is cheaper built whole.")
