@@ -17,7 +17,7 @@ from gradnb.probes import PROBES
 from gradnb.problem import Problem, Quadratic
 from gradnb.roles import FLOWS, RULES
 from gradnb.rules.gd import GD
-from gradnb.rules.rmsprop import RMSProp
+from gradnb.rules.momentum import Momentum
 from gradnb.runs import Spec, Store
 from gradnb.steppers import Descent, trajectory
 from gradnb.streams import Stream
@@ -127,7 +127,7 @@ def test_a_flow_is_no_rule():
         Spec("chebyshev-3-20", "regression", "mse", GradientFlow(.1), 5, MiniBatch(4))
 
 
-@pytest.mark.parametrize("stepper", [GradientFlow(.1), CentralFlow(GD(.1)), CentralFlow(RMSProp(1e-5))], ids=repr)
+@pytest.mark.parametrize("stepper", [GradientFlow(.1), CentralFlow(GD(.1)), CentralFlow(Momentum(.01))], ids=repr)
 def test_what_is_measured_along_a_step_is_measured_along_a_flow(stepper):
     "The flow's own displacement; and a gradient flow has no batches but the whole."
     words = "critical_sharpness", "directional_sharpness", "batch_sharpness:draws=2", "interaction_sharpness:draws=2", "stabilization"
