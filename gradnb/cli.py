@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['add_train', 'add_spec', 'add_rule', 'add_problem', 'add_store', 'spec_from', 'problem_from', 'drop', 'train',
            'start_processes', 'train_here', 'add_flow', 'flow_from', 'add_sweep', 'axis', 'study', 'sweep', 'add_runs',
-           'condition', 'runs', 'summary', 'add_figures', 'figures', 'add_bench', 'bench', 'add_names', 'names', 'main']
+           'condition', 'runs', 'summary', 'add_figures', 'figures', 'add_bench', 'bench', 'add_names', 'names',
+           'about', 'main']
 
 # %% ../nbs/80_cli.ipynb #imports
 import argparse
@@ -321,8 +322,10 @@ def bench(args) -> int:
 
 def add_names(commands):
     "gradnb names"
-    p = commands.add_parser("names", help="list what there is to choose from", description="The words that the other commands understand.")
+    p = commands.add_parser("names", help="list what there is to choose from", description="The words that the other commands understand.",
+        epilog="example: gradnb names probe sharpness")
     p.add_argument("kind", nargs="?", choices=("dataset", "model", "loss", "rule", "estimator", "flow", "probe", "figure"), help="only this kind")
+    p.add_argument("name", nargs="?", help="what this one is, and its arguments")
     p.set_defaults(go=names)
 
 def names(args) -> int:
@@ -333,9 +336,18 @@ def names(args) -> int:
     from gradnb.probes import PROBES
     from gradnb.roles import ESTIMATORS, FLOWS, RULES
     kinds = dict(dataset=SOURCES, model=MODELS, loss=LOSSES, rule=RULES, estimator=ESTIMATORS, flow=FLOWS, probe=PROBES, figure=find_figures())
+    if args.name: print(about(args.kind, kinds[args.kind], args.name)); return 0
     for kind, known in kinds.items():
         if args.kind in (None, kind): print("\n".join(sorted(known)) if args.kind else f"{kind:10}{', '.join(sorted(known))}")
     return 0
+
+def about(kind: str, known, name: str) -> str:
+    "What one name takes."
+    from gradnb.figures import known_parameters
+    from gradnb.registry import unknown
+    if kind != "figure": return known.about(name, given={"dataset": 1, "model": 2, "loss": 2}.get(kind, 0))
+    if name not in known: raise unknown(kind, name, known)
+    return "\n".join(f"  {k} = {v['default']}".ljust(40) + f"  {v['help']}" for k, v in known_parameters(known[name]).items())
 
 # %% ../nbs/80_cli.ipynb #main
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ __all__ = ['literal', 'parse_call', 'unknown', 'from_notebook', 'Registry']
 # %% ../nbs/03_registry.ipynb #imports
 import ast
 import inspect
+import re
 from collections import UserDict
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -115,3 +116,17 @@ class Registry(UserDict):
             missing = [k for k in named if takes[k].default is inspect.Parameter.empty and k not in kwargs | more]
             if missing: raise ValueError(f"{self.kind} {name!r} needs {', '.join(missing)}: write {name}:{missing[0]}=VALUE.")
         return builder(*args, **kwargs, **more)
+
+    def about(self,
+        name: str,    # of a builder
+        given: int = 0,   # what every builder of this kind takes before its own arguments
+    ) -> str:
+        "What a name means: its builder's first line of documentation, and its arguments with their defaults and comments."
+        builder = self[name]
+        code = inspect.getsource(getattr(builder, "func", builder))
+        lines = [(inspect.getdoc(builder) or name).splitlines()[0]]
+        for q in list(inspect.signature(builder).parameters.values())[given:]:
+            comment = re.search(rf"^\s*{q.name}\s*:[^#]*#\s*(.*)$", code, re.MULTILINE)
+            argument = "  " + re.sub(r"(\w+\.)+(?=[A-Z])", "", str(q))      # classes without their modules
+            lines.append(argument.ljust(40) + "  " + comment[1] if comment else argument)
+        return "\n".join(lines)

@@ -1,5 +1,6 @@
 "The installed command, as a user types it."
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from gradnb.cli import main
 
 GRADNB = Path(sys.executable).with_name("gradnb")
 LINE = "train --dataset digits-300 --model fc-tanh:width=10 --loss mse --rule momentum:beta=0.9 --lr 0.01 --batch 32 --probe sharpness:every=50"
@@ -80,3 +83,11 @@ def test_help(words, tmp_path):
 def test_names_lists_what_there_is(tmp_path):
     out = gradnb("names", cwd=tmp_path)[1]
     assert all(word in out for word in ("digits", "fc-tanh", "linear_hinge", "momentum", "minibatch", "sharpness", "edge_of_stability"))
+
+
+@pytest.mark.parametrize("words, said", [
+    ("probe sharpness", r"every: int = 10 +steps"), ("rule lamb", r"beta1: float = 0\.9 +decay"), ("model fc-tanh", r"width: int = 200"),
+    ("loss mse", "squared error"), ("dataset digits", "digits"), ("flow gradientflow", r"method: RK4"), ("figure spectrum", r"size = .smoke. +smoke")])
+def test_names_explains_one(words, said, capsys):
+    assert main(["names", *words.split()]) == 0
+    assert re.search(said, capsys.readouterr().out)
