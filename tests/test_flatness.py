@@ -1,5 +1,6 @@
 """Flatness: dense Hessians, closed forms and other libraries; invariance; costs; nothing is written; bad input."""
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,6 +13,7 @@ from gradnb.estimators.minibatch import MiniBatch
 from gradnb.flatness.audit import AUDITED, invariance_audit
 from gradnb.flatness.ball import Ball, worst
 from gradnb.flatness.centre import MEASURES, Centre, logit_normalised, measure_flatness
+from gradnb.flatness.directions import filter_normalised
 from gradnb.flatness.keskar import keskar_sharpness
 from gradnb.flatness.landscape import Plane, filter_plane, interpolate, iterates_plane, surface
 from gradnb.flatness.reparametrise import TRANSFORMS, alpha_rescale, hidden_layers, layer_rescale, rescale_units
@@ -121,6 +123,16 @@ def test_keskar_on_a_diagonal_bowl():
     assert found.value == pytest.approx((100 * (top - L) / (1 + L)).item(), rel=1e-9) and found.converged
 
 
+@pytest.mark.parametrize("word", ["sam", "sam:norm=inf", "asam:eta=1"])
+def test_an_ascent_without_a_slope_leaves_the_centre(word):
+    "At a stationary point the first-order worst point is the centre itself; a search goes on from a random one."
+    bowl, zero = Quadratic(torch.eye(4, dtype=F64)), torch.zeros(4, dtype=F64)
+    rho, mark = .3, "," if ":" in word else ":"
+    assert take(bowl, zero, f"{word}{mark}rho={rho}").value == 0
+    found = take(bowl, zero, f"{word}{mark}rho={rho},steps=50")
+    assert found.value == pytest.approx(.5 * rho**2 * (4 if "inf" in word else 1)) and found.converged
+
+
 def test_ten_iterations_from_a_stationary_point_have_not_converged():
     c = Centre(Quadratic(torch.eye(3, dtype=F64)), torch.zeros(3, dtype=F64))
     found = keskar_sharpness(c, .01, protocol="keskar2017")
@@ -141,6 +153,8 @@ def test_volume_of_a_round_bowl():
     n, h, eps = 5, 3., .2
     found = take(Quadratic(h * torch.eye(n, dtype=F64)), torch.zeros(n, dtype=F64), f"eps_volume:eps={eps}")
     r = math.sqrt(2 * eps / h)
+    radius = take(Quadratic(h * torch.eye(n, dtype=F64)), torch.zeros(n, dtype=F64), f"eps_radius:eps={eps}")
+    assert radius.low < r < radius.high < 1.005 * r                       # all rays alike: what is left is the bracket
     assert found.value == pytest.approx((math.pi**(n / 2) / math.gamma(n / 2 + 1) * r**n)**(1 / n), rel=1e-3)
 
 
@@ -171,9 +185,12 @@ def test_pyhessian_agrees(near, dense):
     try:
         torch.manual_seed(0)
         theirs = pyhessian.hessian(net, nn.CrossEntropyLoss(), data=(data.x, data.y), cuda=False)
-        top = theirs.eigenvalues(tol=1e-6, maxIter=500)[0][0]
+        top, forms = theirs.eigenvalues(tol=1e-6, maxIter=500)[0][0], torch.tensor(theirs.trace(maxIter=200, tol=0.))
     finally: torch.set_rng_state(state)
     assert take(problem, theta, "lambda_max:tol=1e-6").value == pytest.approx(top, rel=1e-3)
+    ours = take(problem, theta, "trace:samples=200")
+    apart = math.hypot(forms.std().item() / len(forms)**.5, (ours.high - ours.low) / 3.9)
+    assert abs(ours.value - forms.mean().item()) < 3 * apart < .5 * ours.value
 
 
 def test_loss_landscapes_agrees(near):
@@ -190,6 +207,12 @@ def test_loss_landscapes_agrees(near):
     theirs = landscapes.linear_interpolation(*nets, Loss(nn.CrossEntropyLoss(), data.x, data.y), steps=5)     # from 1/5 to 1
     ours = interpolate(problem, problem.theta0, theta, [(i + 1) / 5 for i in range(5)], progress=False)
     assert ours.loss.tolist() == pytest.approx(theirs.tolist(), rel=1e-6)
+    from loss_landscapes.model_interface.model_parameters import ModelParameters
+    like = lambda v: ModelParameters([b.clone() for b in problem.layout.split(v)])
+    z = torch.randn(problem.p, generator=torch.Generator().manual_seed(0), dtype=F64)
+    other = like(z)
+    other.filter_normalize_(like(theta))
+    assert torch.allclose(torch.cat([b.flatten() for b in other.parameters]), filter_normalised(problem.layout, theta, z), rtol=1e-12)
 
 
 # --- reparametrisations -------------------------------------------------------------------------------------
@@ -304,6 +327,25 @@ def test_m_sharpness_is_a_mean_over_batches(near):
     assert found.value == pytest.approx(sum(rises) / 3, rel=1e-10)
 
 
+def test_augmentation_is_measured_only_where_the_batch_asks_for_it():
+    data = replace(load_dataset("digits-80"), augment=lambda x, g: x + .3 * torch.randn(x.shape, generator=g, dtype=x.dtype))
+    problem, noise = Problem(build_model("fc-relu:width=6", data).double(), "ce", data), Stream(3) / "pictures"
+    some = torch.arange(40)
+    plain, seen = Batch(some), Batch(some, noise=noise)
+    for word in ("sam", "keskar:protocol=keskar2017", "trace:samples=4", "fisher_rao", "pac_bayes:draws=4"):
+        first, second = take(problem, problem.theta0, word, batch=plain), take(problem, problem.theta0, word, batch=seen)
+        assert first != second == take(problem, problem.theta0, word, batch=seen), word
+        assert take(problem.frozen(), problem.theta0, word, batch=seen) == take(problem.frozen(), problem.theta0, word, batch=plain), word
+
+
+def test_weights_of_examples_count(near):
+    "A weight of 2 is the example twice."
+    problem, theta = near
+    twice, weighted = Batch(torch.tensor([0, 0, 1, 2])), Batch(torch.tensor([0, 1, 2]), torch.tensor([1.5, .75, .75], dtype=F64))
+    for word in ("sam", "asam:steps=5", "trace:samples=4", "fisher_rao", "pac_bayes:draws=8,alpha=0.3", "pac_bayes:risk=loss,draws=8"):
+        assert take(problem, theta, word, batch=weighted).value == pytest.approx(take(problem, theta, word, batch=twice).value, rel=1e-9), word
+
+
 def test_chunks_change_nothing(near):
     problem, theta = near
     small = Problem(build_model("fc:width=20,depth=2", gaussian()), "ce", gaussian(), chunk_size=17)
@@ -362,8 +404,10 @@ def test_a_stored_run_keeps_open_intervals(tmp_path):
 
 @pytest.mark.parametrize("word, what", [
     ("keskar:eps=0", "eps must be a finite number above 0, got 0"), ("keskar:eps=-1", "got -1"), ("sam:rho=0", "rho must be"), ("asam:rho=-0.1", "rho must be"),
-    ("average:rho=nan", "rho must be"), ("eps_radius:eps=0", "eps must be"), ("pac_bayes:alpha=0", "alpha must be"), ("sam:m=0", "m must be from 1"),
+    ("average:rho=nan", "rho must be"), ("eps_radius:eps=0", "eps must be"), ("pac_bayes:alpha=0", "alpha must be"), ("sam:m=0", "m must be a whole number of at least 1, got 0"), ("sam:m=31", "m must be from 1 to half of the 60"),
     ("trace:kind=layer", "plain, adaptive, filter"), ("sam:norm=1", "norm must be 2 or inf"), ("keskar:protocol=2017", "converged, keskar2017"),
+    ("average:pairs=1", "pairs must be a whole number of at least 2, got 1"), ("sam:steps=2.5", "steps must be a whole number"), ("keskar:subspace=2.5", "subspace must be"),
+    ("eps_radius:rays=1", "rays must be"), ("trace:samples=1", "samples must be"), ("frobenius:samples=0", "samples must be"), ("asam:eta=-1", "eta must be"),
     ("relative_flatness:layer=fc9", "no weight block 'fc9'"), ("shrapness", "no flatness measure 'shrapness'"), ("sam:roh=1", "'roh'")])
 def test_bad_measures_are_refused(near, word, what):
     with pytest.raises(ValueError, match=what.replace("(", r"\(")): take(*near, word)
@@ -377,6 +421,7 @@ def test_bad_centres_are_refused(near):
     for word in MEASURES:
         with pytest.raises(ValueError, match="the loss at the centre is"): measure_flatness(problem, theta * 1e200, word)
     with pytest.raises(ValueError, match="theta must have shape"): measure_flatness(problem, theta[:-1], "sam")
+    with pytest.raises(ValueError, match="examples must be"): measure_flatness(problem, theta, "sam", Batch(torch.arange(0)))
 
 
 @pytest.mark.parametrize("model", ["fc-tanh:width=6", "fc-bn-relu:width=6"])
@@ -397,3 +442,7 @@ def test_bad_transformations_and_directions_are_refused(near):
     with pytest.raises(ValueError, match=r"directions of shape \(2, 260\), got \(2, 5\)"):
         surface(problem, Plane(theta, torch.zeros(2, 5, dtype=F64)), progress=False)
     with pytest.raises(ValueError, match="do not span a plane"): iterates_plane(theta.expand(4, -1))
+    with pytest.raises(ValueError, match="an iterate is not finite"): iterates_plane(theta * torch.tensor([[1.], [math.nan], [2.]], dtype=F64))
+    with pytest.raises(ValueError, match="cannot hold weights"): Plane(theta, torch.eye(2, problem.p, dtype=F64)).coordinates(torch.zeros(3, 7))
+    with pytest.raises(ValueError, match="the outputs at theta are not finite"): alpha_rescale(problem, theta * math.nan)
+    with pytest.raises(ValueError, match="this problem has none"): filter_plane(Centre(Quadratic(torch.eye(2)), torch.ones(2)))

@@ -11,7 +11,7 @@ from math import inf, isfinite
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .centre import MEASURES, Centre, Reading, check_positive
+from .centre import MEASURES, Centre, Reading, check_count, check_positive
 from ..roles import Batch
 
 # %% ../../nbs/39_flatness/02_ball.ipynb #ball
@@ -104,7 +104,8 @@ def worst_case(
     m: int | None,        # examples in a batch with a worst case of its own; None: all at once
 ) -> Reading:
     "max L(w + d) − L(w) over ‖d / T‖ ≤ ρ."
-    check_positive(rho=rho, steps=steps, starts=starts)
+    check_positive(rho=rho)
+    check_count(1, steps=steps, starts=starts)
     ball = Ball(rho * scale, inf if norm == "inf" else norm)
     def top(batch):
         "Highest loss found, loss at the centre, converged?"
@@ -126,7 +127,8 @@ def parts(
     m: int,                # examples in each; what is left over is left out
 ) -> list[Batch]:
     "A random partition of the examples."
-    if not 1 <= m <= centre.n // 2: raise ValueError(f"m must be from 1 to half of the {centre.n} examples, got {m!r}.")
+    check_count(1, m=m)
+    if m > centre.n // 2: raise ValueError(f"m must be from 1 to half of the {centre.n} examples, got {m!r}.")
     order = torch.randperm(centre.n, generator=(centre.stream / "parts").generator())
     batch = centre.batch or Batch(torch.arange(centre.n))
     take = lambda i, part: Batch(batch.idx[part], None if batch.weight is None else batch.weight[part], batch.noise and batch.noise / i)
@@ -155,4 +157,5 @@ def asam_sharpness(
     m: int | None = None,      # of m-sharpness
 ) -> Reading:                  # 1⅓ gradients for one step
     "Rise of the loss to the worst place within ρ|w| (Kwon et al. 2021)."
+    if not 0 <= eta < inf: raise ValueError(f"eta must be a finite number of at least 0, got {eta!r}.")
     return worst_case(centre, rho, centre.w.abs() + eta, norm, steps, starts, m)

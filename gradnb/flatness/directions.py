@@ -13,7 +13,7 @@ from math import exp, inf, isfinite, lgamma, log, pi
 import torch
 from torch import Tensor
 from ..estimate import Estimate
-from .centre import MEASURES, Centre, Reading, check_positive
+from .centre import MEASURES, Centre, Reading, check_count, check_positive
 from ..layout import Layout
 
 # %% ../../nbs/39_flatness/04_directions.ipynb #kinds
@@ -22,7 +22,9 @@ def filter_normalised(
     w: Tensor,      # weights (p,)
     d: Tensor,      # direction (p,)
 ) -> Tensor:        # (p,)
-    "d with each filter as long as the weights' (Li et al. 2018); biases and norms' parameters do not move."
+    "d with each filter as long as the weights' (Li et al. 2018); biases and norms' parameters do not move. Raises ValueError without filters."
+    if not any(len(shape) > 1 for shape in layout.shapes):
+        raise ValueError("filter-normalised directions move matrices and filters, and this problem has none; take adaptive ones.")
     def block(w, d):
         if w.ndim <= 1: return torch.zeros_like(d)
         long, length = (v.flatten(1).norm(dim=1).view(-1, *[1] * (w.ndim - 1)) for v in (d, w))
@@ -54,6 +56,7 @@ def average_sharpness(
 ) -> Reading:                # 2·pairs/3 gradients
     "Mean rise of the loss at Gaussian places (Andriushchenko et al. 2023, §3)."
     check_positive(rho=rho)
+    check_count(2, pairs=pairs)
     ds = (rho * direction(centre, kind, "average", i) for i in range(pairs))
     return centre.estimate([(centre.loss_at(d) + centre.loss_at(-d)) / 2 - centre.loss for d in ds])
 
@@ -89,6 +92,7 @@ def ray_radii(
 ) -> Tensor:              # (rays,), inf where the loss never rises by ε
     "Distances at which the loss first exceeds L(w) + ε, each about 20/3 gradients."
     check_positive(eps=eps, tol=tol, most=most)
+    check_count(2, rays=rays)
     found, guess = [], 1.
     for i in range(rays):
         v = direction(centre, kind, "ray", i)
@@ -143,7 +147,7 @@ def pac_bayes_sigma(
     "σ at which noise in the weights costs α (Jiang et al. 2020)."
     check_positive(alpha=alpha, tol=tol, most=most)
     if risk not in ("error", "loss"): raise ValueError(f"risk must be 'error' or 'loss', got {risk!r}.")
-    if draws < 2: raise ValueError(f"draws must be at least 2 to see a spread, got {draws}.")
+    check_count(2, draws=draws)
     at = centre.error_at if risk == "error" else centre.loss_at
     centre.check()
     base = at()

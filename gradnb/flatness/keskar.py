@@ -10,7 +10,7 @@ from math import inf, isfinite
 import torch
 from scipy.optimize import minimize
 from .ball import Ascent, Ball, worst
-from .centre import MEASURES, Centre, Reading, check_positive
+from .centre import MEASURES, Centre, Reading, check_count, check_positive
 
 # %% ../../nbs/39_flatness/03_keskar.ipynb #box
 COLUMNS = "gaussian", "unit"
@@ -25,7 +25,8 @@ def keskar_box(
     check_positive(eps=eps)
     if columns not in COLUMNS: raise ValueError(f"columns must be one of {', '.join(COLUMNS)}, got {columns!r}.")
     if subspace is None: return Ball(eps * (centre.w.abs() + 1), inf)
-    if not 1 <= subspace <= (p := len(centre.theta)): raise ValueError(f"subspace must be from 1 to p = {p}, got {subspace!r}.")
+    check_count(1, subspace=subspace)
+    if subspace > (p := len(centre.theta)): raise ValueError(f"subspace must be from 1 to p = {p}, got {subspace!r}.")
     A = torch.stack([centre.normal("subspace", i) for i in range(subspace)], 1).to(centre.theta.dtype)     # (p, k)
     if columns == "unit": A = A / A.norm(dim=0)
     inner = torch.linalg.solve(A.double().T @ A.double(), A.double().T @ centre.w)                         # A⁺ w
@@ -73,6 +74,6 @@ def keskar_sharpness(
     ball = keskar_box(centre, eps, subspace, columns)
     if protocol == "keskar2017": found = lbfgsb(centre, ball, 10, tol=tol)
     else:
-        check_positive(iterations=iterations, starts=starts, steps=steps)
+        check_count(1, iterations=iterations, starts=starts, steps=steps)
         found = max(worst(centre, ball, steps, starts, tol), lbfgsb(centre, ball, iterations, True, tol), key=lambda a: a.loss)
     return centre.rise(found.loss, 100 / (1 + centre.loss))._replace(high=inf, converged=found.converged)

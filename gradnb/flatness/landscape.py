@@ -63,6 +63,7 @@ def iterates_plane(
     origin: Tensor | None = None,  # (p,); None: the last iterate
 ) -> Plane:                        # orthonormal directions
     "The plane of the first two principal components of a run. Raises ValueError where the run does not span one."
+    if not thetas.isfinite().all(): raise ValueError("an iterate is not finite; take those from before the run diverged.")
     X = thetas.double() - thetas.double().mean(0)
     values, U = torch.linalg.eigh(X @ X.T)                        # (T,), ascending
     if len(thetas) < 3 or values[-2] <= 1e-12 * values[-1]:

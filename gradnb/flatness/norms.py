@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 from ..curvature import sharpness
-from .centre import MEASURES, Centre, Reading
+from .centre import MEASURES, Centre, Reading, check_count, check_positive
 from .directions import KINDS
 
 # %% ../../nbs/39_flatness/05_norms.ipynb #top
@@ -21,6 +21,7 @@ def lambda_max(
     tol: float = 1e-3,     # residual, relative
 ) -> Reading:              # 1 + 2·products, 20 to 50 gradients
     "The largest eigenvalue of the Hessian, and its residual."
+    check_positive(tol=tol)
     eigs = sharpness(centre.point, tol=tol, stream=centre.stream)
     centre.pay(2 * eigs.matvecs)
     value, residual = eigs.values[0].item(), eigs.residuals[0].item()
@@ -45,6 +46,7 @@ def forms(
     block: int = 8,    # products in one pass
 ) -> list[float]:
     "dᵀ H d of each draw."
+    check_count(2, samples=samples)
     found = []
     for i in range(0, samples, block):
         V = torch.stack([draw(j) for j in range(i, min(i + block, samples))], 1)      # (p, k)
@@ -69,6 +71,7 @@ def frobenius(
     samples: int = 32,     # products with the Hessian
 ) -> Reading:              # 2·samples + 1 gradients
     "‖H‖_F."
+    check_count(2, samples=samples)
     squares = [centre.hvp(signs(centre, i)).square().sum().item() for i in range(samples)]
     found = centre.estimate(squares)
     return found._replace(**{end: sqrt(max(getattr(found, end), 0.)) for end in ("value", "low", "high")})

@@ -10,6 +10,7 @@ __all__ = ['TRANSFORMS', 'hidden_layers', 'rescale_units', 'check_same', 'alpha_
 from math import log, prod
 import torch
 from torch import Tensor
+from .centre import check_positive
 from .norms import weight_blocks
 from ..problem import Problem
 from ..registry import Registry
@@ -65,6 +66,7 @@ def check_same(
 ):
     "Raise ValueError unless both weights give the same outputs, up to rounding, on 64 examples."
     a, b = (problem.outputs(w, problem.dataset.x[:64]) for w in (theta, other))
+    if not a.isfinite().all(): raise ValueError("the outputs at theta are not finite, so no change of weights can keep them.")
     if not (a - b).abs().max() <= 1e4 * torch.finfo(a.dtype).eps * (1 + a.abs().max()):
         raise ValueError(f"changing {what} together changes the outputs by {(a - b).abs().max():.3g}: between these blocks is "
                          "something else than a positively homogeneous activation (a normalisation, tanh, a skip connection?).")
@@ -90,6 +92,7 @@ def filter_rescale(
     seed: int = 0,              # of the factors
 ) -> Tensor:                    # (p,)
     "Every hidden unit or filter with a factor of its own."
+    check_positive(alpha=alpha)
     stream = Stream(seed) / "filter"
     for name in hidden_layers(problem):
         u = torch.rand(len(problem.layout.named(theta)[name]), generator=(stream / name).generator(), dtype=torch.float64)
@@ -105,12 +108,13 @@ def layer_rescale(
     seed: int = 0,              # of the factors
 ) -> Tensor:                    # (p,)
     "Every layer's weights with a factor of its own, biases by the product so far, in a homogeneous network."
+    check_positive(alpha=alpha)
     blocks = [*hidden_layers(problem), weight_blocks(problem.layout)[-1]]
     if factors is None:
         u = torch.rand(len(blocks), generator=(Stream(seed) / "layers").generator(), dtype=torch.float64)
         u = u - u.mean()
         factors = (u / u.abs().max() * log(alpha)).exp().tolist()
-    if len(factors) != len(blocks) or abs(log(prod(factors))) > 1e-9:
+    if len(factors) != len(blocks) or not all(f > 0 for f in factors) or abs(log(prod(factors))) > 1e-9:
         raise ValueError(f"factors must be {len(blocks)} numbers above 0 with product 1, one for each of {', '.join(blocks)}; got {factors}.")
     for i, name in enumerate(blocks[:-1]): theta = alpha_rescale(problem, theta, prod(factors[:i + 1]), name)
     return theta
