@@ -9,7 +9,7 @@ __all__ = ['MATRICES', 'spectrum_probe', 'stored_spectrum']
 import torch
 from .probes import PROBES, Probe, every
 from .problem import Point
-from .spectra import Spectrum, spectrum
+from .spectra import Spectrum, diagonal_block, spectrum
 from .traces import WIDEST, Trace
 
 # %% ../nbs/49_spectrum_probes.ipynb #probe
@@ -23,22 +23,25 @@ def spectrum_probe(
     draws: int = 8,              # random directions
     steps: int = 60,             # products for each
     matrix: str = "hessian",     # "hessian", "ggn" (Gauss–Newton), or "fisher" (empirical)
+    block: str = "",             # the diagonal block of this tensor only; empty: the whole matrix
 ) -> Probe:
     "Stochastic Lanczos quadrature; columns nodes, weights, draws, trace, trace_stderr, square, square_stderr (of ‖·‖²_F)."
     if matrix not in MATRICES: raise ValueError(f"matrix must be one of {', '.join(MATRICES)}, got {matrix!r}.")
     if draws * steps > WIDEST: raise ValueError(f"{draws} directions of {steps} products are {draws * steps} nodes; a trace takes {WIDEST} in a row.")
     def measure(view):
-        point = view.point
-        found = spectrum(lambda v: MATRICES[matrix](point, v), view.problem.p, draws, steps, view.stream, view.theta.dtype, view.theta.device)
+        point, layout, p = view.point, view.problem.layout, view.problem.p
+        product = lambda v: MATRICES[matrix](point, v)
+        if block: product, p = diagonal_block(product, layout, block), layout.sizes[layout.names.index(block)]
+        found = spectrum(product, p, draws, steps, view.stream, view.theta.dtype, view.theta.device)
         size, square = found.trace(), found.trace(torch.square)
         return dict(nodes=found.nodes.flatten(), weights=found.weights.flatten() / draws, draws=draws, trace=size.value,
                     trace_stderr=size.stderr, square=square.value, square_stderr=square.stderr)
-    return Probe("spectrum" if matrix == "hessian" else f"{matrix}_spectrum", _every(every), measure)
+    return Probe("_".join(word for word in (block, matrix.replace("hessian", ""), "spectrum") if word), _every(every), measure)
 
 def stored_spectrum(
     trace: Trace,    # of the probe
     i: int,          # which row
-    p: int,          # number of parameters
+    p: int,          # number of parameters, of the block where there is one
 ) -> Spectrum:
     "What the probe saw."
     draws = int(trace.columns["draws"][i])

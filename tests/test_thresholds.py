@@ -330,3 +330,5 @@ def test_sharpness_of_the_first_examples_only():
     row = PROBES.build(f"sharpness:examples={first},tol=1e-9").measure(View(problem, stepper, state))
     H = problem.hvp(state.theta, torch.eye(problem.p, dtype=DOUBLE), Batch(torch.arange(first)))
     close(row["value"], torch.linalg.eigvalsh(H)[-1], 1e-8)
+    row = PROBES.build(f"sharpness:examples={first},tol=1e-9,which=smallest,k=2").measure(View(problem, stepper, state))
+    close(row["value"], torch.linalg.eigvalsh(H)[:2], 1e-8)
