@@ -366,6 +366,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as e:
+    except (ValueError, TypeError, KeyError, OSError, MemoryError, RuntimeError) as e:
         print(f"gradnb: {e.args[0] if isinstance(e, KeyError) and e.args else e}", file=sys.stderr)
         return 2
