@@ -260,7 +260,7 @@ def test_the_audit_tells_invariants_from_the_rest(near):
 
 def test_invariance_with_biases_and_three_layers():
     problem, theta = trained("fc-relu:width=8,depth=2", 60)
-    frame = invariance_audit(problem, theta, sorted(INVARIANT), ("alpha:alpha=20", "filter", "layers"))
+    frame = invariance_audit(problem, theta, sorted(INVARIANT), ("alpha:alpha=20", "alpha:alpha=0.05", "filter", "layers"))
     assert set(frame.verdict) == {"same"}
 
 

@@ -48,6 +48,8 @@ BUDGETS = (      # measure, gradients that its definition needs, where they go
     ("asam:steps=20", 21, "20 gradients from the first-order worst point"),
     ("average:pairs=32", 65 / 3, "64 forward passes and the centre's"),
     ("eps_radius:rays=8", 8 * 20 / 3, "20 forward passes a ray"),
+    ("eps_volume:rays=8", 8 * 20 / 3, "20 forward passes a ray"),
+    ("pac_bayes:risk=loss,draws=15", 75, "15 draws at 15 places of the bisection, a forward pass each"),
     ("lambda_max:tol=0.01", 100, "20 to 50 products of 2, and the graph"),
     ("trace:samples=32", 65, "32 products of 2 and the graph"),
     ("frobenius:samples=32", 65, "32 products of 2 and the graph"),

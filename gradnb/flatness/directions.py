@@ -143,7 +143,7 @@ def pac_bayes_sigma(
     draws: int = 16,
     tol: float = 0.02,        # of σ, relative
     most: float = 1e4,        # σ at which the search gives up
-) -> Reading:                 # larger is flatter; about 20·draws/3 gradients
+) -> Reading:                 # larger is flatter; 10 to 20 times draws/3 gradients
     "σ at which noise in the weights costs α (Jiang et al. 2020)."
     check_positive(alpha=alpha, tol=tol, most=most)
     if risk not in ("error", "loss"): raise ValueError(f"risk must be 'error' or 'loss', got {risk!r}.")
