@@ -135,6 +135,10 @@ class Problem:
         dataset: Dataset,          # training and test examples
         chunk_size: int | None = None,  # examples worked on at a time; None: all at once
     ):
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"a problem draws its examples by number from a Dataset, and {type(dataset).__name__} has none to draw; keep "
+                            "some of an endless stream, Dataset(x, y, x_test, y_test, classes), or measure its gradients as they "
+                            "come: grad_variance(draws).")
         if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.layout, self.chunk_size = Layout.of(module), chunk_size
         params = dict(module.named_parameters())

@@ -149,10 +149,13 @@ def test_random_balanced_strata_are_mini_batches():
     assert abs(ratios.mean() - 48 / 59) < 4.5 * ratios.std() / 150**0.5
 
 
+@pytest.mark.parametrize("rows", (None, 11, 2))        # strata that end in the next part, or span several
 @pytest.mark.parametrize("conv", (False, True))
-def test_what_varies_inside_equals_brute_force(conv):
+def test_what_varies_inside_equals_brute_force(conv, rows, monkeypatch):
     problem = network(conv)
     labels, g = balanced(60, 7, Stream(1)), problem.example_grads(problem.theta0)
+    whole = problem.layer_io
+    monkeypatch.setattr(problem, "layer_io", lambda theta, batch=None, rows=rows: whole(theta, batch, rows))
     inside = within(problem, problem.theta0, labels)
     spread = torch.stack([(g[labels == k] - g[labels == k].mean(0)).square().sum() for k in range(7)])
     torch.testing.assert_close(inside.spread, spread)
@@ -213,6 +216,16 @@ def test_moves_never_raise_the_distortion_and_end_where_no_move_helps(seed):
             assert J(other) >= found.distortion * (1 - 1e-9)
     for points, block in ((Products(x @ x.T), 256), (Points(x), 7), (Products(x @ x.T), 33)):
         assert torch.equal(hartigan(points, start, k, rounds=100, block=block).labels, found.labels)
+
+
+@pytest.mark.parametrize("how", [dict(), dict(sketch=16), dict(variant="faghri2020")], ids=repr)
+def test_clusters_know_what_varies_inside_them(how):
+    problem = network()
+    labels, inside = GradientClustering(9, **how).find(problem, problem.theta0, None, Stream(3))
+    truth = within(problem, problem.theta0, labels)
+    torch.testing.assert_close(inside.spread, truth.spread, rtol=1e-9, atol=1e-9 * truth.total)
+    assert torch.equal(inside.sizes, truth.sizes) and inside.total == pytest.approx(truth.total)
+    assert inside.ratio == pytest.approx(truth.ratio)
 
 
 def test_clusters_are_made_anew_from_the_old_ones():

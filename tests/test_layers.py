@@ -143,6 +143,10 @@ def test_every_kind_of_layer_equals_brute_force(name, rows):
     size = parts[0].n
     close(sum(io.combine(u) for io, u in zip(parts, w.split(size, 1))), w @ g)
     close(torch.cat([torch.cat([a.gram(b) for b in parts], 1) for a in parts]), g @ g.T)
+    for io, h in zip(parts, g.split(size)):
+        for part in (slice(0, io.n), slice(io.n - 1, io.n), slice(io.n // 3, io.n)):
+            close(io.total(part), h[part].sum(0))
+            close(io.total_sq(part), h[part].sum(0).square().sum())
     there = theta + 0.1 * draw(prob.p, seed=4)
     pairs = zip(parts, prob.layer_io(there, rows=rows))
     close(torch.cat([io.paired(other) for io, other in pairs]), (g * prob.example_grads(there)).sum(1))

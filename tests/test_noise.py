@@ -403,8 +403,41 @@ def test_too_few_draws_are_refused(statistic):
 def test_a_gradient_that_is_not_finite_is_named():
     z = randn(6, 3)
     z[4, 1] = float("nan")
-    with pytest.raises(ValueError, match="gradient 4 is not finite|gradient 0 is not finite"): grad_variance(z)
-    assert draw(MiniBatch(3), (), network(), Stream(0)).noise is None
+    for statistic in (grad_variance, noise_scale, inner_product_test, coordinate_variance, gsnr):
+        with pytest.raises(ValueError, match="gradient 4 is not finite .1 of 6"): statistic(z)
+
+
+@pytest.mark.parametrize("conv", (False, True))
+@pytest.mark.parametrize("estimator", (MiniBatch(5), SVRG(5, every=9), GradientClustering(5), Stratified(5, by="random", k=5)), ids=repr)
+def test_the_example_whose_gradient_is_not_finite_is_named(estimator, conv):
+    fine = network(conv)
+    x = fine.dataset.x.clone()
+    x[17] *= 1e200                                              # finite, but its gradient's square is not
+    problem = Problem(fine.module, "mse", Dataset(x, fine.dataset.y, x, fine.dataset.y, 4))
+    state = ready(estimator, fine)
+    for by_layer in (False, True):
+        with pytest.raises(ValueError, match="example 17 is not finite .1 of 60"):
+            exact_variance(problem, problem.theta0, estimator, state, by_layer)
+    for measure in (Spread, Moments):
+        with pytest.raises(ValueError, match="example 17 is not finite"): measure.at(problem, problem.theta0)
+        with pytest.raises(ValueError, match="example 17 is not finite"):
+            measure.at(problem, problem.theta0, Batch(torch.tensor([3, 5, 17, 20])))
+
+
+class Endless(torch.utils.data.IterableDataset):
+    "Examples that have no number and never end."
+    def __iter__(self):
+        gen = Stream(5).generator()
+        while True: yield torch.randn(6, generator=gen, dtype=torch.float64), torch.tensor(0)
+
+
+@pytest.mark.parametrize("stream, size", ((Endless(), 1), (torch.utils.data.DataLoader(Endless(), 4), 4)), ids=("examples", "batches"))
+def test_a_stream_without_numbers_is_refused_but_its_gradients_can_be_measured(stream, size):
+    fine = network()
+    with pytest.raises(TypeError, match=f"{type(stream).__name__} has none to draw.*grad_variance"):
+        Problem(fine.module, "ce", stream)
+    draws = torch.stack([1 - x.reshape(-1, 6).mean(0) for x, _ in islice(stream, 300)])       # of ½‖1 − x‖², Tr Σ = 6
+    assert 6. / size in grad_variance(draws)
 
 
 # --- variations ----------------------------------------------------------------------------------------------------

@@ -81,9 +81,11 @@ def trace_of_variance(problem: Problem, theta: Tensor) -> float:
     "The gradient, and Tr Σ of single examples."
     return exact_variance(problem, theta, MiniBatch(1, replace=True)).variance.value
 
-def second_moments(problem: Problem, theta: Tensor) -> tuple[Tensor, Tensor]:
+def second_moments(problem: Problem, theta: Tensor) -> Tensor:
     "Σ gᵢ and Σ gᵢ² of every parameter."
-    return tuple(map(sum, zip(*(io.moments() for io in problem.layer_io(theta)))))
+    sums = None
+    for io in problem.layer_io(theta): sums = io.moments(sums)
+    return sums
 
 def three_tests(problem: Problem, theta: Tensor, batch=None) -> dict:
     "Norm, inner product and orthogonality test of a batch."
@@ -110,14 +112,14 @@ def speed_rows(
     works = (("sum of gradient variances", trace_of_variance), ("second moment of every parameter", second_moments),
              ("norm, inner product and orthogonality test", three_tests))
     for (what, work), target in zip(works, targets):
-        times = alternate(lambda: work(problem, theta), plain, repeats)
+        times = alternate(lambda: work(problem, theta), plain, repeats, clock=process_time)
         yield times.row(f"{kind}, {what}", target, about)
     beside = {"trace_of_variance": ("BatchL2Grad",), "second_moments": ("SumGradSquared",)}
     for what, work in works[:2]:
         theirs, why = attempt(backpack_pass, problem, *beside[work.__name__])
         name = f"{kind}, {what}, BackPACK {' '.join(beside[work.__name__])}"
         if why: yield Row.of(name, None, None, 1., "s", why); continue
-        times = alternate(lambda: work(problem, theta), theirs, max(2, repeats // 2), 1)
+        times = alternate(lambda: work(problem, theta), theirs, max(2, repeats // 2), 1, process_time)
         yield times.row(name, 1., "against BackPACK, both with the gradient")
 
 # %% ../../nbs/75_bench/08_noise.ipynb #memory
@@ -169,7 +171,7 @@ def test_rows(
         ours = three_tests(problem, problem.theta0)
         apart = max(abs(v / ours[k] - 1) for k, v in theirs().items())
         note = f"all three tests of ours against cockpit's, {problem.p:,} parameters; answers differ by {apart:.1g} at most"
-        yield alternate(lambda: three_tests(problem, problem.theta0), theirs, repeats, 1).row(name, 1., note)
+        yield alternate(lambda: three_tests(problem, problem.theta0), theirs, repeats, 1, process_time).row(name, 1., note)
 
 def clustering_rows(
     n: int = 5000,       # examples

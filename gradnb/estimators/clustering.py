@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..designs import Design
-from .hartigan import Points, Products, hartigan, seeded
+from ..designs import Design, finite
+from .hartigan import Points, Products, hartigan, seeded, spreads
 from .runningcounts import running_count_clusters
-from .strata import ALLOCATIONS, Strata, check_size, finite, within
+from .strata import ALLOCATIONS, Strata, Within, check_size, within
 from ..roles import Batch, Estimator, check_range, kind
 from ..streams import Stream
 
@@ -27,7 +27,7 @@ def all_products(
     if n * n * item > 2**32:
         raise ValueError(f"the inner products of {n:,} gradients fill {n * n * item / 2**30:.0f} GB; use sketch=512, which takes "
                          f"{n * 512 * item / 2**20:.0f} MB.")
-    gram, parts, start = torch.empty(n, n, dtype=theta.dtype), list(problem.layer_io(theta, rows=max(1, -(-n // 8)))), 0
+    gram, parts, start = torch.empty(n, n, dtype=theta.dtype), list(problem.layer_io(theta, rows=max(1, -(-n // 16)))), 0
     for i, a in enumerate(parts):
         there = start
         for b in parts[i:]:
@@ -79,13 +79,21 @@ class GradientClustering(Estimator):
         "New clusters when the last are `every` steps old; the search starts from the old ones."
         if state.strata.step >= 0 and k - state.strata.step < self.every: return state
         start = None if state.strata.step < 0 else state.strata.labels
-        labels = self.find(problem, theta, start, stream).unique(return_inverse=True)[1]
-        inside = within(problem, theta, labels)
+        labels, inside = self.find(problem, theta, start, stream)
         strata = Strata.of(labels, self.size, self.allocation, inside.spread, k)
         return Clusters(strata, inside.distortion, inside.ratio)
 
-    def find(self, problem, theta: Tensor, start: Tensor | None, stream: Stream) -> Tensor:    # (n,)
-        "Labels of all examples at θ; Hartigan's moves set out from `start` (n,), or from seeds."
+    def find(self, problem, theta: Tensor, start: Tensor | None, stream: Stream) -> tuple[Tensor, Within]:    # (n,), 0 … K−1
+        "Labels of all examples at θ and what is left inside; Hartigan's moves set out from `start` (n,), or from seeds."
+        exact = self.variant == "hartigan" and not self.sketch
+        points = Products(all_products(problem, theta)) if exact else None
+        labels = self.labels(problem, theta, points, start, stream).unique(return_inverse=True)[1]
+        if not exact: return labels, within(problem, theta, labels)
+        sizes = labels.bincount()
+        return labels, Within(spreads(points, labels, len(sizes)), sizes, spreads(points, torch.zeros_like(labels), 1).item())
+
+    def labels(self, problem, theta: Tensor, points: Products | None, start: Tensor | None, stream: Stream) -> Tensor:    # (n,)
+        "The partition, empty clusters included."
         if self.variant == "faghri2020":
             parts = list(problem.layer_io(theta))
             finite(torch.cat([io.sq_norms() for io in parts]))
@@ -94,7 +102,6 @@ class GradientClustering(Estimator):
             parts = [io.sketch(self.sketch, stream / "sketch").cpu() for io in problem.layer_io(theta)]
             finite((x := torch.cat(parts)).sum(1))
             points = Points(x)
-        else: points = Products(all_products(problem, theta))
         if start is None: start = seeded(points, self.clusters, stream / "start")
         return hartigan(points, start, self.clusters, self.rounds).labels
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..designs import Design
-from .strata import finite
+from ..designs import Design, finite
 from ..roles import Batch, Estimator, check_range, kind
 from ..streams import Stream
 

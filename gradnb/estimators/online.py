@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..designs import Design
+from ..designs import Design, finite
 from .hartigan import Points, hartigan
 from .minibatch import MiniBatch
-from .strata import Strata, check_size, finite, within
+from .strata import Strata, check_size, within
 from ..roles import Batch, Estimator, check_range, kind
 from ..streams import Stream
 

@@ -33,9 +33,19 @@ class LayerIO:
         "‖gᵢ‖² of every example; their sum is Tr Σ gᵢgᵢᵀ."
         return sum(l.sq_norms() for l in self.layers)
 
-    def moments(self) -> tuple[Tensor, Tensor]:             # (p,), (p,)
-        "Σ gᵢ and Σ gᵢ² of every parameter."
-        return tuple(map(torch.cat, zip(*(l.moments() for l in self.layers))))
+    def moments(self, out: Tensor | None = None) -> Tensor:      # (2, p)
+        "Σ gᵢ and Σ gᵢ² of every parameter; added to `out` where it is given."
+        out = self.losses.new_zeros(2, self.layers[-1].span.stop) if out is None else out
+        for l in self.layers: l.moments(out[:, l.span])
+        return out
+
+    def total(self, part: slice) -> Tensor:                 # (p,)
+        "Σ gᵢ over consecutive examples."
+        return torch.cat([l.total(part) for l in self.layers])
+
+    def total_sq(self, part: slice) -> Tensor:              # (), float64
+        "‖Σ gᵢ‖² over consecutive examples; of a few in linear layers without forming the sum."
+        return sum(l.total_sq(part) for l in self.layers)
 
     def dots(self, v: Tensor) -> Tensor:                    # v (p,) → (n,), (p, k) → (n, k)
         "⟨gᵢ, v⟩ of every example with each column of v."

@@ -76,11 +76,20 @@ class Layer:
         "‖gᵢ‖²."
         return torch.cat([g.square().sum(1) for _, g in self.pieces()])
 
-    def moments(self) -> tuple[Tensor, Tensor]:                      # (q,), (q,)
-        "Σ gᵢ and Σ gᵢ², in one sweep."
-        first, second = self.like.new_zeros(2, self.q)
-        for _, g in self.pieces(): first += g.sum(0); second += g.square_().sum(0)
-        return first, second
+    def moments(self, out: Tensor | None = None) -> Tensor:          # (2, q)
+        "Σ gᵢ and Σ gᵢ², in one sweep; added to `out` where it is given."
+        out = self.like.new_zeros(2, self.q) if out is None else out
+        for _, g in self.pieces(): out[0] += g.sum(0); out[1] += g.square_().sum(0)
+        return out
+
+    def total(self, part: slice) -> Tensor:                          # (q,)
+        "Σ gᵢ over consecutive examples."
+        m, at = part.stop - part.start, lambda i: min(part.start + i, part.stop)
+        return sum(self.example_grads(slice(at(s.start), at(s.stop))).sum(0) for s in slices(m, self.row_bytes, self.like.device))
+
+    def total_sq(self, part: slice) -> Tensor:                       # (), float64
+        "‖Σ gᵢ‖² over consecutive examples."
+        return self.total(part).double().square().sum()
 
     def dots(self, v: Tensor) -> Tensor:                             # v (q, k) → (n, k)
         "⟨gᵢ, v⟩ for every column of v."

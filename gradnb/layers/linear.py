@@ -44,14 +44,28 @@ class Linear(Layer):
         return torch.cat([(torch.bmm(d[s], d[s].mT) * (torch.bmm(a[s], a[s].mT) + self.bias)).sum((1, 2))
                           for s in slices(self.n, 2 * t * t * a.element_size(), a.device)])
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        if not self.rank_one: return super().moments()
+    def moments(self, out: Tensor | None = None) -> Tensor:
+        if not self.rank_one: return super().moments(out)
         a, d = (t.squeeze(1) for t in self.factors)
-        second = d.new_zeros(d.shape[1], a.shape[1])
-        for s in slices(self.n, 4 * a[0].numel() * a.element_size(), a.device): second.addmm_(d[s].square().T, a[s].square())
-        both = [d.T @ a, second], [d.sum(0), d.square().sum(0)]
-        first, second = (torch.cat([w.flatten(), b] if self.bias else [w.flatten()]) for w, b in zip(*both))
-        return first, second
+        out = d.new_zeros(2, self.q) if out is None else out
+        first, second = (v[:d.shape[1] * a.shape[1]].view(d.shape[1], -1) for v in out)
+        first.addmm_(d.T, a)
+        if self.bias: out[0, first.numel():] += d.sum(0)
+        for s in slices(self.n, 4 * (a.shape[1] + d.shape[1]) * a.element_size(), a.device):
+            squares = d[s].square()
+            second.addmm_(squares.T, a[s].square())
+            if self.bias: out[1, first.numel():] += squares.sum(0)
+        return out
+
+    def total(self, part: slice) -> Tensor:
+        a, d = (t[part].flatten(0, 1) for t in self.factors)
+        g = (d.T @ a).flatten()
+        return torch.cat([g, d.sum(0)]) if self.bias else g
+
+    def total_sq(self, part: slice) -> Tensor:
+        a, d = (t[part].flatten(0, 1) for t in self.factors)
+        if len(a) * (a.shape[1] + d.shape[1]) > a.shape[1] * d.shape[1]: return super().total_sq(part)
+        return ((a @ a.T + self.bias) * (d @ d.T)).sum(dtype=torch.float64)           # Σᵢⱼ ⟨gᵢ, gⱼ⟩, for a few examples
 
     def dots(self, v: Tensor) -> Tensor:
         if not self.rank_one: return super().dots(v)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from ..designs import finite
 from ..estimate import Estimate
 from .spread import Spread, jackknife, left_out
 from ..roles import Batch
@@ -31,6 +32,7 @@ class Moments(NamedTuple):
         if isinstance(draws, Moments): return draws
         if draws.ndim != 2 or len(draws) < 3:
             raise ValueError(f"moments need at least 3 draws, (n, p), got shape {tuple(draws.shape)}.")
+        finite(draws.sum(1, dtype=torch.float64), what="gradient")
         parts = draws.tensor_split(min(groups, len(draws)))
         return cls(torch.tensor([len(g) for g in parts], dtype=torch.float64),
                    torch.stack([g.sum(0) for g in parts]), torch.stack([g.square().sum(0) for g in parts]))
@@ -46,8 +48,11 @@ class Moments(NamedTuple):
         idx = torch.arange(problem.n) if batch is None else batch.idx
         if len(idx) < 3: raise ValueError(f"moments need at least 3 examples, got {len(idx)}.")
         parts = idx.tensor_split(min(groups, len(idx)))
-        sums = [[sum(s) for s in zip(*(io.moments() for io in problem.layer_io(theta, Batch(part))))] for part in parts]
-        return cls(torch.tensor([len(i) for i in parts], dtype=torch.float64), *map(torch.stack, zip(*sums)))
+        sums = theta.new_zeros(2, len(parts), len(theta))
+        for j, part in enumerate(parts):
+            for io in problem.layer_io(theta, Batch(part)): io.moments(sums[:, j])
+            if not sums[:, j].isfinite().all(): finite(torch.cat([io.sq_norms() for io in problem.layer_io(theta, Batch(part))]), part)
+        return cls(torch.tensor([len(i) for i in parts], dtype=torch.float64), *sums)
 
     def without(self) -> list:
         "The totals (n, mean (p,), unbiased variance (p,), mean square (p,)) of all draws, then without each group."

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from scipy.stats import t as student
 from torch import Tensor
+from ..designs import finite
 from ..estimate import Estimate
 from ..layout import Layout
 
@@ -34,12 +35,12 @@ class Spread(NamedTuple):
         if isinstance(draws, Spread): return draws
         if draws.ndim != 2 or len(draws) < 2:
             raise ValueError(f"a spread needs at least 2 draws, (n, p), got shape {tuple(draws.shape)}.")
-        mean = draws.mean(0)
+        row, mean = lambda v: v.sum(1, dtype=torch.float64).cpu(), draws.mean(0)
+        if not mean.isfinite().all(): finite(row(draws), what="gradient")           # of zᵢ none would be
         z = draws - mean
-        row = lambda v: v.sum(1, dtype=torch.float64).cpu()
         along = row(z * mean)
         turned = row(z * ((along.to(z) @ z) / (len(z) - 1)))
-        return cls(mean.double().square().sum().item(), _finite(row(z.square())), along, turned)
+        return cls(mean.double().square().sum().item(), finite(row(z.square()), what="gradient"), along, turned)
 
     @classmethod
     def at(cls,
@@ -55,7 +56,7 @@ class Spread(NamedTuple):
             ios, n = [io] if n == 0 else [], n + io.n
             mean, sq = mean + io.combine(torch.ones_like(io.losses)), [*sq, io.sq_norms().double().cpu()]
         if n < 2: raise ValueError(f"a spread needs at least 2 examples, got {n}.")
-        mean, sq = mean / n, _finite(torch.cat(sq))
+        mean, sq = mean / n, finite(torch.cat(sq), None if batch is None else batch.idx)
         sweep = lambda f: [f(io) for io in ios or parts()]
         dots = torch.cat(sweep(lambda io: io.dots(mean).double().cpu()))
         size = mean.double().square().sum().item()
@@ -66,12 +67,6 @@ class Spread(NamedTuple):
             twist = torch.cat(sweep(lambda io: io.dots(twist).double().cpu()))
             twist = twist - twist.mean()
         return cls(size, (sq - 2 * dots + size).clamp_min(0), along, twist)
-
-def _finite(values: Tensor) -> Tensor:
-    if (bad := (~values.isfinite()).nonzero()[:, 0]).numel():
-        raise ValueError(f"gradient {int(bad[0])} is not finite ({len(bad)} of {len(values)} are not); lower the learning rate, "
-                         "or look at that example.")
-    return values
 
 # %% ../../nbs/35_noise/01_spread.ipynb #jackknife
 def jackknife(
