@@ -31,15 +31,15 @@ def edge_of(view: View, metric: Metric) -> float:
 def preconditioned_sharpness_probe(
     every: int = 10,        # steps between measurements
     k: int = 1,             # how many eigenvalues
-    tol: float = 1e-3,      # residuals allowed, relative to the largest eigenvalue
+    tol: float = 1e-3,      # errors allowed, relative to the largest eigenvalue
 ) -> Probe:
-    "The sharpness in the metric of the run's rule, and the rule's threshold; columns value, residual, converged, matvecs, threshold."
+    "The sharpness in the metric of the run's rule, and the rule's threshold; columns value, error (above it), residual, converged, matvecs, threshold."
     def measure(view):
         metric = metric_of(view.problem, view.stepper, view.state)
         eigs = preconditioned_sharpness(view.point, metric, k, tol, view.memory.get("sketch"), view.stream)
         view.memory["sketch"] = eigs.sketch
         one = lambda v: v[0] if k == 1 else v
-        return dict(value=one(eigs.values), residual=one(eigs.residuals), converged=eigs.converged, matvecs=eigs.matvecs,
+        return dict(value=one(eigs.values), error=one(eigs.errors), residual=one(eigs.residuals), converged=eigs.converged, matvecs=eigs.matvecs,
                     threshold=edge_of(view, metric))
     return Probe("preconditioned_sharpness", _every(every), measure)
 

@@ -15,16 +15,17 @@ from .streams import Stream
 
 # %% ../nbs/10_linalg.ipynb #eigs
 class Eigs(NamedTuple):
-    "Eigenpairs and what is known about them: an eigenvalue lies within residuals[i] of values[i]."
+    "Eigenpairs and what is known about them: an eigenvalue lies within residuals[i] of values[i], the i-th in values[i] + [0, errors[i]]."
     values: Tensor     # (k,) descending, float64 on the CPU
     vectors: Tensor    # (p, k) unit columns, in the start's dtype and on its device
     residuals: Tensor  # (k,) ‖A v − λ v‖₂, float64 on the CPU, in the units of the values
+    errors: Tensor     # (k,) what the i-th eigenvalue may exceed values[i] by; at least the tol; rests on a gap
     matvecs: int       # products paid, counted in columns
     converged: bool    # False: the budget ran out first
     sketch: "Sketch | None" = None   # what else the search learned, for the next one
 
     def __repr__(self):
-        pairs = ", ".join(f"{v:.6g} ± {r:.1g}" for v, r in zip(self.values.tolist(), self.residuals.tolist()))
+        pairs = ", ".join(f"{v:.6g} ± {r:.1g}" for v, r in zip(self.values.tolist(), self.errors.tolist()))
         paid = f"{self.matvecs} product{'s' * (self.matvecs != 1)}"
         return f"Eigs({pairs}; {paid}{'' if self.converged else ', NOT converged'})"
 
@@ -156,72 +157,107 @@ class _Basis:
         for rows in (self.Q, self.AQ): _combine(Y, rows[:m], rows[:len(Y)])
         self.T[:len(Y), :len(Y)] = Y @ self.T[:m, :m] @ Y.T
 
-    def eigs(self, theta: Tensor, Y: Tensor, r: Tensor, converged: bool, sketch: Sketch | None = None) -> Eigs:
+    def eigs(self, theta: Tensor, Y: Tensor, r: Tensor, errors: Tensor, converged: bool, sketch: Sketch | None = None) -> Eigs:
         "The Ritz pairs with coefficients Y (k, m), as the answer."
         vectors = _combine(Y, self.Q[:self.m], self.Q.new_empty(len(Y), self.Q.shape[1]))
-        return Eigs(theta, vectors.T, r, self.products, converged, sketch)
+        return Eigs(theta, vectors.T, r, errors, self.products, converged, sketch)
 
 # %% ../nbs/10_linalg.ipynb #open
+def _errors(
+    theta: Tensor,  # (c,) Ritz values, descending
+    r: Tensor,      # (c,) their residual norms
+    next: Tensor,   # (n,) next[j] is believed to bound what lies outside the first j + 1 pairs
+    scale: float,   # largest |θ|
+    wide: float,    # the widest gap believed, relative to scale
+) -> Tensor:        # (c,), at most r
+    "How far the i-th eigenvalue may lie above the i-th Ritz value (Li & Li 2005)."
+    n = min(len(r), len(next))
+    gap = (theta[:, None] - next[:n]).clamp_max(wide * scale)             # (c, n): pair i, block of the first j + 1
+    square = r[:n].square().cumsum(0)
+    bound = 2 * square / (gap + (gap**2 + 4 * square).sqrt()).clamp_min(torch.finfo(gap.dtype).tiny)
+    inside = torch.arange(len(r))[:, None] <= torch.arange(n)
+    return torch.cat([torch.where(inside & (gap > 0), bound, torch.inf), r[:, None]], 1).min(1).values
+
 def _open(
     theta: Tensor,  # (m,) all Ritz values, descending
     r: Tensor,      # (c,) residual norms of the first c ≤ m
+    error: Tensor,  # (c,) what must come down: errors, or the residuals themselves
     k: int,         # how many of them are wanted; the others are guards
-    tol: float,     # residual allowed, relative to the largest |θ|
+    tol: float,     # error allowed, relative to the largest |θ|
     eps: float,     # rounding of the images, relative
     settle: float = 1 / 4,  # residual allowed to a guard, relative to its distance from the lowest Ritz value
-) -> tuple[Tensor, float]:  # which of the c pairs need more work (c,), and the residual allowed
+) -> tuple[Tensor, float]:  # which of the c pairs need more work (c,), and the error allowed
     "The stopping rule."
     scale, v = theta.abs().max(), theta[:len(r)]
     allowed = max(tol, 10 * eps) * scale
-    large = r > allowed
     loose = (r > (v - theta[-1]) * settle) & (r > 10 * eps * scale)
     guard = torch.arange(len(r)) >= k
-    return torch.where(guard, loose | large & (v + r > theta[min(k, len(r)) - 1]), large), allowed
+    return torch.where(guard, loose | (r > allowed) & (v + r > theta[min(k, len(r)) - 1]), error > allowed), allowed
 
 # %% ../nbs/10_linalg.ipynb #recall
-def _corrected(
-    r: Tensor,             # (1, p) residual; overwritten
-    theta: float,          # its Ritz value
-    size: float,           # ‖r‖
+class _Joint(NamedTuple):
+    "The eigenpairs of A where it was multiplied, and of a sketch elsewhere."
+    values: Tensor    # (n,) descending
+    inside: Tensor    # (n, m) vectors: their part in Q
+    outside: Tensor   # (n, v) and their part outside, as multiples of V − V Qᵀ Q
+    ahead: Tensor     # (n, v) that part, less what A turns `inside` into, divided by the value
+    C: Tensor         # (v, m) V Qᵀ
+
+def _joint(
+    B: _Basis,
+    sketch: Sketch | None,    # of the matrix as it was
+    notice: bool = False,     # believe in jumps of old directions that the products hint at
+) -> _Joint:
+    "What is known now: new products first, then the old sketch."
+    K, (theta, Y) = B.T[:B.m, :B.m], B.ritz()
+    if sketch is None: return _Joint(theta, Y, *[Y.new_zeros(B.m, 0)] * 2, Y.new_zeros(0, B.m))
+    V, Q, lam = sketch.vectors.T, B.Q[:B.m], sketch.values
+    C, D, G = _inner(V, Q), _inner(V, B.AQ[:B.m]), _inner(V, V)            # (v, m), (v, m), (v, v)
+    if notice:
+        share = C.norm(dim=1).clamp_min(1e-3)                              # ‖P vᵢ‖
+        change = ((D - lam[:, None] * C) * C).sum(1) / share
+        lam = lam + (change - 3 * change.abs().median()).clamp_min(0) / share
+    d, E = torch.linalg.eigh(G - C @ C.T)
+    E = (E[:, d > 1e-3] / d[d > 1e-3].sqrt()).T                            # U = E (V − C Q): orthonormal, and to Q
+    UAQ, VU = E @ (D - C @ K), (G - C @ C.T) @ E.T
+    values, Z = torch.linalg.eigh(torch.cat([torch.cat([K, UAQ.T], 1), torch.cat([UAQ, VU.T * lam @ VU], 1)]))
+    values, (inside, U) = values.flip(0), Z.T.flip(0).split([B.m, len(E)], 1)
+    return _Joint(values, inside, U @ E, (U - inside @ UAQ.T / values[:, None]) @ E, C)
+
+def _ahead(
+    B: _Basis,
+    joint: _Joint,
+    i: int,                   # of which pair
     sketch: Sketch | None,
-) -> Tensor:               # (1, p) up to a factor
-    "(θ − sketch)⁻¹ r, the direction in which a search goes on. Without a sketch, or for θ ≤ 0, r itself."
-    if sketch is None or theta <= 0: return r
-    c = _inner(r, sketch.vectors.T)                                        # (1, m)
-    return _combine((theta / (theta - sketch.values).clamp_min(size) - 1) * c, sketch.vectors.T, r, add=1)
+) -> Tensor:                  # (1, p), a free row of the basis
+    "Where the search for eigenpair i goes on: its predicted vector, as far as it is not in the basis."
+    R = B.residuals(joint.values[i, None], joint.inside[i, None])[0]
+    if sketch is None or joint.values[i] <= 0: return R
+    return _combine(joint.ahead[i, None] * joint.values[i], sketch.vectors.T, R, add=1)
 
 def _updated(
     B: _Basis,
     sketch: Sketch | None,    # of the matrix as it was
     keep: int,                # pairs
 ) -> Sketch:
-    "The top eigenpairs of A where it was multiplied, and of the old sketch elsewhere."
-    Q, AQ, K = B.Q[:B.m], B.AQ[:B.m], B.T[:B.m, :B.m]
-    if sketch is not None:
-        V = sketch.vectors.T                                               # (n, p)
-        C, D, G = _inner(V, Q), _inner(V, AQ), _inner(V, V)
-        d, E = torch.linalg.eigh(G - C @ C.T)
-        E = (E[:, d > 1e-3] / d[d > 1e-3].sqrt()).T                        # U = E (V − C Q): orthonormal, and to Q
-        UAQ, VU = E @ (D - C @ K), (G - C @ C.T) @ E.T
-        K = torch.cat([torch.cat([K, UAQ.T], 1), torch.cat([UAQ, VU.T * sketch.values @ VU], 1)])
-    values, Z = torch.linalg.eigh(K)
-    values, Z = values.flip(0)[:keep], Z.T.flip(0)[:keep]
-    Y = Z[:, :B.m] if sketch is None else Z[:, :B.m] - Z[:, B.m:] @ E @ C
-    vectors = _combine(Y, Q, Q.new_empty(len(Z), Q.shape[1]))
-    if sketch is not None: _combine(Z[:, B.m:] @ E, V, vectors, add=1)
-    return Sketch(values, vectors.T)
+    "The top of what is known now."
+    values, inside, outside, _, C = _joint(B, sketch, notice=True)
+    vectors = _combine((inside - outside @ C)[:keep], B.Q[:B.m], B.Q.new_empty(min(keep, len(values)), B.Q.shape[1]))
+    if sketch is not None: _combine(outside[:keep], sketch.vectors.T, vectors, add=1)
+    return Sketch(values[:keep], vectors.T)
 
 # %% ../nbs/10_linalg.ipynb #lanczos
 def lanczos(
     matvec: Callable[[Tensor], Tensor],  # A @ v for v (p,) or (p, j), A symmetric
     start: Tensor,                       # (p,), or a block (p, j): old eigenvectors, a gradient; past k they are guards
     k: int = 1,                          # how many of the largest (algebraic) eigenpairs
-    tol: float = 1e-3,                   # residual to reach, relative to max |λ|; not below 10 roundings
+    tol: float = 1e-3,                   # error to reach, relative to max |λ|; not below 10 roundings
     max_matvecs: int | None = None,      # budget of products; 200 + 20 k unless told
     basis: int | None = None,            # basis vectors kept, each with its image; max(24, 16 + 2 × pairs followed)
     stream: Stream = Stream(0, ("lanczos",)),  # random directions, for where the start leads no further
     sketch: Sketch | None = None,        # of a matrix nearby: an earlier answer's
     keep: int = 0,                       # pairs in the sketch of the answer; 0: none is made
+    vectors: bool = False,               # hold the residuals against tol, for whoever needs the vectors; else the errors
 ) -> Eigs:
     "The k largest eigenpairs by thick-restart Lanczos (Wu & Simon 2000), warm from any block and sketch."
     rows = _rows(start, k)
@@ -232,25 +268,30 @@ def lanczos(
     if size < min(p, follow + 2):
         raise ValueError(f"basis = {basis} is too small to follow {follow} pairs; give at least {follow + 2}.")
     if budget < k: raise ValueError(f"max_matvecs = {budget} cannot give k = {k} pairs; each takes a product.")
-    B = _Basis(matvec, rows, size, follow)
+    B = _Basis(matvec, rows, size, follow + 3)
     if not B.add(rows): B.add_random(stream)
     while True:
         theta, Y = B.ritz()
-        R, r = B.residuals(theta[:k + guards], Y[:k + guards])
-        open, allowed = _open(theta, r, k, tol, torch.finfo(rows.dtype).eps, 1 / 4 if found is None else 1 / 16)
+        c = k + guards
+        r, known = B.residuals(theta[:c + 3], Y[:c + 3])[1], _joint(B, sketch, notice=True)
+        next = theta[1:len(r)] + r[1:] if sketch is None else known.values[1:]
+        error = torch.maximum(_errors(theta[:len(r)], r, next, theta.abs().max(), 1 / 100 if sketch is None else 1 / 20), known.values[:len(r)] - theta[:len(r)])[:c]
+        r = r[:c]
+        open, allowed = _open(theta, r, r if vectors else error, k, tol, torch.finfo(rows.dtype).eps, 1 / 4 if found is None else 1 / 16)
         settled = B.m >= k and not open.any()
         sure = j >= k or found is not None and bool((theta[:k] - found).abs().max() <= allowed)
         done = B.m == p or settled and sure
         if done or B.products >= budget:
-            return B.eigs(theta[:k], Y[:k], r[:k], done, _updated(B, sketch, keep) if keep else None)
+            return B.eigs(theta[:k], Y[:k], r[:k], error[:k].clamp_min(allowed), done, _updated(B, sketch, keep) if keep else None)
+        wanted = open & (torch.arange(len(r)) < k)
+        worst = int((error * (wanted if wanted.any() else open)).argmax())
+        ahead = _ahead(B, known, worst, sketch) if open.any() else None
         if keep and (settled or B.m == size): sketch = _updated(B, sketch, keep)   # before the basis forgets
         if settled:                                                    # now a fresh direction has to agree
             found, guards = theta[:k], 1
             B.rotate(Y[:k])
         elif B.m == size: B.rotate(Y[:follow + (size - follow) // 3])  # thick restart
-        wanted = open & (torch.arange(len(r)) < k)
-        worst = (r * (wanted if wanted.any() else open)).argmax()
-        if not open.any() or not B.add(_corrected(R[worst][None], theta[worst], r[worst], sketch)): B.add_random(stream)
+        if ahead is None or not B.add(ahead): B.add_random(stream)
 
 # %% ../nbs/10_linalg.ipynb #lobpcg
 def lobpcg(
@@ -273,9 +314,9 @@ def lobpcg(
         theta, Y = B.ritz()
         X = Y[:j]
         R, r = B.residuals(theta[:j], X)
-        open, allowed = _open(theta, r, k, tol, torch.finfo(rows.dtype).eps)
+        open, allowed = _open(theta, r, r, k, tol, torch.finfo(rows.dtype).eps)
         done = B.m == p or not open.any()
-        if done or n == max_iters: return B.eigs(theta[:k], X[:k], r[:k], bool(done))
+        if done or n == max_iters: return B.eigs(theta[:k], X[:k], r[:k], r[:k].clamp_min(allowed), bool(done))
         P = X.clone()
         P[:, :j] = 0                                             # the change of X: its part outside the old X
         B.rotate(torch.cat([X, P[:_orthonormalise(X, P)]]))
@@ -300,7 +341,7 @@ def power_iteration(
         theta, Y = B.ritz()
         r = B.residuals(theta, Y)[1]
         done = r[0] <= max(tol, 10 * torch.finfo(rows.dtype).eps) * theta[0].abs()
-        if done or B.products >= max_matvecs: return B.eigs(theta, Y, r, bool(done))
+        if done or B.products >= max_matvecs: return B.eigs(theta, Y, r, r, bool(done))
         B.m = 0
         B.add(B.AQ[:1])
 

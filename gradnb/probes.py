@@ -143,12 +143,12 @@ PROBES = Registry("probe", "gradnb.*_probes")
 def sharpness_probe(
     every: int = 10,        # steps between measurements
     k: int = 1,             # how many eigenvalues
-    tol: float = 1e-3,      # residuals allowed, relative to the largest eigenvalue
+    tol: float = 1e-3,      # errors allowed, relative to the largest eigenvalue
     frozen: bool = False,   # in evaluation mode? BatchNorm then normalises by its running statistics
     examples: int = 0,      # on the first so many training examples only; 0: all
     which: str = "largest", # or "smallest": the negative end
 ) -> Probe:
-    "The k outermost Hessian eigenvalues, each search warm from the last; columns value, residual, converged, matvecs."
+    "The k outermost Hessian eigenvalues, each search warm from the last; columns value, error (above it), residual, converged, matvecs."
     if examples < 0: raise ValueError(f"examples is how many of the first are measured on, 0 for all; got {examples}.")
     def measure(view):
         point = view.frozen_point if frozen else view.point
@@ -156,7 +156,7 @@ def sharpness_probe(
         eigs = sharpness(point, k=k, tol=tol, warm=view.memory.get("sketch"), stream=view.stream, which=which)
         view.memory["sketch"] = eigs.sketch
         one = lambda v: v[0] if k == 1 else v
-        return dict(value=one(eigs.values), residual=one(eigs.residuals), converged=eigs.converged, matvecs=eigs.matvecs)
+        return dict(value=one(eigs.values), error=one(eigs.errors), residual=one(eigs.residuals), converged=eigs.converged, matvecs=eigs.matvecs)
     return Probe("frozen_" * frozen + "smallest_" * (which == "smallest") + "sharpness", _every(every), measure)
 
 def _evaluation(split: str):

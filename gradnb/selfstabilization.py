@@ -46,7 +46,7 @@ def self_stabilization(
 ) -> Stabilization:
     "α, β and δ of Damian, Nichani & Lee (2023) at θ: one eigenpair and one third derivative."
     point = problem if isinstance(problem, Point) else problem.at(theta)
-    eigs = sharpness(point, **options)
+    eigs = sharpness(point, vectors=True, **options)
     u = eigs.vectors[:, 0]
     across = lambda v: v - (v @ u) * u
     rise = across(point.curvature_grad(u, u)).double()

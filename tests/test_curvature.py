@@ -27,7 +27,7 @@ def test_both_ends_of_every_family(model, loss):
     for which, end in (("largest", truth.flip(0)), ("smallest", truth)):
         found = sharpness(point, k=2, tol=1e-4, which=which)
         assert found.converged
-        assert ((found.values - end[:2]).abs() <= found.residuals.clamp_min(1e-9) + 1e-4 * end[:2].abs().max()).all()
+        assert ((found.values - end[:2]).abs() <= found.errors.clamp_min(1e-9)).all()
 
 
 @pytest.mark.parametrize("which, scipys", [("largest", "LA"), ("smallest", "SA")])
@@ -70,15 +70,38 @@ def test_blocks_are_those_of_the_dense_matrix():
         start += size
 
 
-@pytest.mark.xfail(strict=False, reason="a jump of a known direction to the top is not yet looked for")
+BELOW = 90 / torch.arange(1, 196, dtype=F64)
+
+
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("which", ["largest", "smallest"])
-def test_a_crossing_is_noticed(which, k):
+def test_a_crossing_is_noticed(which, k, seed):
     "A direction rises from below the followed ones to above them, between two looks; the followed stay exact eigenvectors."
-    sign = 1 if which == "largest" else -1
-    at = lambda top: Quadratic(sign * torch.diag(torch.cat([torch.tensor([100., 98, 97, 96]), torch.tensor([top]), 90 / torch.arange(1., 196)]).to(F64)))
+    sign, stream = 1 if which == "largest" else -1, Stream(seed)
+    U = torch.linalg.qr(draw(200, 200, name=f"basis {seed}"))[0] if seed else torch.eye(200, dtype=F64)
+
+    def at(top):
+        H = (U * torch.cat([torch.tensor([100., 98, 97, 96, top], dtype=F64), BELOW])) @ U.T
+        return Quadratic(sign * (H + H.T) / 2)
     before, after = at(60.), at(101.5)
-    old = sharpness(before, before.theta0, k, which=which)
-    new = sharpness(after, after.theta0, k, which=which, warm=old.sketch)
-    truth = sign * torch.tensor([101.5, 100, 98], dtype=F64)[:k]
-    assert new.converged and ((new.values - truth).abs() <= new.residuals + 1e-9).all()
+    old = sharpness(before, before.theta0, k, which=which, stream=stream)
+    new = sharpness(after, after.theta0, k, which=which, warm=old.sketch, stream=stream)
+    truth = torch.tensor([101.5, 100, 98], dtype=F64)[:k]
+    off = truth - sign * new.values
+    assert new.converged and (off >= -1e-9).all() and (off <= new.errors + 1e-9).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_direction_that_overtakes_over_several_looks(k, seed):
+    "It may be missed while it is within one per cent of the top, for one look; never afterwards."
+    sketch, missed = None, []
+    for look, top in enumerate(torch.linspace(60, 110, 12).tolist()):
+        lam = torch.cat([torch.tensor([100., 98, 97, 96, top], dtype=F64), BELOW])
+        hill = Quadratic(lam.diag())
+        eigs = sharpness(hill, hill.theta0, k, warm=sketch, stream=Stream(seed) / look)
+        sketch, off = eigs.sketch, lam.sort(descending=True).values[:k] - eigs.values
+        assert eigs.converged and (off <= .01 * lam.max()).all()
+        if (off > eigs.errors + 1e-9).any(): missed.append(look)
+    assert missed in ([], [9])                                                 # the first look after the crossing

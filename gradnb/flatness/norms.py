@@ -18,14 +18,14 @@ from .directions import KINDS
 @MEASURES.add("lambda_max")
 def lambda_max(
     centre: Centre,
-    tol: float = 1e-3,     # residual, relative
+    tol: float = 1e-3,     # error, relative
 ) -> Reading:              # 1 + 2·products, 20 to 50 gradients
-    "The largest eigenvalue of the Hessian, and its residual."
+    "The largest eigenvalue of the Hessian, and how much higher it may be."
     check_positive(tol=tol)
     eigs = sharpness(centre.point, tol=tol, stream=centre.stream)
     centre.pay(2 * eigs.matvecs)
-    value, residual = eigs.values[0].item(), eigs.residuals[0].item()
-    return centre.reading(value, value - residual, value + residual, eigs.converged)
+    value, error = eigs.values[0].item(), eigs.errors[0].item()
+    return centre.reading(value, value, value + error, eigs.converged)
 
 # %% ../../nbs/39_flatness/05_norms.ipynb #trace
 def signs(

@@ -191,7 +191,7 @@ def preconditioned_sharpness(
     point: Point,        # where: problem.at(theta)
     metric: Metric,      # of the rule's next step: metric_of(problem, stepper, state)
     k: int = 1,          # how many of the largest eigenvalues
-    tol: float = 1e-3,   # residuals allowed, relative to the largest
+    tol: float = 1e-3,   # errors allowed, relative to the largest
     warm: Tensor | Sketch | None = None,                      # an earlier answer's sketch
     stream: Stream = Stream() / "preconditioned sharpness",   # of the random part of the start
 ) -> Eigs:
