@@ -81,17 +81,17 @@ class Watching:
         state: State | None,    # prepared; needed where more is looked at than a finite loss
         keep: Callable,         # takes (trace, step, row)
     ) -> Outcome | None:        # why the run ends here, if it does
-        "Measure what is due."
+        "Measure what is due, and everything where a goal is met: nobody could have put that step on a schedule."
         keep("loss", k, as_row(loss))
         if not math.isfinite(loss):
             return Outcome("diverged", k, f"the loss is {loss} at step {k} of {self.stepper!r}; lower the learning rate")
         if not self.wants(k): return None
         shared, seen = {}, state._replace(theta=state.theta.clone())
+        met = goal_reached(self.problem.frozen(state.buffers), state, self.loss_goal, self.acc_goal) if self.goals(k) else None
         for p in self.probes:
-            if p.due(k):
+            if met or p.due(k):
                 stream = Stream(self.seed) / "probe" / p.name / k
                 keep(p.name, k, p.measure(View(self.problem, self.stepper, seen, stream, self.memory.setdefault(p.name, {}), shared)))
-        met = goal_reached(self.problem.frozen(state.buffers), state, self.loss_goal, self.acc_goal) if self.goals(k) else None
         return met or (Outcome("finished", k, f"finished {k} steps") if k >= self.steps else None)
 
 # %% ../nbs/50_training.ipynb #train

@@ -85,9 +85,12 @@ def test_divergence_is_an_outcome(tmp_path):
 
 
 def test_goals_end_a_run(tmp_path):
-    spec = Spec("digits-200", "fc-tanh:width=10", "ce", Adam(0.05), 400, acc_goal=0.9)
+    spec = Spec("digits-200", "fc-tanh:width=10", "ce", Adam(0.05), 400, probes=["train:every=300", "grad_norm:every=7"], acc_goal=0.9)
     run = Store(tmp_path).run(spec, progress=False)
     assert run.status == "goal" and "accuracy" in run.manifest["message"]
+    stop = run.traces["loss"].steps[-1]
+    assert run.traces["train"].steps.tolist() == [0, stop] and run.traces["train"].columns["accuracy"][-1] >= 0.9
+    assert run.traces["grad_norm"].steps.tolist() == [*range(0, stop, 7), stop]
 
 
 specs = st.builds(

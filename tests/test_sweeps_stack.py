@@ -60,7 +60,7 @@ def test_together_is_alone_for_other_networks_in_float32(tmp_path, words, model,
 
 def test_runs_end_each_at_its_own_time(tmp_path):
     "A goal, a divergence, and the end; what is left moves on as if the others had never been there."
-    base = replace(SPEC, loss_goal=0.5, steps=60, probes=())
+    base = replace(SPEC, loss_goal=0.5, steps=60, probes=["train:every=50"])
     specs = grid(base, rule=[Adam(0.1), Adam(0.03), Adam(0.0001), GD(1e308)])
     assert [len(s) for s in stacks(specs)] == [4]
     frame = compare(specs, tmp_path, 1e-8)
