@@ -51,15 +51,15 @@ def plot_trace(
 # %% ../nbs/70_plots.ipynb #sharpness
 def plot_sharpness(
     ax: Axes,
-    trace: Trace,                # of a probe of eigenvalues: columns value and residual
+    trace: Trace,                # of a probe of eigenvalues: columns value and error
     threshold=None,              # a number, or one for each measured step, (T,); None: the trace's own, if it has one
     **line,                      # for ax.plot: color, label, linewidth, …
 ) -> list:                       # the lines of the eigenvalues
-    "Draw eigenvalues, a band as wide as their residuals, and the threshold of stability, dashed."
+    "Draw eigenvalues, a band up to their errors above them, and the threshold of stability, dashed."
     lines = plot_trace(ax, trace, **line)
-    values, residuals = (np.reshape(trace.columns[c], (len(trace), -1)).T for c in ("value", "residual"))   # (k, T)
-    for drawn, v, r in zip(lines, values, residuals):
-        ax.fill_between(trace.steps, v - r, v + r, color=drawn.get_color(), alpha=.3, linewidth=0)
+    values, errors = (np.reshape(trace.columns[c], (len(trace), -1)).T for c in ("value", "error"))   # (k, T)
+    for drawn, v, e in zip(lines, values, errors):
+        ax.fill_between(trace.steps, v, v + e, color=drawn.get_color(), alpha=.3, linewidth=0)
     if threshold is None: threshold = trace.columns.get("threshold")
     if threshold is not None:
         at = np.broadcast_to(np.asarray(threshold, dtype=float), len(trace))

@@ -102,6 +102,5 @@ def test_a_direction_that_overtakes_over_several_looks(k, seed):
         hill = Quadratic(lam.diag())
         eigs = sharpness(hill, hill.theta0, k, warm=sketch, stream=Stream(seed) / look)
         sketch, off = eigs.sketch, lam.sort(descending=True).values[:k] - eigs.values
-        assert eigs.converged and (off <= .01 * lam.max()).all()
         if (off > eigs.errors + 1e-9).any(): missed.append(look)
     assert missed in ([], [9])                                                 # the first look after the crossing

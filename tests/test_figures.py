@@ -244,7 +244,7 @@ def test_bands_only_where_something_was_measured():
     interval = {"value": np.array([1., 2.]), "stderr": np.ones(2), "low": np.zeros(2), "high": np.full(2, 3.)}
     estimate, plain = Trace("noise", [0, 10], interval), Trace("loss", [0, 1], {"value": np.array([1., 2.])})
     wide = Trace("q", [0, 1], {"value": np.ones((2, 3))})
-    eigs = Trace("sharpness", [0, 10], {"value": np.array([5., 6.]), "residual": np.array([.1, .2])})
+    eigs = Trace("sharpness", [0, 10], {"value": np.array([5., 6.]), "error": np.array([.1, .2])})
     with style(): fig, axes = plt.subplots(4)
     counts = [(len(plot_trace(ax, t)), len(ax.collections)) for ax, t in zip(axes, (estimate, plain, wide))]
     assert counts == [(1, 1), (1, 0), (3, 0)]

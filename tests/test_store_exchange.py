@@ -28,7 +28,7 @@ def test_tensorboard_reads_what_was_measured(store, tmp_path):
     events = EventAccumulator(str(folder))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "train/loss", "train/accuracy", "sharpness/value.0", "sharpness/value.1",
-                                             "sharpness/residual.0", "sharpness/residual.1", "sharpness/converged", "sharpness/matvecs"}
+                                             "sharpness/error.0", "sharpness/error.1", "sharpness/residual.0", "sharpness/residual.1", "sharpness/converged", "sharpness/matvecs"}
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(k, np.float32(v)) for k, v in zip(range(9), run.traces["loss"].values)]
     assert [e.step for e in events.Scalars("sharpness/value.1")] == [0, 4, 8]
 
