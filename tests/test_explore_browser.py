@@ -163,7 +163,7 @@ def test_page_plays(alone):
     page.wait_for_function(f"() => +document.querySelector('{CANVAS}').dataset.step > 20")
     page.get_by_role("button", name="play").click()
     at = step_of(page)
-    page.wait_for_timeout(200)
+    page.wait_for_timeout(200)                             # four ticks of it
     assert step_of(page) == at
 
 
@@ -309,8 +309,10 @@ def test_lab_run_explorer(notebook, tmp_path):
     page.evaluate("async () => { await window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' }); }")
     page.wait_for_selector(f"{CANVAS}.gradnb-dark")
     assert pixels(page, "loss") != light
+    page.wait_for_selector("#jupyterlab-splash", state="detached")         # JupyterLab trips over a second change before it has taken this away
     page.evaluate("async () => { await window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Light' }); }")
     page.wait_for_selector(f"{CANVAS}:not(.gradnb-dark)")
+    page.wait_for_selector("#jupyterlab-splash", state="detached")
     page.set_viewport_size(dict(width=640, height=900))
     page.wait_for_function(f"() => document.querySelector('{CANVAS}').scrollWidth <= document.querySelector('{CANVAS}').clientWidth")
 
@@ -329,55 +331,149 @@ def test_lab_saved_notebook_shows_a_picture(notebook, lab, request):
 
 # --- the notebooks in nbs/explore, their explorers moved by hand ------------------------------------------------------
 
+def slider(page, name):
+    "The handle of a slider by its label."
+    return page.locator(".widget-slider", has=page.get_by_text(name, exact=True)).locator("[role=slider]")
+
+
+def typed(page, label, value):
+    "Write into a field."
+    field = page.locator(".jupyter-widgets").get_by_label(label, exact=True)
+    field.fill(value)
+    field.press("Enter")
+
+
+def keys(page, count):
+    "Wait until the legend has so many entries."
+    page.wait_for_function("(n) => document.querySelectorAll('.gradnb-legend button').length === n", arg=count)
+
+
+def changed(page, panel, before):
+    "Wait until a panel is drawn otherwise; how."
+    page.wait_for_function("([name, before]) => document.querySelector(`[data-panel='${name}'] canvas`).toDataURL() !== before", arg=[panel, before])
+    return pixels(page, panel)
+
+
+def beyond(page, step):
+    "Wait until the marker, at the end, has gone this far."
+    page.wait_for_function(f"(step) => +document.querySelector('{CANVAS}').dataset.step >= step", arg=step)
+
+
+def read_runs(page):
+    "Every panel that there should be, at the first step; then by itself."
+    names = [p.get_attribute("data-panel") for p in page.locator(".gradnb-panel").all()]
+    assert names == ["loss", "preconditioned_sharpness", "tail_index", "grad_variance", "spectrum", "histogram: noise_norms.norms", "quantiles: noise_norms.norms"]
+    drawn = {name: pixels(page, name) for name in names}
+    assert len({*drawn.values()}) == len(names) and "threshold" in reading(page, names[1]) and "Gaussian" in reading(page, names[2])
+    slider(page, "step").focus()
+    page.keyboard.press("Home")
+    for name in names[4:]:
+        changed(page, name, drawn[name])
+        assert reading(page, name) == "step 0"
+    play = page.get_by_role("button", name="play")
+    play.click()
+    beyond(page, 3)
+    play.click()
+    at = step_of(page)
+    page.get_by_role("button", name="slider in logarithmic steps").click()
+    slider(page, "step").press("ArrowRight")
+    page.wait_for_function(f"(at) => +document.querySelector('{CANVAS}').dataset.step > at", arg=at)
+    page.locator(".gradnb-legend button").first.click()
+    changed(page, "loss", drawn["loss"])
+
+
 def press_run(page):
-    "Train 30 steps in the background, then at another rate."
-    last = int(step_of(page))
-    steps = page.get_by_label("for steps")
-    steps.fill("30")
-    steps.press("Enter")
-    page.get_by_role("button", name="run", exact=True).click()
-    page.wait_for_function(f"(last) => +document.querySelector('{CANVAS}').dataset.step >= last + 30", arg=last)
-    rule = page.get_by_label("rule")
-    rule.fill("adam:lr=0.01")
-    rule.press("Enter")
+    "Train in the background, change everything, go on, fork, and let flows go beside it; then an interrupt."
+    last, going = step_of(page), page.get_by_title("train in the background")
+    typed(page, "for steps", "30")
+    going.click()
+    beyond(page, last + 30)
+    page.get_by_role("button", name="one step").click()
+    beyond(page, last + 31)
+    slider(page, "lr").press("PageUp")
+    page.wait_for_selector("[data-panel='learning rate']")
+    for name, count in (("gradient flow", 2), ("central flow", 3), ("fork", 4)):
+        page.get_by_label("trajectory", exact=True).select_option("run")
+        page.get_by_role("button", name=name, exact=True).click()
+        keys(page, count)
+    page.get_by_role("button", name="drop").click()
+    keys(page, 3)
+    page.get_by_role("button", name="one step").click()
+    page.wait_for_selector("[data-panel=distance]")
+    page.get_by_label("trajectory", exact=True).select_option("run")
+    typed(page, "estimator", "minibatch:size=20")
+    page.wait_for_function("() => [...document.querySelectorAll('.jupyter-widgets input')].some((e) => e.value === 'minibatch:size=20') && !document.querySelector('.jupyter-widgets input:disabled')")
+    typed(page, "batch", "30")
+    page.wait_for_function("() => [...document.querySelectorAll('.jupyter-widgets input')].some((e) => e.value === 'minibatch:size=30')")
+    typed(page, "rule", "adam:lr=0.01")
     page.get_by_text("the rule's state begins anew").wait_for()
-    rule.fill("adm")
-    rule.press("Enter")
+    typed(page, "rule", "adm")
     page.get_by_text("no rule 'adm'").wait_for()
-    page.get_by_role("button", name="fork", exact=True).click()
-    page.wait_for_function("() => document.querySelectorAll('.gradnb-legend button').length === 2")
-    assert in_kernel(page, "print(explorer.first.step)") == str(last + 30)
+    before = pixels(page, "loss")
+    typed(page, "smooth", "5")
+    changed(page, "loss", before)
+    assert in_kernel(page, "print(explorer.first.step, explorer.first.stepper.estimator.size)") == f"{last + 32} 30"
+
+    in_kernel(page, "explorer.drop('fork 1 at %d'); explorer.drop('fork 2 at %d')" % (last + 31, last + 31))
+    keys(page, 1)
+    typed(page, "for steps", "1000000")
+    going.click()
+    beyond(page, last + 40)
+    assert in_kernel(page, "print(explorer.running)") == "True"                   # the kernel answers while it trains
+    going.click()
+    page.wait_for_function("() => document.querySelector('.widget-toggle-button').textContent === 'run'")
+    assert in_kernel(page, "print(explorer.running)") == "False"
+    at = step_of(page)
+    in_kernel(page, "explorer.advance(10**6)", wait=False)
+    beyond(page, at + 5)                                                            # it is drawn while the cell runs
+    page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.interrupt(); }")
+    assert in_kernel(page, "print(explorer.running, len(explorer.first.traces['loss']) == explorer.first.step + 1)") == "False True"
 
 
 def choose_method(page):
-    "Another estimator, and what was computed meanwhile."
-    page.get_by_label("method").select_option("dedh")
+    "Another estimator, length and share, and what was computed meanwhile."
+    said = page.locator("[data-panel=verdict] .gradnb-note")
+    page.get_by_label("method", exact=True).select_option("dedh")
     page.wait_for_selector("[data-panel='dedh over the share of extremes']")
-    page.wait_for_function(f"() => !document.querySelector('{CANVAS}').innerText.includes('computed') && !document.querySelector('{CANVAS}').innerText.includes('computing')")
-    page.get_by_text("On single coordinates").wait_for()
+    said.get_by_text("dedh, m = 1, k = 2.00%").wait_for()
+    slider(page, "k").press("PageUp")
+    said.get_by_text(re.compile("dedh, m = 1, k = (?!2.00)")).wait_for()
+    slider(page, "m").press("PageUp")
+    said.get_by_text(re.compile("dedh, m = (?!1,)")).wait_for()
+    page.wait_for_function(f"() => !/computed …|computing/.test(document.querySelector('{CANVAS}').innerText)")
+    said.get_by_text("On single coordinates").wait_for()
 
 
 def sort_clusters(page):
-    "Another order of clusters, and another snapshot."
-    before = page.locator(".gradnb-panel").first.get_attribute("data-panel")
+    "Another order of clusters, fewer, with other pictures, and another snapshot."
+    assert page.locator(".gradnb-panel").first.get_attribute("data-panel") == "largest loss"
     page.get_by_label("sort by").select_option("pull")
     page.wait_for_selector("[data-panel='largest pull']")
-    assert before == "largest loss"
-    shown = pixels(page, "largest pull")
-    page.locator(".widget-slider [role=slider]").focus()
-    page.keyboard.press("Home")
-    page.wait_for_function("(before) => document.querySelector(\"[data-panel='largest pull'] canvas\").toDataURL() !== before", arg=shown)
+    typed(page, "clusters", "2")
+    page.wait_for_selector("[data-panel='3. largest pull']", state="detached")
+    before = pixels(page, "largest pull")
+    typed(page, "pictures", "8")
+    before = changed(page, "largest pull", before)
+    slider(page, "step").press("Home")
+    changed(page, "largest pull", before)
 
 
 def turn_plane(page):
-    "A plane of random directions."
+    "A plane of random directions, another one, coarser and wider."
     before = pixels(page, "surface")
-    page.get_by_label("plane").select_option("filter-normalised")
-    page.wait_for_function("(before) => document.querySelector('[data-panel=surface] canvas').toDataURL() !== before", arg=before)
-    assert in_kernel(page, "print(explorer.look.plane)") == "filter"
+    page.get_by_label("plane", exact=True).select_option("filter-normalised")
+    before = changed(page, "surface", before)
+    for name, value in (("draw", "1"), ("points", "5")):
+        typed(page, name, value)
+        before = changed(page, "surface", before)
+    slider(page, "span").press("PageUp")
+    before = changed(page, "surface", before)
+    slider(page, "step").press("Home")
+    assert step_of(page) == 0
+    assert in_kernel(page, "print(explorer.look.plane, explorer.look.draw, explorer.look.points)") == "filter 1 5"
 
 
-HANDS = {"live_explorer": press_run, "tail_explorer": choose_method, "cluster_explorer": sort_clusters, "landscape_explorer": turn_plane}
+HANDS = {"run_explorer": read_runs, "live_explorer": press_run, "tail_explorer": choose_method, "cluster_explorer": sort_clusters, "landscape_explorer": turn_plane}
 
 
 @pytest.mark.parametrize("name", HANDS)

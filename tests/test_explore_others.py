@@ -119,6 +119,36 @@ def test_pausing_at_any_time_loses_nothing(problem):
     assert (live.first.traces["drawn"].values == traces["drawn"].values).all()
 
 
+def test_a_change_at_the_last_step_takes_no_other(problem):
+    "The thread has reached its goal and not yet ended."
+    class Slow(Live):
+        def moved(self, last):
+            if not last and self.first.step == 5:
+                there.set()
+                self._stop.wait()
+    for _ in range(5):
+        there, live = threading.Event(), Slow(problem, Descent(GD(.01)))
+        live.run(5)
+        there.wait()
+        live.change(lr=.02)
+        live._thread.join()
+        assert live.first.step == 5
+
+
+def test_a_failed_trajectory_goes_on_once_it_is_changed(problem):
+    class Refusing(GD):
+        def step(self, state, blocks, grads): raise ValueError("no step")
+    live = Live(problem, Descent(GD(.01)))
+    live.advance(2)
+    live.first.watching.stepper = Descent(Refusing(.01))
+    with pytest.raises(ValueError, match="no step"): live.advance(1)
+    assert live.first.outcome.message == "run stopped at step 2: no step"
+    live.change(stepper=Descent(GD(.01)))
+    assert live.first.outcome is None
+    live.advance(1)
+    assert live.first.step == 3
+
+
 def test_kept_states_are_bounded(problem):
     live = Live(problem, Descent(GD(.01)), most=8)
     live.advance(200)

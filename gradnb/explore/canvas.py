@@ -30,7 +30,6 @@ class Canvas(AnyWidget):
     step = Int(-1).tag(sync=True)                                                   # where the marker stands; -1: at the end
     position = Int(0).tag(sync=True)                                                # the slider's
     last = Int(0).tag(sync=True)                                                    # its largest
-    stride = Int(1).tag(sync=True)                                                  # positions in a tick of the player
     window = List(Float(), allow_none=True, default_value=None).tag(sync=True)      # of steps; None: all
     log = List(Unicode()).tag(sync=True)                                            # panels with a logarithmic y axis; "step": the x axes
     hidden = List(Unicode()).tag(sync=True)                                         # entries of the legend
@@ -66,7 +65,7 @@ def page(
 ) -> str:                     # HTML
     "Panels as a page that needs nothing else."
     panels = list(panels)
-    values = dict(step=-1, position=0, last=0, stride=1, window=None, log=[], hidden=[], message="", alone=True) | look
+    values = dict(step=-1, position=0, last=0, window=None, log=[], hidden=[], message="", alone=True) | look
     b64 = lambda data: base64.b64encode(data).decode()
     parts = dict(title=html.escape(title), css=styles(), js=script().replace("export default", "const widget ="), png=b64(png),
                  values=json.dumps(values).replace("<", "\\u003c"), scene=b64(pack(panels, log=values["log"], room=PAGE_ROOM)))

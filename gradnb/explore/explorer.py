@@ -200,7 +200,6 @@ class Explorer:
         path.write_bytes(made if isinstance(made, bytes) else made.encode())
         return path
 
-
     def set(self, **changes):
         "Change the look, and what is shown with it. Raises ValueError on a field that the look does not have."
         self._look = self.changed(self._look, changes)
@@ -220,7 +219,6 @@ class Explorer:
             scene = pack(panels, None, logarithmic(self._look, panels))
             if self._look.log is None: self._canvas.log = [*logarithmic(self._look, panels)]
             self._panels, self._canvas.scene, self._canvas.message = panels, scene, ""
-            self._canvas.stride = max(1, (stops(panels) or (0, 1, 1))[2] // 200)
 
     @contextmanager
     def telling(self):
@@ -256,12 +254,10 @@ class Explorer:
         self.refresh()
         found = stops(self._panels)
         canvas.last = canvas.position = found[2] - 1 if found else 0
-        slider = ipywidgets.IntSlider(canvas.position, 0, canvas.last, description="step", readout=False, layout=ipywidgets.Layout(flex="1 1 200px"))
-        player = ipywidgets.Play(canvas.position, max=canvas.last, interval=50, description="play")
-        for pair in (((canvas, "last"), (slider, "max")), ((canvas, "last"), (player, "max")), ((canvas, "stride"), (player, "step")),
-                     ((slider, "value"), (canvas, "position")), ((player, "value"), (slider, "value"))): ipywidgets.jslink(*pair)
-        rows.append(ipywidgets.HBox([player, slider]))
-        self._box.children = [*rows, canvas]
+        slider = ipywidgets.IntSlider(canvas.position, 0, canvas.last, description="step", readout=False, layout=ipywidgets.Layout(width="auto"))
+        ipywidgets.jslink((canvas, "last"), (slider, "max"))
+        ipywidgets.jslink((slider, "value"), (canvas, "position"))
+        self._box.children = [*rows, slider, canvas]
         for name, control in self._controls.items(): control.observe(lambda event, name=name: self.quiet or self.set(**{name: event["new"]}), "value")
         canvas.observe(self.heard, SHARED)
         canvas.on_msg(self.asked)
@@ -292,7 +288,9 @@ class Explorer:
         "End the widget."
         with self._lock:
             if self._box is None: return
-            for part in (self._box, *self._box.children): part.close()
+            parts = [self._box]
+            for part in parts: parts += getattr(part, "children", ())
+            for part in parts: part.close()
             self._box = self._canvas = None
 
     def _repr_mimebundle_(self, include=None, exclude=None):

@@ -137,6 +137,7 @@ class Trajectory:
         "Go on from here with another stepper. Raises what that raises where it cannot; the old one then stays."
         state, said = adopted(self.problem, self.begin if self.state is None else self.state, self.stepper, stepper, self.seed)
         self.watching.stepper = stepper
+        if self.error is not None: self.error = self.outcome = None      # what failed may try again
         if self.state is None: self.begin = state
         else:
             self.state = state
@@ -194,8 +195,11 @@ class Live:
         if steps is not None and (not isinstance(steps, int) or steps < 1): raise ValueError(f"steps must be a whole number ≥ 1, got {steps!r}.")
         for t in self.trajectories.values():
             if t.error is not None: t.error = t.outcome = None
+        self._go(math.inf if steps is None else steps + max(max(t.step, t.begin.step) for t in self.trajectories.values()))
+
+    def _go(self, goal: float):
         with self._turn:
-            self._goal = math.inf if steps is None else steps + max(max(t.step, t.begin.step) for t in self.trajectories.values())
+            self._goal = goal
             if self.running and not self._stop.is_set(): return
         self.pause()
         self._stop.clear()
@@ -225,9 +229,7 @@ class Live:
         self.pause()
         try: yield
         finally:
-            if was:
-                self.run()
-                self._goal = goal
+            if was: self._go(goal)
 
     def _work(self):
         while True:

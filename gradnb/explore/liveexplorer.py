@@ -74,7 +74,7 @@ class LiveExplorer(Live, Explorer):
         "One quantity of all trajectories."
         if kind != "line":
             steps = np.unique(np.concatenate([t.steps for t in traces.values()]))
-            return Panel(name, (), *AXES[kind], linked=False, steps=steps, frame=lambda k: frame_lines(kind, column, traces, k))
+            return Panel(name, (), *AXES[kind], linked=False, ylog=kind == "spectrum", steps=steps, frame=lambda k: frame_lines(kind, column, traces, k))
         lines = []
         for key, trace in traces.items():
             edge = self.edge(self.trajectories[key], trace.steps) if source == "sharpness" and column == "value" else None

@@ -313,7 +313,8 @@ class Board {                                                      // all panels
       button("+", "zoom in", () => this.zoomBy(0.5)), button("−", "zoom out", () => this.zoomBy(2)), button("⟷", "whole range", () => this.setWindow(null)));
     this.text = tag("textarea", { className: "gradnb-code", readOnly: true, rows: 4, attrs: { "aria-label": "code that redraws this view" } });
     this.text.style.display = "none";
-    if (model.get("alone")) this.bar.prepend(...this.ownSlider());
+    this.bar.prepend(this.player());
+    if (model.get("alone")) this.bar.prepend(this.ownSlider());
     else for (const kind of ["png", "svg", "code"]) this.bar.append(button(kind, kind === "code" ? "code that redraws this view" : `save as ${kind.toUpperCase()}`, () => this.send({ kind: "save", format: kind })));
     this.el = tag("div", { className: "gradnb-canvas" }, this.bar, this.said, this.legend, this.grid, this.text);
     this.el.addEventListener("keydown", (e) => e.stopPropagation());     // the notebook's own keys stay out of it
@@ -356,6 +357,10 @@ class Board {                                                      // all panels
   ownSlider() {                                                    // where there is no kernel, and so no ipywidgets
     this.slider = tag("input", { type: "range", min: 0, className: "gradnb-slider", attrs: { "aria-label": "step" } });
     this.slider.oninput = () => this.set({ position: +this.slider.value });
+    return this.slider;
+  }
+
+  player() {                                                       // the whole range in ten seconds, over and over
     const play = tag("button", { type: "button", textContent: "▶", attrs: { "aria-label": "play", "aria-pressed": "false" } });
     play.onclick = () => {
       this.playing = this.playing ? clearInterval(this.playing) : setInterval(() => {
@@ -364,7 +369,7 @@ class Board {                                                      // all panels
       }, 50);
       play.setAttribute("aria-pressed", !!this.playing);
     };
-    return [play, this.slider];
+    return play;
   }
 
   readTheme() {
