@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gradnb.data import load_dataset
 from gradnb.estimators.sam import SAM
@@ -31,8 +32,8 @@ pictures = pytest.mark.skipif(not Path(os.environ.get("GRADNB_DATA", "nowhere"),
 def sharpness_of(dataset, model, stepper, steps, loss="mse", every=20, probe="preconditioned_sharpness"):
     "Steps, and the sharpness in units of the threshold."
     data = load_dataset(dataset)
-    _, traces = train(Problem(build_model(model, data), loss, data), stepper, steps, [PROBES.build(f"{probe}:every={every}")],
-                      progress=False)
+    net = build_model(model, data).to(torch.float64 if dataset.startswith("chebyshev") else torch.float32)
+    _, traces = train(Problem(net, loss, data), stepper, steps, [PROBES.build(f"{probe}:every={every}")], progress=False)
     assert traces.outcome.kind == "finished" and traces[probe].columns["converged"].all()
     return traces[probe].steps, traces[probe].values / traces[probe].columns["threshold"]
 
@@ -108,8 +109,8 @@ def test_with_the_cross_entropy_the_sharpness_falls_in_the_end():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule, low, high", [(Momentum(.2), .85, 1.05), (Momentum(.05, nesterov=True), .9, 1.05)], ids=["polyak", "nesterov"])
-def test_momentum(rule, low, high):
-    "Means were 0.944 (Polyak, chebyshev-5-20) and 0.963 (Nesterov, chebyshev-4-20)."
-    ratio = sharpness_of(f"chebyshev-{4 if rule.nesterov else 5}-20", "regression", Descent(rule), 8000, every=40)[1]
-    assert low < ratio[len(ratio) // 2:].mean() < high and ratio.max() > 1
+@pytest.mark.parametrize("degree, rule", [(3, Momentum(.2)), (4, Momentum(.05, nesterov=True))], ids=["polyak", "nesterov"])
+def test_momentum(degree, rule):
+    "Means were 0.944 (Polyak, on chebyshev-5-20, which diverges from the weights here) and 0.963 (Nesterov, chebyshev-4-20)."
+    ratio = sharpness_of(f"chebyshev-{degree}-20", "regression", Descent(rule), 4000 * rule.nesterov + 4000, every=40)[1]
+    assert .9 < ratio[len(ratio) // 2:].mean() < 1.05 and ratio.max() > 1
