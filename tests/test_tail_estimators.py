@@ -70,7 +70,8 @@ def test_likelihood_attains_the_cramer_rao_bound(alpha, bound):
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 1.8])
 @pytest.mark.parametrize("method, bound", [("mle", .002), ("ecf", .002), ("mohammadi", .006)])
 def test_error_on_a_million_draws(method, bound, alpha):
-    assert errors(repeat(method, alpha, 1_000_000, 24), alpha)[0] < bound
+    "60 samples: ECF's standard error is 0.0016 at α = 1.2, and of 24 samples one set in 25 has a root mean square above 0.002."
+    assert errors(repeat(method, alpha, 1_000_000, 60), alpha)[0] < bound
 
 
 @pytest.mark.parametrize("seed", range(3))
