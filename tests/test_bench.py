@@ -256,8 +256,8 @@ def test_the_best_correct_peer_is_the_reference():
 
 
 def test_a_wrong_answer_of_ours_never_holds(digits, monkeypatch):
-    def second(problem, theta, tol):
-        eigs = sharpness(problem, theta, k=2, tol=tol)
+    def second(problem, theta, tol, vectors):
+        eigs = sharpness(problem, theta, k=2, tol=tol, vectors=vectors)
         return eigs._replace(values=eigs.values[1:], vectors=eigs.vectors[:, 1:], matvecs=1)
     monkeypatch.setattr(train, "sharpness", second)
     row, *_ = train.sharpness_rows(digits, 0.02, 0)

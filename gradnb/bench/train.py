@@ -201,12 +201,12 @@ def sharpness_rows(
     problem: Problem,    # what is trained
     lr: float,           # by gradient descent
     steps: int,          # for so long
-    tol: float = 1e-3,   # residual allowed, relative to the sharpness
+    tol: float = 1e-3,   # residual allowed cold, error allowed warm, relative to the sharpness
 ) -> Iterator[Row]:
     "Products paid for the sharpness after some steps, cold and warm, against the cheapest correct peer's."
     probe = PROBES.build("sharpness", every=10, tol=tol)
     state, traces = train(problem, Descent(GD(lr)), steps, probe, progress=False)
-    eigs, peers = sharpness(problem, state.theta, tol=tol), judge(problem, state.theta, tol)
+    eigs, peers = sharpness(problem, state.theta, tol=tol, vectors=True), judge(problem, state.theta, tol)
     wrong = flaw(problem.at(state.theta), peers.truth, Found(eigs.vectors[:, 0], eigs.matvecs), tol)
     what = (f"to a relative residual of {tol:g}, {problem.dataset.name}, GD({lr:.3g}), "
             f"sharpness·η/2 = {peers.truth * lr / 2:.3f}; {peers.note}")
@@ -214,8 +214,8 @@ def sharpness_rows(
     yield replace(row, holds=False, note=f"ours is {wrong}; {row.note}") if wrong else row
     if warm := traces["sharpness"].columns["matvecs"][1:][-10:].tolist():
         yield Row.of(f"sharpness to step {steps}, warm", median(warm), peers.products, 0.25, "HVPs",
-                     f"median of the last {len(warm)} looks, 10 steps apart, {min(warm):.0f}–{max(warm):.0f}; "
-                     "the reference is cold, as above")
+                     f"median of the last {len(warm)} looks, 10 steps apart, {min(warm):.0f}–{max(warm):.0f}, "
+                     f"to a relative error of {tol:g}; the reference is cold, as above")
 
 # %% ../../nbs/75_bench/01_train.ipynb #rows
 def rows(
