@@ -39,11 +39,18 @@ def page(browser, request):
     found.on("pageerror", lambda e: errors.append(e.stack or str(e)))
     found.on("console", lambda m: errors.append(m.text) if m.type == "error" and not harmless(m.text) else None)
     yield found
-    if folder := os.environ.get("GRADNB_SHOTS"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        found.screenshot(path=Path(folder) / f"{request.node.name}.png")
+    if "lab" not in request.fixturenames: shoot(found, request.node.name)
     context.close()
     assert not errors, errors
+
+
+def shoot(page, name):
+    "A screenshot, of what is far below too."
+    if folder := os.environ.get("GRADNB_SHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.set_viewport_size(dict(width=page.viewport_size["width"], height=1700))
+        page.wait_for_timeout(300)                         # the panels have their new widths
+        page.screenshot(path=Path(folder) / f"{name}.png")
 
 
 def harmless(text):
@@ -83,6 +90,11 @@ def step_of(page): return int(page.locator(CANVAS).get_attribute("data-step"))
 def pixels(page, panel):
     "What is drawn in a panel."
     return page.evaluate("name => document.querySelector(`[data-panel='${name}'] canvas`).toDataURL()", panel)
+
+
+def filled(page, panel):
+    "Wait until a plot is as wide as its panel."
+    page.wait_for_function("name => { const p = document.querySelector(`[data-panel='${name}']`); return p.querySelector('canvas').clientWidth === p.clientWidth; }", arg=panel)
 
 
 def reading(page, panel):
@@ -222,6 +234,8 @@ def notebook(lab, page, request):
         open_notebook(page, lab, re.sub(r"\W+", "_", request.node.name), cells)
         return page
     yield go
+    shoot(page, request.node.name)
+    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts() == []       # a warning is a blemish
     page.evaluate("async () => { await window.jupyterapp?.shell.currentWidget?.sessionContext.shutdown(); }")
 
 
@@ -256,20 +270,21 @@ for rule in (GD(.1), GD(.2)): store.run(spec(rule), progress=False)
 """
 
 
-def test_lab_run_explorer(notebook, tmp_path):
+def test_lab_run_explorer(notebook, tmp_path, request):
     "Its controls, one after another, on real runs; then another run that begins and goes on; then the end."
     page = notebook(RUNS.replace("STORE", str(tmp_path / "runs")), "explorer = RunExplorer(store, follow=.2, step=20); explorer")
     legend = page.locator(".gradnb-legend button")
     said = page.locator(".gradnb-said")
     assert sorted(legend.all_inner_texts()) == ["lr=0.1", "lr=0.2"]
     assert page.locator(".gradnb-panel").count() == 2 and step_of(page) == 20
-    assert "threshold" in reading(page, "sharpness")
+    assert "lr=0.2 threshold 10" in page.locator("[data-panel=sharpness] .gradnb-reading").get_attribute("title")
 
     runs, panels = (page.locator(".widget-select-multiple select").nth(i) for i in (0, 1))
     runs.select_option(label="lr=0.2")
     page.wait_for_function("() => document.querySelectorAll('.gradnb-legend button').length === 1")
     panels.select_option(["train.accuracy", "loss"])
-    page.wait_for_selector("[data-panel='train.accuracy']")
+    page.wait_for_selector("[data-panel='train.accuracy'] canvas")
+    filled(page, "train.accuracy")
     page.wait_for_selector("[data-panel=sharpness]", state="detached")
     before = pixels(page, "loss")
     smooth = page.get_by_label("smooth")
@@ -309,12 +324,14 @@ def test_lab_run_explorer(notebook, tmp_path):
     page.evaluate("async () => { await window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' }); }")
     page.wait_for_selector(f"{CANVAS}.gradnb-dark")
     assert pixels(page, "loss") != light
+    shoot(page, f"{request.node.name}_dark")
     page.wait_for_selector("#jupyterlab-splash", state="detached")         # JupyterLab trips over a second change before it has taken this away
     page.evaluate("async () => { await window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Light' }); }")
     page.wait_for_selector(f"{CANVAS}:not(.gradnb-dark)")
     page.wait_for_selector("#jupyterlab-splash", state="detached")
     page.set_viewport_size(dict(width=640, height=900))
     page.wait_for_function(f"() => document.querySelector('{CANVAS}').scrollWidth <= document.querySelector('{CANVAS}').clientWidth")
+    shoot(page, f"{request.node.name}_half")
 
     in_kernel(page, "explorer.refresh(); explorer.close(); explorer.refresh()")
     assert "Error" not in in_kernel(page, "explorer.set(smooth=0.); print('fine')")
@@ -364,7 +381,9 @@ def read_runs(page):
     names = [p.get_attribute("data-panel") for p in page.locator(".gradnb-panel").all()]
     assert names == ["loss", "preconditioned_sharpness", "tail_index", "grad_variance", "spectrum", "histogram: noise_norms.norms", "quantiles: noise_norms.norms"]
     drawn = {name: pixels(page, name) for name in names}
-    assert len({*drawn.values()}) == len(names) and "threshold" in reading(page, names[1]) and "Gaussian" in reading(page, names[2])
+    assert len({*drawn.values()}) == len(names)
+    for name, beside in zip(names[1:3], ("threshold", "Gaussian")):
+        assert page.locator(f"[data-panel='{name}'] .gradnb-reading").get_attribute("title").count(beside) == 3       # of each run
     slider(page, "step").focus()
     page.keyboard.press("Home")
     for name in names[4:]:
@@ -433,6 +452,7 @@ def press_run(page):
 def choose_method(page):
     "Another estimator, length and share, and what was computed meanwhile."
     said = page.locator("[data-panel=verdict] .gradnb-note")
+    assert not slider(page, "step").is_visible() and not page.get_by_role("button", name="play").is_visible()      # there are no steps
     page.get_by_label("method", exact=True).select_option("dedh")
     page.wait_for_selector("[data-panel='dedh over the share of extremes']")
     said.get_by_text("dedh, m = 1, k = 2.00%").wait_for()
@@ -451,6 +471,7 @@ def sort_clusters(page):
     page.wait_for_selector("[data-panel='largest pull']")
     typed(page, "clusters", "2")
     page.wait_for_selector("[data-panel='3. largest pull']", state="detached")
+    filled(page, "largest pull")
     before = pixels(page, "largest pull")
     typed(page, "pictures", "8")
     before = changed(page, "largest pull", before)

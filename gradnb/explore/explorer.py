@@ -19,6 +19,7 @@ import ipywidgets
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from PIL import Image
 from .canvas import Canvas, page
 from .series import BARS, DASHED, POINTS, STEPS, Line, Panel, Picture, Words, keys, pack, stops, thin
@@ -78,12 +79,13 @@ def draw_panel(
     for item in panel.at(step):
         if isinstance(item, Picture): ax.imshow(item.pixels, extent=item.extent, aspect="auto", interpolation="nearest")
         elif isinstance(item, Words):
-            for x, y, text in zip(item.x, item.y, item.texts): ax.text(x, y, text, va="center", fontsize="small")
+            for x, y, text in zip(item.x, item.y, item.texts): ax.text(x, y, text, va="center", fontsize="small", path_effects=[withStroke(linewidth=2, foreground="white")])
         elif item.key not in look.hidden:
             i = names.index(item.key) if item.key in names else -1
             draw_line(ax, thin(item, window=window, log=xlog), GREY if i < 0 else colors[i % 8], DASHES[i // 8 % 4] if i >= 0 else "-")
     i = -1 if panel.steps is None else int(np.searchsorted(panel.steps, step, "right")) - 1
     ax.set(xlabel=", ".join(filter(None, [panel.xlabel, f"step {panel.steps[i]}" if i >= 0 else ""])), ylabel=panel.ylabel, xscale="log" if xlog else "linear", yscale="log" if panel.name in log else "linear")
+    if not panel.yaxis: ax.set_yticks([])
     if panel.linked and panel.axes: ax.axvline(step, color="0.2", linewidth=.8)
     if window: ax.set_xlim(max(window[0], ax.get_xlim()[0]) if xlog else window[0], window[1])
 
@@ -219,6 +221,7 @@ class Explorer:
             scene = pack(panels, None, logarithmic(self._look, panels))
             if self._look.log is None: self._canvas.log = [*logarithmic(self._look, panels)]
             self._panels, self._canvas.scene, self._canvas.message = panels, scene, ""
+            self._slider.layout.display = None if stops(panels) else "none"
 
     @contextmanager
     def telling(self):
@@ -250,11 +253,12 @@ class Explorer:
         self._controls, wrap = self.controls(), ipywidgets.Layout(flex_flow="row wrap")
         rows = [ipywidgets.HBox([*self._controls.values(), *self.extras()], layout=wrap)]
         self._box = ipywidgets.VBox()
+        slider = self._slider = ipywidgets.IntSlider(description="step", readout=False, layout=ipywidgets.Layout(width="auto"))
         if self._look.log is not None: canvas.log = self.trait("log")
         self.refresh()
         found = stops(self._panels)
         canvas.last = canvas.position = found[2] - 1 if found else 0
-        slider = ipywidgets.IntSlider(canvas.position, 0, canvas.last, description="step", readout=False, layout=ipywidgets.Layout(width="auto"))
+        slider.max = slider.value = canvas.last
         ipywidgets.jslink((canvas, "last"), (slider, "max"))
         ipywidgets.jslink((slider, "value"), (canvas, "position"))
         self._box.children = [*rows, slider, canvas]

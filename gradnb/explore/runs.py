@@ -27,8 +27,8 @@ from ..thresholds.metrics import threshold
 from ..traces import Trace
 
 # %% ../../nbs/74_explore/04_runs.ipynb #columns
-BANDS = ("low", "high"), ("stderr",), ("residual",)             # edges, or a half width
-OF_VALUE = {"low", "high", "stderr", "residual", "threshold", "gaussian"}
+BANDS = ("low", "high"), ("stderr",), ("error",), ("residual",)     # edges, or a half width
+OF_VALUE = {"low", "high", "stderr", "error", "residual", "threshold", "gaussian"}
 SPECTRUM = {"nodes", "weights"}                                 # of a rule from several draws
 FEW = 16                                                        # entries of a vector that are still lines over the steps
 
@@ -116,7 +116,7 @@ def spectrum_line(
     key: str,                # entry of the legend
 ) -> Line:
     "The density of eigenvalues with its interval, down to 1e-8 of its peak."
-    rule = [torch.as_tensor(v, dtype=torch.float64).reshape(draws, -1) for v in (nodes, weights * draws)]
+    rule = [torch.tensor(v, dtype=torch.float64).reshape(draws, -1) for v in (nodes, weights * draws)]
     x, value, low, high, _ = (v.numpy() if isinstance(v, torch.Tensor) else v for v in Spectrum(*rule, p=0, products=0).density())
     floor = 1e-8 * value.max()
     return Line(x, *(np.where(value > floor, np.maximum(v, floor), np.nan) for v in (value, low, high)), key=key)

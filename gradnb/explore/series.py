@@ -57,6 +57,7 @@ class Panel:
     frame: Callable[[int], tuple] | None = None   # step → items that are shown from there on
     note: str = ""                   # said in the panel: why there is nothing to see
     axes: bool = True                # are ticks drawn?
+    yaxis: bool = True               # on the left too?
 
     def __post_init__(self):
         if self.linked and not self.xlabel: object.__setattr__(self, "xlabel", "step")
@@ -167,7 +168,7 @@ def pack(
         xlog = "step" in log if p.linked else p.xlog
         items = [thin(i, n, window if p.linked else None, xlog) if isinstance(i, Line) else i for i in p.items]
         entries.append(dict(name=p.name, xlabel=p.xlabel, ylabel=p.ylabel, linked=p.linked, xlog=xlog, ylog=p.name in log, note=p.note,
-                            axes=p.axes, items=[block.item(i) for i in items]))
+                            axes=p.axes, yaxis=p.yaxis, items=[block.item(i) for i in items]))
     framed = [(p, e) for p, e in zip(panels, entries) if p.steps is not None]
     for i, (p, entry) in enumerate(framed):
         count, begin = len(p.steps), block.size

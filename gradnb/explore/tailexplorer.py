@@ -182,7 +182,7 @@ class TailExplorer(Explorer):
                            xlabel="m", ylabel="index", xlog=True),
                  self.made(f"{tail} over the share of extremes", ("k-plot", group, tail, m), lambda: k_plot(records[m], shares(records[m]), tail), self.against("k", look.k),
                            xlabel="share of values in the tail", ylabel="index", xlog=True),
-                 self.made("estimators", ("methods", group, m, look.k), lambda: self.methods(records, look, m), lambda f: rows(f, look.method), xlabel="index"),
+                 self.made("estimators", ("methods", group, m, look.k), lambda: self.methods(records, look, m), lambda f: rows(f, look.method), xlabel="index", yaxis=False),
                  self.laws_panel("tails", records[m], fits, self.tails), self.laws_panel("quantiles", records[m], fits, self.quantiles)]
         return [*self.judged(look, records, m, said), *light]
 
@@ -221,7 +221,7 @@ class TailExplorer(Explorer):
         if row is not None and not isinstance(row, str): text.append(f"It is {gaussian_verdict(row)}")
         text.append("The verdict is being computed …" if found is None else found if isinstance(found, str) else f"On single coordinates, {found.text}")
         draw = lambda row: rows({n: Estimate(*(r[c] for c in Estimate._fields)) for n, r in row.iterrows()}, "data")
-        return [Panel(title, note=". ".join(t.rstrip(".") for t in text) + ".", linked=False), self.made(name, key, lambda: row, draw, xlabel="index")]
+        return [Panel(title, note=". ".join(t.rstrip(".") for t in text) + ".", linked=False), self.made(name, key, lambda: row, draw, xlabel="index", yaxis=False)]
 
     def row(self, records: dict[int, Magnitudes], look: TailLook, m: int):
         "Data and controls with one estimator. The controls' magnitudes are made once, for all estimators and lengths."

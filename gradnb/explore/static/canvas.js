@@ -88,7 +88,7 @@ class Plot {                                                       // one panel
     this.panel = panel;
     this.note.textContent = panel.note;
     this.host.style.display = panel.note ? "none" : "";
-    this.logs.style.display = panel.note || !panel.axes ? "none" : "";
+    this.logs.style.display = panel.note || !panel.axes || !panel.yaxis ? "none" : "";
     this.logs.setAttribute("aria-pressed", panel.ylog);
     if (this.plot && this.made !== this.kind()) { this.plot.destroy(); this.plot = null; }
     this.frameStep = this.late = undefined;
@@ -96,7 +96,7 @@ class Plot {                                                       // one panel
     this.draw();
   }
 
-  kind() { return `${this.panel.xlog} ${this.panel.ylog} ${this.panel.axes}`; }
+  kind() { const { xlog, ylog, axes, yaxis, xlabel, ylabel } = this.panel; return JSON.stringify([xlog, ylog, axes, yaxis, xlabel, ylabel]); }
 
   content() {                                                      // what is drawn: a refined window before the whole
     const { panel, board } = this, fine = board.detail && panel.linked && board.detail.panels.find((p) => p.name === panel.name);
@@ -153,7 +153,7 @@ class Plot {                                                       // one panel
         width: Math.max(host.clientWidth, 120), height: board.height, legend: { show: false }, pxAlign: 1,
         cursor: { points: { show: false }, y: panel.axes, drag: { x: panel.axes, y: false, setScale: false } },
         scales: { x: scale("x", panel.xlog), y: scale("y", panel.ylog) },
-        axes: [axis(panel.xlabel, panel.xlog, { size: 24 }), axis(panel.ylabel, panel.ylog, { size: 52 })],
+        axes: [axis(panel.xlabel, panel.xlog, { size: 24 }), axis(panel.ylabel, panel.ylog, { size: 52, show: panel.axes && panel.yaxis })],
         series: [{}, { paths: () => null, points: { show: false } }],
         hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.select(u)], setCursor: [(u) => this.hover(u)] },
       }, data, host);
@@ -203,7 +203,8 @@ class Plot {                                                       // one panel
       }
       if (i.is === "words") {
         ctx.font = `${11 * ratio}px system-ui, sans-serif`; ctx.fillStyle = theme.text; ctx.textBaseline = "middle";
-        i.texts.forEach((text, k) => ctx.fillText(text, px(i.x[k]), py(i.y[k])));
+        ctx.textAlign = "left"; ctx.strokeStyle = theme.back; ctx.lineWidth = 3 * ratio;                       // legible on a picture too
+        i.texts.forEach((text, k) => { ctx.strokeText(text, px(i.x[k]), py(i.y[k])); ctx.fillText(text, px(i.x[k]), py(i.y[k])); });
         continue;
       }
       const { color, dash } = this.board.look(i.key), n = i.x.length;
@@ -276,17 +277,20 @@ class Plot {                                                       // one panel
       }
       this.reading.textContent = have === undefined || have === -Infinity ? "not measured yet" : `step ${have}${missing ? " …" : ""}`;
     } else if (panel.linked) {
-      const parts = [];
+      const parts = [], all = [], several = this.board.head.keys.length > 1;
       for (const i of this.shown()) {
         if (i.is !== "line" || i.faint) continue;
-        const k = upTo(i.x, step);
-        if (k < 0 || parts.length >= 8) continue;
-        parts.push(tag("span", { textContent: (i.label ? `${i.label} ` : "") + (i.thinned ? "≈ " : "") + brief(i.y[k]), style: `color:${this.board.look(i.key).color}` }));
+        const k = upTo(i.x, step), value = k < 0 ? "" : (i.thinned ? "≈ " : "") + brief(i.y[k]);
+        if (!value || (i.style === "dashed" && Number.isNaN(i.y[k]))) continue;
+        all.push([several ? i.key : "", i.label, value].filter(Boolean).join(" "));
+        if (parts.length < 8 && !(several && i.style === "dashed"))                        // of several runs only the values have room
+          parts.push(tag("span", { textContent: several ? value : [i.label, value].filter(Boolean).join(" "), style: `color:${this.board.look(i.key).color}` }));
       }
       this.reading.replaceChildren(...parts);
+      this.reading.title = all.join("\n");
     } else this.reading.textContent = "";
     this.mark();
-    this.host.setAttribute("aria-label", `${panel.name}: ${this.reading.textContent || panel.ylabel}`);
+    this.host.setAttribute("aria-label", `${panel.name}: ${(panel.linked && this.reading.title) || this.reading.textContent || panel.ylabel}`);
     return missing;
   }
 }
@@ -300,7 +304,7 @@ class Board {                                                      // all panels
     this.legend = tag("div", { className: "gradnb-legend", attrs: { role: "group", "aria-label": "legend" } });
     this.where = tag("output", { className: "gradnb-step", attrs: { "aria-label": "step" } });
     this.grid = tag("div", { className: "gradnb-grid" });
-    const button = (text, title, onclick) => tag("button", { textContent: text, title, onclick, type: "button", attrs: { "aria-label": title } });
+    const button = (text, title, onclick, className = "") => tag("button", { textContent: text, title, onclick, className, type: "button", attrs: { "aria-label": title } });
     const flag = (text, title, onclick) => {
       const b = button(text, title, () => b.setAttribute("aria-pressed", onclick()));
       b.setAttribute("aria-pressed", false);
@@ -315,7 +319,7 @@ class Board {                                                      // all panels
     this.text.style.display = "none";
     this.bar.prepend(this.player());
     if (model.get("alone")) this.bar.prepend(this.ownSlider());
-    else for (const kind of ["png", "svg", "code"]) this.bar.append(button(kind, kind === "code" ? "code that redraws this view" : `save as ${kind.toUpperCase()}`, () => this.send({ kind: "save", format: kind })));
+    else for (const kind of ["png", "svg", "code"]) this.bar.append(button(kind, kind === "code" ? "code that redraws this view" : `save as ${kind.toUpperCase()}`, () => this.send({ kind: "save", format: kind }), "gradnb-save"));
     this.el = tag("div", { className: "gradnb-canvas" }, this.bar, this.said, this.legend, this.grid, this.text);
     this.el.addEventListener("keydown", (e) => e.stopPropagation());     // the notebook's own keys stay out of it
     el.append(this.el);
@@ -329,13 +333,12 @@ class Board {                                                      // all panels
     on("change:hidden", () => { this.hidden = new Set(model.get("hidden")); this.redraw(); });
     on("change:message", () => this.say());
     on("msg:custom", (content, buffers) => this.receive(content, buffers ?? []));
-    const resized = new ResizeObserver(() => this.plots.forEach((p) => p.resize()));
+    this.resized = new ResizeObserver(() => this.plots.forEach((p) => p.resize()));      // of every panel, also of one that comes later
     const themed = new MutationObserver(() => { this.readTheme(); this.redraw(); });
-    resized.observe(this.el);
     themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "data-jp-theme-light", "class"] });
     const dark = matchMedia("(prefers-color-scheme: dark)"), change = () => { this.readTheme(); this.redraw(); };
     dark.addEventListener("change", change);
-    this.off.push(() => resized.disconnect(), () => themed.disconnect(), () => dark.removeEventListener("change", change));
+    this.off.push(() => this.resized.disconnect(), () => themed.disconnect(), () => dark.removeEventListener("change", change));
     this.load();
     this.say();
   }
@@ -390,6 +393,7 @@ class Board {                                                      // all panels
     this.detail = null;
     this.hidden = new Set(this.model.get("hidden"));
     this.stops = this.head.stops;
+    this.bar.classList.toggle("gradnb-stepless", !this.stops);
     const wanted = this.model.get("step");
     this.step = this.stops ? (atEnd || wanted < 0 ? this.stops[0] + this.stops[1] * (this.stops[2] - 1) : this.nearest(wanted)) : 0;
     this.setStops();
@@ -400,7 +404,7 @@ class Board {                                                      // all panels
       const plot = new Plot(this, p);
       this.plots.set(p.name, plot);
       this.grid.append(plot.el);
-      plot.draw();
+      this.resized.observe(plot.host);
     }
     names.forEach((name, i) => { if (this.grid.children[i] !== this.plots.get(name).el) this.grid.insertBefore(this.plots.get(name).el, this.grid.children[i]); });
     this.redraw();
