@@ -101,8 +101,9 @@ def test_intervals_cover(method, alpha):
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 1.8])
 @pytest.mark.parametrize("n", [1_000, 10_000])
 @pytest.mark.parametrize("method", ["mle", "ecf", "mohammadi"])
-def test_intervals_cover_over_500_samples(method, n, alpha):
-    assert .92 <= coverage(repeat(method, alpha, n, 500), alpha) <= .98
+def test_intervals_cover_over_many_samples(method, n, alpha):
+    "1,000 samples where they are cheap: Mohammadi's intervals from 125 blocks cover 0.93 at α = 1.8, too near to 0.92 for 500."
+    assert .92 <= coverage(repeat(method, alpha, n, 1000 if n == 1_000 else 500), alpha) <= .98
 
 
 def test_intervals_count_rows_and_not_coordinates():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ..estimate import Estimate
 from .magnitudes import NOT_FINITE, Magnitudes, TailRefusal
-from .methods import EXTREME, STABLE, Histograms, mle, mohammadi, mohammadi22, student
+from .methods import EXTREME, STABLE, Histograms, ecf_low, mle, mohammadi, mohammadi22, student
 
 # %% ../../nbs/37_tail/03_estimators.ipynb #index
 MOHAMMADI = ("mohammadi", "mohammadi22")
@@ -41,7 +41,9 @@ def estimate_index(
     half = student(level, record) * stderr
     if not isfinite(value + half):
         raise TailRefusal(f"{method} has no value on these draws; too few of them lie in the tail it looks at.")
-    if method in STABLE: return Estimate(min(value, 2.0), stderr, min(value - half, 2.0), min(value + half, 2.0))
+    if method in STABLE:
+        low = ecf_low(value, half) if method == "ecf" else value - half
+        return Estimate(min(value, 2.0), stderr, min(low, 2.0), min(value + half, 2.0))
     flip = lambda gamma: 1 / gamma if gamma > 0 else inf
     return Estimate(flip(value), stderr * flip(value)**2, flip(value + half), flip(value - half))
 

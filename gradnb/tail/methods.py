@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STABLE', 'EXTREME', 'Histograms', 'stable_method', 'extreme_method', 'mcculloch_curve', 'mcculloch', 'logmoment',
-           'ecf', 'fit_stable', 'mle', 'student', 'mohammadi', 'mohammadi22', 'hill', 'hill_k', 'pickands', 'dedh']
+           'ecf', 'ecf_error', 'ecf_low', 'fit_stable', 'mle', 'student', 'mohammadi', 'mohammadi22', 'hill', 'hill_k',
+           'pickands', 'dedh']
 
 # %% ../../nbs/37_tail/02_methods.ipynb #imports
 from functools import lru_cache
@@ -97,6 +98,25 @@ def ecf(h: Histograms) -> Tensor:
                         * torch.sinc(a * (h.high - h.low) / scale[:, None] / 2 / pi)).sum(1)) / h.n for a in t])
     y, u = (-2 * phi.abs().log()).log(), t.log() - t.log().mean()      # (10, b), (10,)
     return (u[:, None] * y).sum(0) / u.square().sum()
+
+# %% ../../nbs/37_tail/02_methods.ipynb #ecf-error
+def ecf_error(
+    alpha: float,    # in (0, 2]
+) -> float:          # of one draw; n draws have 1/√n of it
+    "Asymptotic standard error of `ecf` on stable draws."
+    phi, t = lambda s: (-s.abs()**alpha).exp(), torch.arange(1, 11, dtype=torch.float64) / 10
+    u = t.log() - t.log().mean()
+    w = u / u.square().sum() / (phi(t) * t**alpha)                                   # ∂α/∂φ(t)
+    cov = (phi(t[:, None] + t) + phi(t[:, None] - t)) / 2 - phi(t)[:, None] * phi(t)
+    return (w @ cov @ w).sqrt().item()
+
+def ecf_low(
+    value: float,    # the estimate
+    half: float,     # half of a symmetric interval
+) -> float:
+    "The lower end of an interval by the errors that lower indices have."
+    rest = lambda a: value - a - half * max(1., ecf_error(a) / ecf_error(min(value, 2.)))
+    return value - half if value <= ALPHA_MIN or rest(ALPHA_MIN) <= 0 else brentq(rest, ALPHA_MIN, value)
 
 # %% ../../nbs/37_tail/02_methods.ipynb #mle
 def fit_stable(
