@@ -407,6 +407,10 @@ def test_a_gradient_that_is_not_finite_is_named():
         with pytest.raises(ValueError, match="gradient 4 is not finite .1 of 6"): statistic(z)
 
 
+def test_a_batch_of_a_network_without_noise_carries_none():
+    assert draw(MiniBatch(3), (), network(), Stream(0)).noise is None
+
+
 @pytest.mark.parametrize("conv", (False, True))
 @pytest.mark.parametrize("estimator", (MiniBatch(5), SVRG(5, every=9), GradientClustering(5), Stratified(5, by="random", k=5)), ids=repr)
 def test_the_example_whose_gradient_is_not_finite_is_named(estimator, conv):
