@@ -48,6 +48,8 @@ function readScene(view) {
   return scene.head;
 }
 
+const decades = (u, ticks) => (ticks.length > 30 ? ticks.map((v) => (Number.isInteger(+Math.log10(v).toFixed(9)) ? v : null)) : ticks);    // of a long logarithmic axis
+
 const upTo = (x, value) => {                                       // index of the last entry ≤ value, -1 where there is none
   let low = 0, high = x.length;
   while (low < high) { const mid = (low + high) >> 1; if (x[mid] <= value) low = mid + 1; else high = mid; }
@@ -57,7 +59,7 @@ const upTo = (x, value) => {                                       // index of t
 const brief = (v) => {
   if (!Number.isFinite(v)) return String(v);
   const a = Math.abs(v);
-  return a !== 0 && (a < 1e-3 || a >= 1e5) ? v.toExponential(2).replace("e+", "e") : String(+v.toPrecision(4));
+  return a !== 0 && (a < 1e-3 || a >= 1e5) ? v.toExponential(2).replace(/\.?0*e\+?/, "e") : String(+v.toPrecision(4));
 };
 
 const tag = (name, props = {}, ...children) => {
@@ -146,7 +148,7 @@ class Plot {                                                       // one panel
       const theme = () => board.theme, font = "11px system-ui, sans-serif";
       const axis = (label, log, more) => ({
         show: panel.axes, label, labelSize: label ? 16 : 0, labelFont: font, labelGap: 0, font, stroke: () => theme().text, gap: 3,
-        grid: { stroke: () => theme().grid, width: 1 }, ticks: { stroke: () => theme().grid, width: 1, size: 4 },
+        grid: { stroke: () => theme().grid, width: 1, ...(log && { filter: decades }) }, ticks: { stroke: () => theme().grid, width: 1, size: 4 },
         values: (u, ticks) => ticks.map((v) => (v == null || (log && !Number.isInteger(+Math.log10(v).toFixed(9)) && ticks.length > 9) ? "" : brief(v))), ...more });
       const scale = (name, log) => ({ time: false, distr: log ? 3 : 1, range: () => this.limits[name] });
       this.plot = new uPlot({
