@@ -42,7 +42,7 @@ def sharpness(
     else:
         sketch = Sketch(warm[0], warm[1].T.contiguous().T)       # strides decide roundings, and a resumed run has others
         start = sketch.vectors[:, :k].clone()
-        start[:, -1] += 0.1 * unit(sketch.vectors[:, k:].sum(1)) + 0.1 * unit(point.grad) + 0.03 * unit(noise)
+        start[:, -1] += 0.3 * unit(sketch.vectors[:, k:].sum(1)) + 0.3 * unit(point.grad) + 0.1 * unit(noise)
     sign = 1 if which == "largest" else -1
     product = point.hvp if sign == 1 else lambda v: -point.hvp(v)
     eigs = lanczos(product, start, k, tol, max_matvecs, stream=stream / "lanczos", sketch=sketch, keep=k + 8, vectors=vectors)

@@ -168,11 +168,10 @@ def _errors(
     r: Tensor,      # (c,) their residual norms
     next: Tensor,   # (n,) next[j] is believed to bound what lies outside the first j + 1 pairs
     scale: float,   # largest |θ|
-    wide: float,    # the widest gap believed, relative to scale
 ) -> Tensor:        # (c,), at most r
     "How far the i-th eigenvalue may lie above the i-th Ritz value (Li & Li 2005)."
     n = min(len(r), len(next))
-    gap = (theta[:, None] - next[:n]).clamp_max(wide * scale)             # (c, n): pair i, block of the first j + 1
+    gap = (theta[:, None] - next[:n]).clamp_max(scale / 200)              # (c, n): pair i, block of the first j + 1
     square = r[:n].square().cumsum(0)
     bound = 2 * square / (gap + (gap**2 + 4 * square).sqrt()).clamp_min(torch.finfo(gap.dtype).tiny)
     inside = torch.arange(len(r))[:, None] <= torch.arange(n)
@@ -275,7 +274,7 @@ def lanczos(
         c = k + guards
         r, known = B.residuals(theta[:c + 3], Y[:c + 3])[1], _joint(B, sketch, notice=True)
         next = theta[1:len(r)] + r[1:] if sketch is None else known.values[1:]
-        error = torch.maximum(_errors(theta[:len(r)], r, next, theta.abs().max(), 1 / 100 if sketch is None else 1 / 20), known.values[:len(r)] - theta[:len(r)])[:c]
+        error = torch.maximum(_errors(theta[:len(r)], r, next, theta.abs().max()), known.values[:len(r)] - theta[:len(r)])[:c]
         r = r[:c]
         open, allowed = _open(theta, r, r if vectors else error, k, tol, torch.finfo(rows.dtype).eps, 1 / 4 if found is None else 1 / 16)
         settled = B.m >= k and not open.any()

@@ -251,7 +251,7 @@ def test_bands_only_where_something_was_measured():
     plot_sharpness(axes[3], eigs, [10, 20])
     band, = axes[3].collections
     corners = band.get_paths()[0].get_extents()
-    assert (corners.y0, corners.y1) == pytest.approx((4.9, 6.2))
+    assert (corners.y0, corners.y1) == pytest.approx((5., 6.2))      # an eigenvalue lies above its Ritz value
     label_end(axes[3], 20, "2/η")
     plt.close(fig)
 
