@@ -10,7 +10,7 @@ from collections.abc import Callable
 from math import sqrt
 from typing import NamedTuple
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 from .estimate import Estimate
 from .layout import Layout
@@ -119,7 +119,7 @@ class Spectrum(NamedTuple):
         x = torch.linspace(low - 4 * width, high + 4 * width, 400, dtype=torch.float64) if x is None else torch.as_tensor(x, dtype=torch.float64)
         bells = torch.exp(-.5 * ((x[:, None, None] - self.nodes) / width)**2) / (width * sqrt(2 * torch.pi))     # (T, r, m)
         rows = (bells * self.weights).sum(-1)                                                                     # (T, r)
-        mean, half = rows.mean(1), student.ppf(.975, rows.shape[1] - 1) * rows.std(1) / sqrt(rows.shape[1])
+        mean, half = rows.mean(1), stdtrit(rows.shape[1] - 1, .975) * rows.std(1) / sqrt(rows.shape[1])
         return Density(x, mean, (mean - half).clamp_min(0), mean + half, width)
 
 def spectrum(

@@ -7,7 +7,6 @@ __all__ = ['from_influence', 'radius', 'norm_test', 'inner_product_test', 'ortho
 
 # %% ../../nbs/35_noise/02_batchsize.ipynb #imports
 from math import inf, nan, sqrt
-from scipy.stats import t as student
 from torch import Tensor
 from ..estimate import Estimate
 from .spread import Spread, jackknife, left_out
@@ -21,9 +20,7 @@ def from_influence(
     "A smooth statistic with the infinitesimal jackknife's standard error (Jaeckel 1972)."
     if influence is None: return Estimate(value, nan, -inf, inf)
     n = len(influence)
-    stderr = sqrt(influence.square().sum().item() / (n * (n - 1)))
-    half = float(student.ppf((1 + level) / 2, n - 1)) * stderr
-    return Estimate(value, stderr, value - half, value + half)
+    return Estimate.student(value, sqrt(influence.square().sum().item() / (n * (n - 1))), n - 1, level)
 
 def radius(x: Estimate) -> Estimate:
     "√x of an estimate that is not negative."

@@ -7,10 +7,9 @@ __all__ = ['Spread', 'jackknife', 'left_out', 'grad_variance', 'grad_norm_sq', '
            'noise_scale', 'through', 'noise_scale_of_pairs', 'by_block']
 
 # %% ../../nbs/35_noise/01_spread.ipynb #imports
-from math import inf, sqrt
+from math import exp, inf, sqrt
 from typing import NamedTuple
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 from ..designs import finite
 from ..estimate import Estimate
@@ -78,11 +77,11 @@ def jackknife(
     "A statistic with the standard error that leaving out draws shows."
     n = len(without)
     stderr = sqrt((n - 1) / n * (without - without.mean()).square().sum().item()) if without.isfinite().all() else inf
-    half = float(student.ppf((1 + level) / 2, n - 1)) * stderr
-    if positive and value > 0:
-        factor = inf if half > 700 * value else torch.tensor(half / value, dtype=torch.float64).exp().item()
-        return Estimate(value, stderr, value / factor, value * factor)
-    return Estimate(value, stderr, value - half, value + half)
+    found = Estimate.student(value, stderr, n - 1, level)
+    if not (positive and value > 0): return found
+    up = found.high / value - 1
+    factor = inf if up > 700 else exp(up)
+    return found._replace(low=value / factor, high=value * factor)
 
 def left_out(
     spread: Spread,

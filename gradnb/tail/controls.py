@@ -8,10 +8,10 @@ __all__ = ['CONTROLS', 'gaussian_surrogate', 'permuted_columns', 'flipped_signs'
 
 # %% ../../nbs/37_tail/05_controls.ipynb #imports
 from collections.abc import Callable
-from math import nan, sqrt
+from math import isfinite, nan, sqrt
 import pandas as pd
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtr
 from torch import Tensor
 from ..estimate import Estimate
 from ..streams import Stream
@@ -65,9 +65,9 @@ def control_row(
     for name, control in controls.items():
         seen = torch.tensor([_value(index(control(x, (stream / name / i).generator()))) for i in range(draws)], dtype=torch.float64)
         mean, sd = seen.mean().item(), seen.std().item()
-        wide = max(sd, 1e-12 * abs(mean)) * sqrt(1 + 1 / draws)
-        half = student.ppf((1 + level) / 2, draws - 1) * wide
-        rows[name] = mean, sd, mean - half, mean + half, 2 * student.sf(abs(rows["data"][0] - mean) / wide, draws - 1)
+        wide = max(sd, 1e-12 * abs(mean), 1e-300) * sqrt(1 + 1 / draws)
+        again = Estimate.student(mean, wide, draws - 1, level)
+        rows[name] = mean, sd, again.low, again.high, 2 * stdtr(draws - 1, -abs(rows["data"][0] - mean) / wide)
     return pd.DataFrame.from_dict(rows, "index", columns=[*Estimate._fields, "p_value"]).rename_axis("sample")
 
 def _value(found: float | Estimate) -> float: return found.value if isinstance(found, Estimate) else float(found)
@@ -77,5 +77,7 @@ def gaussian_verdict(
     level: float = 0.95,   # how often a Gaussian passes
 ) -> str:                  # a sentence
     "Is the index another than a Gaussian of the same covariance has?"
-    p = row.loc["gaussian", "p_value"]
+    p, data = row.loc["gaussian", "p_value"], row.loc["data", "value"]
+    if p != p: return ("not comparable with a Gaussian of the same covariance: too few draws for a finite index "
+                       f"{'of the Gaussian' if isfinite(data) else 'of the data'}")
     return f"distinguishable from a Gaussian of the same covariance: {'yes' if p < 1 - level else 'no'} (p = {p:.2g})"

@@ -7,13 +7,12 @@ __all__ = ['ANDERSON_5', 'ENOUGH', 'profile_change', 'anderson_darling', 'gaussi
            'best_fit']
 
 # %% ../../nbs/37_tail/07_verdict.ipynb #imports
-from math import log, sqrt
+from math import log
 from statistics import NormalDist
 from typing import NamedTuple
 import pandas as pd
 import torch
 from scipy.stats import binomtest, kurtosis, shapiro
-from scipy.stats import t as student_t
 from torch import Tensor
 from ..estimate import Estimate
 from ..streams import Stream
@@ -38,10 +37,7 @@ def profile_change(
     logs = lambda sums: (v := sums.abs().log()).masked_fill(v == -torch.inf, torch.nan).flatten(1, -2).nanmean(1)      # (blocks, p)
     one, some, all_ = logs(x), logs(x.sum(2)), logs(x.sum((1, 2))[:, None])
     d = ((all_ - 2 * some + one) / log(m)).nanmean(1)
-    d = d[d.isfinite()]
-    stderr = d.std().item() / sqrt(len(d))
-    half = student_t.ppf((1 + level) / 2, len(d) - 1) * stderr
-    return Estimate(d.mean().item(), stderr, d.mean().item() - half, d.mean().item() + half)
+    return Estimate.mean(d[d.isfinite()], level)
 
 # %% ../../nbs/37_tail/07_verdict.ipynb #gaussianity
 def anderson_darling(
