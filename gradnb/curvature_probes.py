@@ -11,7 +11,7 @@ from math import nan
 import torch
 from .noise_probes import learning_rate
 from .probes import PROBES, Probe, View, every
-from .roles import draw
+from .roles import check_number, draw
 from .rule_probes import ahead
 from .thresholds.directions import batch_sharpness, critical_sharpness, directional_sharpness, interaction_sharpness, sam_edge
 from .thresholds.metrics import Metric, metric_of, preconditioned_sharpness
@@ -34,6 +34,8 @@ def preconditioned_sharpness_probe(
     tol: float = 1e-3,      # errors allowed, relative to the largest eigenvalue
 ) -> Probe:
     "The sharpness in the metric of the run's rule, and the rule's threshold; columns value, error (above it), residual, converged, matvecs, threshold."
+    check_number("probe 'preconditioned_sharpness'", "k", k, 1, whole=True)
+    check_number("probe 'preconditioned_sharpness'", "tol", tol, 1e-15, 1)
     def measure(view):
         metric = metric_of(view.problem, view.stepper, view.state)
         eigs = preconditioned_sharpness(view.point, metric, k, tol, view.memory.get("sketch"), view.stream)
@@ -50,6 +52,8 @@ def update_radius_probe(
     products: int = 60,      # budget of Hessian products
 ) -> Probe:
     "The outermost eigenvalues of the run's next step as a map; nan where the step makes the rule's state."
+    check_number("probe 'update_radius'", "tol", tol, 1e-15, 1)
+    check_number("probe 'update_radius'", "products", products, 2, whole=True)
     def measure(view):
         try: return update_radius(view.problem, view.stepper, view.state, tol, products, view.point, view.stream)
         except Grows: return Radius(nan, nan, nan, nan, 0, False)
@@ -79,6 +83,7 @@ def critical_sharpness_probe(
     tol: float = 0.02,       # width of the bracket, relative
 ) -> Probe:
     "2/η_c by line search along the next step; columns value, low, high, multiple, evaluations, threshold."
+    check_number("probe 'critical_sharpness'", "tol", tol, 1e-6, 1)
     def measure(view):
         step = ahead(view).theta - view.theta
         found = critical_sharpness(view.point, step, 2 / two_over(view), tol, view.memory.get("multiple", 1.))
@@ -103,6 +108,8 @@ def batch_sharpness_probe(
     every: int = 100,       # steps between measurements
 ) -> Probe:
     "E[g_Bᵀ H_B g_B / ‖g_B‖²] over the run's batches; columns value, stderr, low, high, threshold."
+    check_number("probe 'batch_sharpness'", "draws", draws, 2, whole=True)
+    check_number("probe 'batch_sharpness'", "tol", tol, 0, 1)
     def measure(view):
         found = batch_sharpness(view.problem, view.theta, drawn(view, draws), tol)
         return found._asdict() | dict(threshold=plain_edge(view))
@@ -114,6 +121,7 @@ def interaction_sharpness_probe(
     every: int = 100,       # steps between measurements
 ) -> Probe:
     "Tr HS/Tr S over the run's batches and its edge; columns value, stderr, low, high, threshold, threshold_stderr."
+    check_number("probe 'interaction_sharpness'", "draws", draws, 2, whole=True)
     def measure(view):
         found, edge = interaction_sharpness(view.point, drawn(view, draws)), plain_edge(view)
         return found.sharpness._asdict() | dict(threshold=edge * found.edge.value, threshold_stderr=edge * found.edge.stderr)

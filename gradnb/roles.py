@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RULES', 'ESTIMATORS', 'FLOWS', 'Batch', 'State', 'Estimator', 'Rule', 'Stepper', 'draw', 'kind',
-           'check_range']
+           'check_range', 'check_number']
 
 # %% ../nbs/21_roles.ipynb #imports
 from dataclasses import is_dataclass
@@ -113,6 +113,16 @@ def check_range(
     high: float = inf,   # first value that is too large
 ):
     "Refuse a hyperparameter outside [low, high), or one that is no number."
-    value = getattr(owner, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-        raise ValueError(f"{type(owner).__name__} needs {low:g} ≤ {name} < {high:g}, got {name}={value!r}.")
+    check_number(type(owner).__name__, name, getattr(owner, name), low, high)
+
+def check_number(
+    who: str,            # whose argument it is
+    name: str,           # its name
+    value,
+    low: float,          # smallest allowed value
+    high: float = inf,   # first value that is too large
+    whole: bool = False, # must it be a whole number?
+):
+    "Refuse an argument outside [low, high), or one that is no number."
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value < high:
+        raise ValueError(f"{who} needs {'a whole number ' * whole}{low:g} ≤ {name} < {high:g}, got {name}={value!r}.")

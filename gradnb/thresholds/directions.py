@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from ..estimate import Estimate
 from ..problem import Point
+from ..roles import check_number
 
 # %% ../../nbs/38_thresholds/03_directions.ipynb #directional
 def directional_sharpness(
@@ -43,6 +44,7 @@ def critical_sharpness(
     max_evals: int = 20,   # of the loss
 ) -> Critical:
     "2/η_c: the learning rate η_c at which the loss after a step is as before (Kalra et al. 2026), by line search."
+    check_number("critical_sharpness", "tol", tol, 1e-6, 1)                  # below, the roundings of the loss decide
     base, slope = point.loss.double().item(), (point.grad.double() * step.double()).sum().item()
     if not slope < 0: return Critical(inf, inf, inf, 0., 0)
     theta, seen, cuts = point.theta.detach(), 0, 0

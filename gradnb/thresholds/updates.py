@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..problem import Point
-from ..roles import State
+from ..roles import State, check_number
 from ..streams import Stream
 from .metrics import refuse_flow
 
@@ -170,6 +170,8 @@ def update_radius(
     stream: Stream = Stream() / "update radius",   # of the random part of the start
 ) -> Radius:
     "The spectral radius of one step of any rule, and its most negative eigenvalue. Raises Grows, a ValueError, where the step makes state anew."
+    check_number("update_radius", "tol", tol, 1e-15, 1)
+    check_number("update_radius", "max_products", max_products, 2, whole=True)
     step = UpdateMap(problem, stepper, state, point)
     noise = torch.randn(problem.p, generator=stream.generator(), dtype=torch.float64).to(state.theta.device)
     unit = lambda v: v / v.norm().clamp_min(1e-300)
