@@ -9,13 +9,11 @@ __all__ = ['flatness_probe']
 from inspect import signature
 import torch
 from .flatness.centre import MEASURES, Centre, logit_normalised
-from .probes import PROBES, Probe, every
+from .probes import PROBES, Probe
 from .registry import unknown
 from .roles import Batch
 
 # %% ../nbs/49_flatness_probes.ipynb #probe
-_every = every    # the schedule, under a name that the builder's argument does not hide
-
 @PROBES.add("flatness")
 def flatness_probe(
     measure: str,                  # a name in gradnb.flatness.centre.MEASURES: sam, keskar, trace, …
@@ -35,4 +33,4 @@ def flatness_probe(
         if normalised: problem = logit_normalised(problem)
         batch = None if examples is None or examples >= problem.n else Batch(torch.arange(examples))
         return MEASURES.build(measure, Centre(problem, view.theta, batch, view.stream), **options)._asdict()
-    return Probe(name or "flatness_" + "_".join([measure, *(f"{k}={v}" for k, v in options.items())]), _every(every), look)
+    return Probe(name or "flatness_" + "_".join([measure, *(f"{k}={v}" for k, v in options.items())]), every, look)

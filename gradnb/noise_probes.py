@@ -19,13 +19,11 @@ from .noise.batchsize import cabs, inner_product_test, norm_test, orthogonality_
 from .noise.compat import faghri2020
 from .noise.coordinates import Moments, coordinate_normalized_variance, gsnr, stopping_evidence, tic_trace
 from .noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale, normalized_variance
-from .probes import PROBES, Probe, View, every
+from .probes import PROBES, Probe, View
 from .roles import ESTIMATORS, Batch, Estimator, draw
 from .trees import flatten, unflatten
 
 # %% ../nbs/46_noise_probes.ipynb #state
-_every = every    # the schedule, under a name that the builders' arguments do not hide
-
 def named_estimator(
     of: str | Estimator | None,   # "svrg:size=128,every=500", in brackets or not; None: the run's own
 ) -> Estimator | None:
@@ -118,7 +116,7 @@ def grad_variance_probe(
         found = Exact(grad_variance(spread), grad_norm_sq(spread).value) if draws else closed_form(view, estimator, state)
         ratio = normalized_variance(spread).value if draws else found.normalized
         return found.variance._asdict() | dict(normalized=ratio, norm_sq=found.norm_sq, age=age(view, state))
-    return Probe(titled(name, "grad_variance", of), _every(every), measure)
+    return Probe(titled(name, "grad_variance", of), every, measure)
 
 # %% ../nbs/46_noise_probes.ipynb #update
 @PROBES.add("update_variance")
@@ -131,7 +129,7 @@ def update_variance_probe(
         spread = Spread.of(view.updates(draws))
         more = dict(normalized=normalized_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
         return grad_variance(spread)._asdict() | more
-    return Probe("update_variance", _every(every), measure)
+    return Probe("update_variance", every, measure)
 
 # %% ../nbs/46_noise_probes.ipynb #published
 @PROBES.add("published_variance")
@@ -150,7 +148,7 @@ def published_variance_probe(
         found, masked = coordinate_normalized_variance(second)
         ours = dict(unbiased=found.value, unbiased_stderr=found.stderr, masked=masked, whole=normalized_variance(second).value)
         return faghri2020(first, second, eps)._asdict() | ours
-    return Probe(titled(name, "published_variance", of), _every(every), measure)
+    return Probe(titled(name, "published_variance", of), every, measure)
 
 # %% ../nbs/46_noise_probes.ipynb #scale
 def some_examples(view: View, examples: int) -> Batch | None:
@@ -173,7 +171,7 @@ def noise_scale_probe(
             return Estimate.normal(V / G, 0.)._asdict() | dict(variance=V, norm_sq=G)
         spread = Spread.at(view.problem, view.theta, batch)
         return noise_scale(spread)._asdict() | dict(variance=grad_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
-    return Probe(f"noise_scale of {examples}" if examples else "noise_scale", _every(every), measure)
+    return Probe(f"noise_scale of {examples}" if examples else "noise_scale", every, measure)
 
 @PROBES.add("batch_tests")
 def batch_tests_probe(
@@ -188,7 +186,7 @@ def batch_tests_probe(
         found = dict(norm=norm_test(spread), inner_product=inner_product_test(spread), orthogonality=orthogonality_test(spread),
                      cabs=cabs(spread, _losses(view, batch), lr) if (lr := learning_rate(view)) else Estimate.normal(nan, nan))
         return {f"{k}{end}": v for k, e in found.items() for end, v in (("", e.value), ("_stderr", e.stderr))}
-    return Probe("batch_tests", _every(every), measure)
+    return Probe("batch_tests", every, measure)
 
 def learning_rate(view: View) -> float | None:
     "The rule's, at this step; None where it has none."
@@ -212,7 +210,7 @@ def gradient_moments_probe(
         found = dict(gsnr=gsnr(moments), evidence=stopping_evidence(moments), normalized=coordinate_normalized_variance(moments))
         return {f"{k}{end}": v for k, (e, masked) in found.items()
                 for end, v in (("", e.value), ("_stderr", e.stderr), ("_masked", masked))}
-    return Probe("gradient_moments", _every(every), measure)
+    return Probe("gradient_moments", every, measure)
 
 @PROBES.add("tic")
 def tic_probe(
@@ -225,7 +223,7 @@ def tic_probe(
         p = view.problem
         trace = hutchinson(view.point.hvp, p.p, samples, view.stream / "trace", p.dtype, p.device)
         return tic_trace(Spread.at(view.problem, view.theta, some_examples(view, examples)), trace)
-    return Probe("tic", _every(every), measure)
+    return Probe("tic", every, measure)
 
 # %% ../nbs/46_noise_probes.ipynb #fresh
 @PROBES.add("freshness")
@@ -244,7 +242,7 @@ def freshness_probe(
         taken = "none" if old != old else view.step - old
         if view.memory.get("taken") != taken: view.memory.update(taken=taken, first=found.value)
         return found._asdict() | dict(first=view.memory["first"], age=old)
-    return Probe(titled(name, "freshness", of), _every(every), measure)
+    return Probe(titled(name, "freshness", of), every, measure)
 
 @PROBES.add("clusters")
 def clusters_probe(
@@ -259,4 +257,4 @@ def clusters_probe(
         sizes = strata.sizes.double()
         return dict(count=len(sizes), smallest=sizes.min(), largest=sizes.max(), distortion=getattr(state, "distortion", nan),
                     age=age(view, state), sizes=sizes[None])
-    return Probe("clusters", _every(every), measure)
+    return Probe("clusters", every, measure)

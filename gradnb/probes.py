@@ -110,8 +110,11 @@ class View:
 class Probe:
     "A named measurement and the steps at which it is due."
     name: str                          # names its trace and its stream
-    when: Callable[[int], bool]        # step → is it due?
+    when: Callable[[int], bool] | int  # step → is it due? Or the steps between measurements
     fn: Callable[[View], object]       # what it measures
+
+    def __post_init__(self):
+        if not callable(self.when): object.__setattr__(self, "when", every(self.when))
 
     def due(self, step: int) -> bool: return bool(self.when(step))
 
@@ -157,14 +160,14 @@ def sharpness_probe(
         view.memory["sketch"] = eigs.sketch
         one = lambda v: v[0] if k == 1 else v
         return dict(value=one(eigs.values), error=one(eigs.errors), residual=one(eigs.residuals), converged=eigs.converged, matvecs=eigs.matvecs)
-    return Probe("frozen_" * frozen + "smallest_" * (which == "smallest") + "sharpness", _every(every), measure)
+    return Probe("frozen_" * frozen + "smallest_" * (which == "smallest") + "sharpness", every, measure)
 
 def _evaluation(split: str):
     def build(
         every: int = 10,    # steps between measurements
     ) -> Probe:
         "Loss and accuracy over the whole split; columns loss and accuracy."
-        return Probe(split, _every(every), lambda view: evaluation(view, split))
+        return Probe(split, every, lambda view: evaluation(view, split))
     return build
 
 def evaluation(view: View, split: str) -> Evaluation:
@@ -178,6 +181,4 @@ def grad_norm_probe(
     every: int = 10,        # steps between measurements
 ) -> Probe:
     "‖∇L(θ)‖ over all examples."
-    return Probe("grad_norm", _every(every), lambda view: view.full_grad.norm())
-
-_every = every    # the schedule, under a name that the builders' arguments do not hide
+    return Probe("grad_norm", every, lambda view: view.full_grad.norm())

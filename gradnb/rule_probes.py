@@ -10,7 +10,7 @@ __all__ = ['ahead', 'block_norms', 'weight_norms', 'grad_norms', 'update_norms',
 from collections.abc import Callable
 import torch
 from torch import Tensor
-from .probes import PROBES, Probe, View, every
+from .probes import PROBES, Probe, View
 from .roles import State
 
 # %% ../nbs/48_rule_probes.ipynb #blocks
@@ -47,11 +47,10 @@ def by_block(
         every: int = 10,                   # steps between measurements
     ) -> Probe:
         finite = lambda values: torch.where(values.isfinite(), values, torch.nan).tolist()
-        return Probe(name, _every(every), lambda view: dict(zip(view.problem.layout.names, finite(measure(view)))))
+        return Probe(name, every, lambda view: dict(zip(view.problem.layout.names, finite(measure(view)))))
     build.__doc__ = what
     PROBES.add(name)(build)
 
-_every = every    # the schedule, under a name that the builders' arguments do not hide
 for _name, _measure, _what in (
     ("weight_norms", weight_norms, "‖w‖ of every block."),
     ("grad_norms", grad_norms, "‖g‖ of every block, of the gradient that the run is about to step along."),
@@ -82,7 +81,7 @@ def rule_probe(
     every: int = 10,    # steps between measurements
 ) -> Probe:
     "A field of the rule's state after the step that the run is about to take."
-    return Probe(field, _every(every), lambda view: field_of(view, field))
+    return Probe(field, every, lambda view: field_of(view, field))
 
 @PROBES.add("trust_ratio")
 def trust_ratio_probe(
@@ -99,4 +98,4 @@ def agd_probe(
     def measure(view):
         values = {field: field_of(view, field)["value"] for field in ("eta", "G")}
         return values | {"relative": relative_updates(view).mean()}
-    return Probe("agd", _every(every), measure)
+    return Probe("agd", every, measure)

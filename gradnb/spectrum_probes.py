@@ -7,14 +7,12 @@ __all__ = ['MATRICES', 'spectrum_probe', 'stored_spectrum']
 
 # %% ../nbs/49_spectrum_probes.ipynb #imports
 import torch
-from .probes import PROBES, Probe, every
+from .probes import PROBES, Probe
 from .problem import Point
 from .spectra import Spectrum, diagonal_block, spectrum
 from .traces import WIDEST, Trace
 
 # %% ../nbs/49_spectrum_probes.ipynb #probe
-_every = every    # the schedule, under a name that the builder's argument does not hide
-
 MATRICES = {"hessian": Point.hvp, "ggn": Point.ggn, "fisher": lambda point, v: point.fisher(v, "data")}    # name → product at a point
 
 @PROBES.add("spectrum")
@@ -36,7 +34,7 @@ def spectrum_probe(
         size, square = found.trace(), found.trace(torch.square)
         return dict(nodes=found.nodes.flatten(), weights=found.weights.flatten() / draws, draws=draws, trace=size.value,
                     trace_stderr=size.stderr, square=square.value, square_stderr=square.stderr)
-    return Probe("_".join(word for word in (block, matrix.replace("hessian", ""), "spectrum") if word), _every(every), measure)
+    return Probe("_".join(word for word in (block, matrix.replace("hessian", ""), "spectrum") if word), every, measure)
 
 def stored_spectrum(
     trace: Trace,    # of the probe

@@ -10,7 +10,7 @@ __all__ = ['sampled_groups', 'run_grads', 'of_split', 'tail_index_probe', 'noise
 from collections.abc import Iterator
 import torch
 from torch import Tensor
-from .probes import PROBES, Probe, View, every
+from .probes import PROBES, Probe, View
 from .tail.compat import original_noise_index
 from .tail.controls import control_row, gaussian_surrogate
 from .tail.estimators import LEAST_BLOCKS, METHODS, tail_index
@@ -19,8 +19,6 @@ from .tail.noise import gradient_draws, noise_index, noise_norms, on_split, pair
 from .tail.sketch import layer_groups
 
 # %% ../nbs/47_tail_probes.ipynb #index
-_every = every    # the schedule, under a name that the builders' arguments do not hide
-
 def sampled_groups(
     view: View,
     groups: str,         # "network" or "layers"
@@ -74,7 +72,7 @@ def tail_index_probe(
             row = noise_index(z, view.stream / "surrogate" / name, method, m, surrogates)
             columns |= row if name == "network" else {name if k == "value" else f"{name}.{k}": v for k, v in row.items()}
         return columns
-    return Probe(title, _every(every), measure)
+    return Probe(title, every, measure)
 
 # %% ../nbs/47_tail_probes.ipynb #norms
 @PROBES.add("noise_norms")
@@ -90,7 +88,7 @@ def noise_norms_probe(
         try: index = tail_index(norms, "hill")._asdict()
         except TailRefusal: index = dict.fromkeys(("value", "stderr", "low", "high"), torch.nan)
         return index | {"norms": norms}
-    return Probe("noise_norms", _every(every), measure)
+    return Probe("noise_norms", every, measure)
 
 @PROBES.add("layer_norms")
 def layer_norms_probe(
@@ -101,7 +99,7 @@ def layer_norms_probe(
         layout = view.problem.layout
         weights, grads = (torch.stack(torch._foreach_norm(layout.split(v))).tolist() for v in (view.theta, view.grad))
         return {name + end: v for end, values in (("", weights), (".grad", grads)) for name, v in zip(layout.names, values)}
-    return Probe("layer_norms", _every(every), measure)
+    return Probe("layer_norms", every, measure)
 
 # %% ../nbs/47_tail_probes.ipynb #original
 @PROBES.add("original_index")
@@ -120,4 +118,4 @@ def original_index_probe(
         row = control_row(grads, original_noise_index, view.stream, surrogates, {"gaussian": gaussian_surrogate})
         data, gauss = row.loc["data"], row.loc["gaussian"]
         return dict(value=data.value, gaussian=gauss.value, gaussian_low=gauss.low, gaussian_high=gauss.high, p_value=gauss.p_value)
-    return Probe(title, _every(every), measure)
+    return Probe(title, every, measure)

@@ -6,13 +6,11 @@
 __all__ = ['iterates_probe', 'flow_probe', 'stabilization_probe']
 
 # %% ../nbs/49_trajectory_probes.ipynb #imports
-from .probes import PROBES, Probe, every
+from .probes import PROBES, Probe
 from .selfstabilization import self_stabilization
 from .trajectories import Projection
 
 # %% ../nbs/49_trajectory_probes.ipynb #iterates
-_every = every    # the schedule, under a name that the builders' arguments do not hide
-
 @PROBES.add("iterates")
 def iterates_probe(
     every: int = 10,     # steps between measurements
@@ -20,7 +18,7 @@ def iterates_probe(
 ) -> Probe:
     "θ through a random projection, one for all runs (see `projected_distance`); a vector (size,)."
     project = Projection(size)
-    return Probe("iterates", _every(every), lambda view: project(view.theta))
+    return Probe("iterates", every, lambda view: project(view.theta))
 
 # %% ../nbs/49_trajectory_probes.ipynb #flow
 @PROBES.add("flow")
@@ -39,7 +37,7 @@ def flow_probe(
             thirds=flow.thirds, predicted_loss=view.loss + flow.added_loss, predicted_grad_sq=view.grad.square().sum() + flow.added_grad_sq,
             top=float("nan") if flow.values is None else flow.values[0], oscillating=0 if flow.X is None else len(flow.X),
             variance=variance, residual=flow.residual)
-    return Probe("flow", _every(every), read)
+    return Probe("flow", every, read)
 
 # %% ../nbs/49_trajectory_probes.ipynb #stabilization
 @PROBES.add("stabilization")
@@ -52,4 +50,4 @@ def stabilization_probe(
         s = self_stabilization(view.point, tol=tol, warm=view.memory.get("vector"), stream=view.stream)
         view.memory["vector"] = s.vector
         return dict(sharpness=s.sharpness, residual=s.residual, alpha=s.alpha, beta=s.beta, delta=s.delta)
-    return Probe("stabilization", _every(every), measure)
+    return Probe("stabilization", every, measure)
