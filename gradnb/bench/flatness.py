@@ -9,7 +9,7 @@ __all__ = ['BUDGETS', 'CountedPoint', 'CountedProblem', 'cost_rows', 'surface_ro
 from collections.abc import Iterator
 from time import process_time
 import torch
-from .harness import Row, alternate
+from .harness import Row, alternate, one_thread
 from ..data import Dataset
 from ..flatness.centre import MEASURES, Centre
 from ..flatness.landscape import filter_plane, surface
@@ -92,9 +92,7 @@ def rows(
     repeats: int = 2,    # pairs of surfaces
 ) -> Iterator[Row]:
     "All rows of this bench."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         g = (Stream() / "bench" / "flatness").generator()
         x = torch.randn(n, 1, 28, 28, generator=g)
         y = (x.flatten(1) @ torch.randn(784, 10, generator=g)).argmax(1)
@@ -104,4 +102,3 @@ def rows(
         for _ in range(30): theta = theta - .1 * problem.grad_and_loss(theta)[0]
         yield from cost_rows(problem, theta)
         yield surface_row(problem, theta, points, repeats)
-    finally: torch.set_num_threads(threads)

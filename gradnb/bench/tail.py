@@ -15,7 +15,7 @@ from statistics import median
 from time import process_time
 import torch
 from torch import Tensor
-from .harness import Row, alternate
+from .harness import Row, alternate, one_thread
 from ..data import Dataset
 from ..estimators.minibatch import MiniBatch
 from ..models import build_model
@@ -122,9 +122,6 @@ def rows(
     repeats: int = 5,        # pairs of every time
 ) -> Iterator[Row]:
     "All rows of this bench, half a minute of work."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         yield from speed_rows(n, repeats)
         yield from sketch_rows(batches, width, repeats)
-    finally: torch.set_num_threads(threads)
