@@ -9,6 +9,7 @@ __all__ = ['Stream']
 import hashlib
 import json
 from dataclasses import dataclass
+import numpy as np
 import torch
 
 # %% ../nbs/00_streams.ipynb #stream
@@ -39,10 +40,9 @@ class Stream:
     def generator(self, device: str | torch.device = "cpu") -> torch.Generator:
         "A fresh torch generator at the start of this stream."
         g = torch.Generator(device)
-        g.manual_seed(self.int63)
-        if g.device.type == "cpu":       # bytes 24 … 5016 of the state: the twister's 624 words, each in 64 bits
-            state = g.get_state()
-            words = torch.frombuffer(bytearray(self.bits(4 * 624)), dtype=torch.int32)
-            state[24:24 + 8 * 624].view(torch.int64).copy_(words.to(torch.int64) & 0xFFFFFFFF)
-            g.set_state(state)
+        if g.device.type != "cpu": return g.manual_seed(self.int63)
+        words, state = np.frombuffer(self.bits(4 * 624), np.uint32), g.get_state()
+        state.numpy()[:8].view(np.uint64)[:] = words[:2].view(np.uint64) >> 1       # the seed it says it has: int63
+        state.numpy()[24:24 + 8 * 624].view(np.uint64)[:] = words                   # the twister's 624 words, each in 64 bits
+        g.set_state(state)
         return g
