@@ -8,6 +8,7 @@ __all__ = ['proving_ground', 'law', 'Watch', 'same', 'stored', 'check_rule', 'ch
 
 # %% ../nbs/51_laws.ipynb #imports
 import json
+from copy import deepcopy
 import torch
 from torch import Tensor
 from .estimators.minibatch import MiniBatch
@@ -15,6 +16,7 @@ from .probes import Probe, every
 from .problem import Problem, Quadratic
 from .roles import Estimator, Rule, Stepper
 from .rules.gd import GD
+from .rules.inplace import OVER, InPlace
 from .steppers import Descent, trajectory
 from .streams import Stream
 from .training import train
@@ -81,6 +83,11 @@ def check_rule(
                 rule, f"must return blocks of the names, shapes and dtype it was given ({dtype}).")
             law(all(torch.equal(out[k], again[k]) for k in out) and same(after, after2), rule,
                 "gives another step from the same state once it was stored; keep everything that changes in the state.")
+            if isinstance(rule, InPlace):
+                own, kept = deepcopy((blocks, state))
+                over, after3 = rule.update(kept, own, grads, rule.tally(kept, own, grads), OVER)
+                law(all(torch.equal(out[k], over[k]) for k in out) and same(after, after3), rule,
+                    "steps to somewhere else in place; what it reads again must not be written over before.")
             blocks, state = out, after
 
 # %% ../nbs/51_laws.ipynb #estimator

@@ -18,6 +18,7 @@ from .layout import Layout, role_of
 from .registry import unknown
 from .roles import Rule
 from .rules import adam, agd, gd, lamb, lars, momentum, rmsprop
+from .rules.inplace import OVER, InPlace
 
 # %% ../nbs/43_optim.ipynb #words
 def to_torch(
@@ -55,9 +56,9 @@ def advance(
     total: tuple,                # the tally of all blocks, for a rule that takes one
 ):                               # the next state
     "One step of a rule, in place."
-    if hasattr(rule, "update"): return rule.update(state, blocks, grads, total)
-    moved, state = rule.step(state, blocks, grads)
-    torch._foreach_copy_(list(blocks.values()), [moved[n] for n in blocks])
+    moved, state = rule.update(state, blocks, grads, total, OVER) if isinstance(rule, InPlace) else rule.step(state, blocks, grads)
+    if away := [n for n, b in blocks.items() if moved[n] is not b]:
+        torch._foreach_copy_([blocks[n] for n in away], [moved[n] for n in away])
     return state
 
 def state_like(
@@ -140,7 +141,7 @@ class Face(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad(): loss = closure()
         work = [call for i in range(len(self.param_groups)) for call in self._calls(i)]
-        tallies = [call.rule.tally(call.state, call.blocks, call.grads) for call in work if hasattr(call.rule, "tally")]
+        tallies = [call.rule.tally(call.state, call.blocks, call.grads) for call in work if isinstance(call.rule, InPlace)]
         totals = {d: tuple(sum(t.to(d) if isinstance(t, Tensor) else t for t in column) for column in zip(*tallies))
                   for d in {call.device for call in work}}
         for call in work:
@@ -160,7 +161,7 @@ class Face(torch.optim.Optimizer):
             if like and not held: keep([held], [j], rule.init({j: real(p)}, {j: role(group, p)}))
             together.setdefault((p.device, p.dtype, *[held[k] for k in counts]), []).append((j, p, held))
         for (device, *_), members in together.items():
-            foreach = True if group["foreach"] is None and not like else group["foreach"]
+            foreach = True if group["foreach"] is None and not getattr(rule, "scratch", True) else group["foreach"]
             for piece in pieces(members, foreach):
                 names, params, held = zip(*piece)
                 field = lambda k, v: {n: h[k] for n, h in zip(names, held)} if isinstance(v, dict) else held[0][k]

@@ -37,14 +37,13 @@ class Adam(InPlace):
         zeros = lambda: {k: torch.zeros_like(b) for k, b in blocks.items()}
         return AdamState(0, zeros(), zeros())
 
-    def update(self, state, blocks, grads, total):
+    def update(self, state, blocks, grads, total, ops):
         k = state.step + 1
         w, g, m, v = columns(blocks, blocks, grads, state.exp_avg, state.exp_avg_sq)
-        torch._foreach_lerp_(m, g, 1 - self.beta1)
-        torch._foreach_mul_(v, self.beta2)
+        m, v = ops.lerp(m, g, 1 - self.beta1), ops.mul(v, self.beta2)
         torch._foreach_addcmul_(v, g, g, 1 - self.beta2)
         root = torch._foreach_sqrt(v)
         torch._foreach_div_(root, (1 - self.beta2 ** k) ** 0.5)
         torch._foreach_add_(root, self.eps)
-        torch._foreach_addcdiv_(w, m, root, -self.lr / (1 - self.beta1 ** k))
-        return state._replace(step=k)
+        w = ops.addcdiv(w, m, root, -self.lr / (1 - self.beta1 ** k))
+        return dict(zip(blocks, w)), AdamState(k, dict(zip(blocks, m)), dict(zip(blocks, v)))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..roles import RULES, check_range, kind
-from .inplace import InPlace, check_choice, columns
+from .inplace import OVER, InPlace, check_choice, columns
 
 # %% ../../nbs/31_rules/07_lamb.ipynb #state
 class LAMBState(NamedTuple):
@@ -82,7 +82,7 @@ class LAMB(InPlace):
     def tally(self, state, blocks, grads):
         return () if self.max_grad_norm is None else (torch.stack(torch._foreach_norm(list(grads.values()))).square().sum(),)
 
-    def update(self, state, blocks, grads, total):
+    def update(self, state, blocks, grads, total, ops):
         k, wd = state.step + 1, self.weight_decay
         w, g, m, v = columns(blocks, blocks, grads, state.exp_avg, state.exp_avg_sq)
         decays = [self.adapt != "matrices" or b.ndim > 1 for b in w]
@@ -91,11 +91,9 @@ class LAMB(InPlace):
         if total: g = torch._foreach_div(g, (total[0].sqrt() / self.max_grad_norm).clamp(min=1))
         if wd and self.decay == "l2":
             g = [torch.add(a, b, alpha=wd) if d else a for a, b, d in zip(g, w, decays)]
-        if self.grad_averaging: torch._foreach_lerp_(m, g, 1 - self.beta1)
-        else:
-            torch._foreach_mul_(m, self.beta1)
-            torch._foreach_add_(m, g)
-        torch._foreach_mul_(v, self.beta2)
+        m = ops.lerp(m, g, 1 - self.beta1) if self.grad_averaging else ops.mul(m, self.beta1)
+        if not self.grad_averaging: torch._foreach_add_(m, g)
+        v = ops.mul(v, self.beta2)
         torch._foreach_addcmul_(v, g, g, value=1 - self.beta2)
 
         first = 1 - self.beta1 ** k if self.bias_correction != "none" else 1.
@@ -105,18 +103,16 @@ class LAMB(InPlace):
         torch._foreach_add_(u, self.eps * root)
         torch._foreach_reciprocal_(u)
         torch._foreach_mul_(u, m)
-        if wd and any(decays):
-            if self.decay == "outside": torch._foreach_mul_(some(w), 1 - self.lr * wd)
-            if self.decay == "inside": torch._foreach_add_(some(u), some(w), alpha=wd / scale)
+        if wd and self.decay == "outside": w, ops = ops.mul(w, [1 - self.lr * wd if d else 1. for d in decays]), OVER
+        if wd and self.decay == "inside" and any(decays): torch._foreach_add_(some(u), some(w), alpha=wd / scale)
 
         weight, adam = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(u)) * scale
         ratio = torch.where((weight > 0) & (adam > 0), weight.clamp(self.norm_low, self.norm_high) / (adam + self.ratio_eps), 1.)
         if self.ratio_high is not None: ratio = ratio.clamp(max=self.ratio_high)
         ratio = [r if a else torch.ones_like(r) for r, a in zip(ratio.unbind(), adapts)]
         size = self.lr * scale / (first if self.bias_correction == "first" else 1.)
-        torch._foreach_addcmul_(w, u, ratio, value=-size)
-        measured = (dict(zip(blocks, t)) for t in (weight.unbind(), adam.unbind(), ratio))
-        return LAMBState(k, state.exp_avg, state.exp_avg_sq, *measured)
+        w, *kept = (dict(zip(blocks, t)) for t in (ops.addcmul(w, u, ratio, value=-size), m, v, weight.unbind(), adam.unbind(), ratio))
+        return w, LAMBState(k, *kept)
 
 # %% ../../nbs/31_rules/07_lamb.ipynb #words
 for _name in ("paper", "cybertronai", "timm", "apex", "nvlamb", "pytorch_optimizer"): RULES[f"lamb-{_name}"] = getattr(LAMB, _name)

@@ -58,7 +58,7 @@ class LARS(InPlace):
         zeros = lambda *shape: {n: b.new_zeros(*shape or b.shape) for n, b in blocks.items()}
         return LARSState(zeros(), zeros(()), zeros(()), zeros(()))
 
-    def update(self, state, blocks, grads, total):
+    def update(self, state, blocks, grads, total, ops):
         wd, (w, g, v) = self.weight_decay, columns(blocks, blocks, grads, state.velocity)
         decays = [self.adapt != "matrices" or b.ndim > 1 for b in w]
         weight, grad = (torch.stack(torch._foreach_norm(t)) for t in (w, g))
@@ -69,11 +69,12 @@ class LARS(InPlace):
         if wd: g = [torch.add(a, b, alpha=wd) if d else a for a, b, d in zip(g, w, decays)]
 
         inside, outside = (self.lr, 1.) if self.rate == "inside" else (1., self.lr)
-        torch._foreach_mul_(v, self.beta)
+        v = ops.mul(v, self.beta)
         torch._foreach_addcmul_(v, g, ratio, value=inside)
-        torch._foreach_add_(w, v, alpha=-outside * (self.beta if self.nesterov else 1))
+        w = ops.add(w, v, alpha=-outside * (self.beta if self.nesterov else 1))
         if self.nesterov: torch._foreach_addcmul_(w, g, ratio, value=-self.lr)
-        return LARSState(state.velocity, *(dict(zip(blocks, t)) for t in (weight.unbind(), grad.unbind(), ratio)))
+        w, *kept = (dict(zip(blocks, t)) for t in (w, v, weight.unbind(), grad.unbind(), ratio))
+        return w, LARSState(*kept)
 
 # %% ../../nbs/31_rules/08_lars.ipynb #words
 for _name in ("paper", "timm", "pytorch_optimizer"): RULES[f"lars-{_name}"] = getattr(LARS, _name)

@@ -26,16 +26,19 @@ class Momentum(InPlace):
     beta: float = 0.9         # β, in [0, 1)
     nesterov: bool = False    # step along g + βv instead of v
 
+    @property
+    def scratch(self) -> bool: return self.nesterov
+
     def __post_init__(self):
         check_range(self, "lr", 0)
         check_range(self, "beta", 0, 1)
 
     def init(self, blocks, roles): return MomentumState({k: torch.zeros_like(b) for k, b in blocks.items()})
 
-    def update(self, state, blocks, grads, total):
+    def update(self, state, blocks, grads, total, ops):
         w, g, v = columns(blocks, blocks, grads, state.velocity)
-        torch._foreach_mul_(v, self.beta)
+        v = ops.mul(v, self.beta)
         torch._foreach_add_(v, g)
         direction = torch._foreach_add(g, v, alpha=self.beta) if self.nesterov else v
-        torch._foreach_add_(w, direction, alpha=-self.lr)
-        return state
+        w = ops.add(w, direction, alpha=-self.lr)
+        return dict(zip(blocks, w)), MomentumState(dict(zip(blocks, v)))

@@ -33,11 +33,11 @@ class RMSProp(InPlace):
 
     def init(self, blocks, roles): return RMSPropState({k: torch.zeros_like(b) for k, b in blocks.items()})
 
-    def update(self, state, blocks, grads, total):
+    def update(self, state, blocks, grads, total, ops):
         w, g, nu = columns(blocks, blocks, grads, state.square_avg)
-        torch._foreach_mul_(nu, self.beta2)
+        nu = ops.mul(nu, self.beta2)
         torch._foreach_addcmul_(nu, g, g, 1 - self.beta2)
         root = torch._foreach_sqrt(nu)
         torch._foreach_add_(root, self.eps)
-        torch._foreach_addcdiv_(w, g, root, -self.lr)
-        return state
+        w = ops.addcdiv(w, g, root, -self.lr)
+        return dict(zip(blocks, w)), RMSPropState(dict(zip(blocks, nu)))
