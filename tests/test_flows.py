@@ -75,6 +75,15 @@ def test_local_errors_have_their_order(method, order):
     assert 2**(order + .8) < errors[0] / errors[1] < 2**(order + 2)
 
 
+def test_a_first_step_that_is_far_too_long_is_cut_at_once():
+    "A hundredfold too long: twice rejected, and the step found then is not lost to the short rest of the duration."
+    rates = torch.linspace(1, 10, 30, dtype=torch.float64)
+    first = DormandPrince(1e-6).advance(lambda y: -rates * y, torch.ones_like(rates), -rates, 10., 10., 0.)
+    assert first.rejected <= 2 and torch.allclose(first.y, torch.exp(-10 * rates), atol=1e-5)
+    again = DormandPrince(1e-6).advance(lambda y: -rates * y, first.y, -rates * first.y, 10., first.step, 0.)
+    assert again.rejected == 0 and first.step > .2
+
+
 def test_peers_agree():
     "SciPy and torchdiffeq, both at a far smaller tolerance."
     problem, time = small(model="fc-tanh:width=8"), 3.

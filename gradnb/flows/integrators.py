@@ -87,12 +87,13 @@ class Adaptive:
         "Raises RuntimeError where the steps become too small to move on."
         left, rejected, ok = duration, 0, True
         while left > 0:
-            n = equal_steps(left, min(step, self.longest(rate)))
-            h = left / n
+            h = min(step, self.longest(rate))
+            n = equal_steps(left, h)
+            if n < 3: h = left / n
             new, f_new, error = self.attempt(field, y, f, h, rate)
             size = float(error.norm() / torch.maximum(y.norm(), new.norm()).clamp_min(torch.finfo(y.dtype).tiny)) / self.tol
             if not math.isfinite(size): size = math.inf
-            grow = min(5., max(.2, .9 * size ** (-1 / (self.order + 1)))) if size > 0 else 5.
+            grow = min(5., max(.05, .9 * size ** (-1 / (self.order + 1)))) if size > 0 else 5.
             if ok := size <= 1:
                 y, f, left = new, f_new, left - h if n > 1 else 0.
                 step = max(step, h * grow) if grow > 1 else h * grow
