@@ -10,7 +10,7 @@ __all__ = ['edge_of', 'preconditioned_sharpness_probe', 'update_radius_probe', '
 from math import nan
 import torch
 from .noise_probes import learning_rate
-from .probes import PROBES, Probe, View, every
+from .probes import PROBES, Probe, View
 from .roles import check_number, draw
 from .rule_probes import ahead
 from .thresholds.directions import batch_sharpness, critical_sharpness, directional_sharpness, interaction_sharpness, sam_edge
@@ -18,8 +18,6 @@ from .thresholds.metrics import Metric, metric_of, preconditioned_sharpness
 from .thresholds.updates import Grows, Radius, update_radius
 
 # %% ../nbs/49_curvature_probes.ipynb #metric
-_every = every    # the schedule, under a name that the builders' arguments do not hide
-
 def edge_of(view: View, metric: Metric) -> float:
     "The threshold of the run's rule, under its estimator."
     if (rho := getattr(view.stepper.estimator, "rho", 0.)) == 0: return metric.threshold
@@ -43,7 +41,7 @@ def preconditioned_sharpness_probe(
         one = lambda v: v[0] if k == 1 else v
         return dict(value=one(eigs.values), error=one(eigs.errors), residual=one(eigs.residuals), converged=eigs.converged, matvecs=eigs.matvecs,
                     threshold=edge_of(view, metric))
-    return Probe("preconditioned_sharpness", _every(every), measure)
+    return Probe("preconditioned_sharpness", every, measure)
 
 @PROBES.add("update_radius")
 def update_radius_probe(
@@ -57,7 +55,7 @@ def update_radius_probe(
     def measure(view):
         try: return update_radius(view.problem, view.stepper, view.state, tol, products, view.point, view.stream)
         except Grows: return Radius(nan, nan, nan, nan, 0, False)
-    return Probe("update_radius", _every(every), measure)
+    return Probe("update_radius", every, measure)
 
 # %% ../nbs/49_curvature_probes.ipynb #step
 def two_over(view: View) -> float:
@@ -75,7 +73,7 @@ def directional_sharpness_probe(
     def measure(view):
         d = None if along == "grad" else (view.theta - ahead(view).theta) * (two_over(view) / 2)
         return dict(value=directional_sharpness(view.point, d), threshold=two_over(view))
-    return Probe("directional_sharpness" if along == "grad" else "step_sharpness", _every(every), measure)
+    return Probe("directional_sharpness" if along == "grad" else "step_sharpness", every, measure)
 
 @PROBES.add("critical_sharpness")
 def critical_sharpness_probe(
@@ -89,7 +87,7 @@ def critical_sharpness_probe(
         found = critical_sharpness(view.point, step, 2 / two_over(view), tol, view.memory.get("multiple", 1.))
         if 0 < found.multiple: view.memory["multiple"] = found.multiple
         return found._asdict() | dict(threshold=two_over(view))
-    return Probe("critical_sharpness", _every(every), measure)
+    return Probe("critical_sharpness", every, measure)
 
 # %% ../nbs/49_curvature_probes.ipynb #batch
 def drawn(view: View, draws: int):
@@ -113,7 +111,7 @@ def batch_sharpness_probe(
     def measure(view):
         found = batch_sharpness(view.problem, view.theta, drawn(view, draws), tol)
         return found._asdict() | dict(threshold=plain_edge(view))
-    return Probe("batch_sharpness", _every(every), measure)
+    return Probe("batch_sharpness", every, measure)
 
 @PROBES.add("interaction_sharpness")
 def interaction_sharpness_probe(
@@ -125,4 +123,4 @@ def interaction_sharpness_probe(
     def measure(view):
         found, edge = interaction_sharpness(view.point, drawn(view, draws)), plain_edge(view)
         return found.sharpness._asdict() | dict(threshold=edge * found.edge.value, threshold_stderr=edge * found.edge.stderr)
-    return Probe("interaction_sharpness", _every(every), measure)
+    return Probe("interaction_sharpness", every, measure)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .curvature import sharpness
 from .problem import Evaluation, Point, Problem
 from .registry import Registry
-from .roles import Batch, State, check_range, draw
+from .roles import Batch, State, check_number, check_range, draw
 from .streams import Stream
 from .traces import as_row
 
@@ -151,8 +151,11 @@ def sharpness_probe(
     examples: int = 0,      # on the first so many training examples only; 0: all
     which: str = "largest", # or "smallest": the negative end
 ) -> Probe:
-    "The k outermost Hessian eigenvalues, each search warm from the last; columns value, error (above it), residual, converged, matvecs."
-    if examples < 0: raise ValueError(f"examples is how many of the first are measured on, 0 for all; got {examples}.")
+    "The k outermost Hessian eigenvalues, each search warm from the last; columns value, error (above it; below the smallest), residual, converged, matvecs."
+    check_number("probe 'sharpness'", "k", k, 1, whole=True)
+    check_number("probe 'sharpness'", "examples", examples, 0, whole=True)
+    check_number("probe 'sharpness'", "tol", tol, 1e-15, 1)
+    if which not in ("largest", "smallest"): raise ValueError(f"which is 'largest' or 'smallest', got {which!r}.")
     def measure(view):
         point = view.frozen_point if frozen else view.point
         if examples: point = point.problem.at(view.theta, Batch(torch.arange(min(examples, view.problem.n))))

@@ -9,6 +9,7 @@ __all__ = ['MATRICES', 'spectrum_probe', 'stored_spectrum']
 import torch
 from .probes import PROBES, Probe
 from .problem import Point
+from .roles import check_number
 from .spectra import Spectrum, diagonal_block, spectrum
 from .traces import WIDEST, Trace
 
@@ -25,6 +26,8 @@ def spectrum_probe(
 ) -> Probe:
     "Stochastic Lanczos quadrature; columns nodes, weights, draws, trace, trace_stderr, square, square_stderr (of ‖·‖²_F)."
     if matrix not in MATRICES: raise ValueError(f"matrix must be one of {', '.join(MATRICES)}, got {matrix!r}.")
+    check_number("probe 'spectrum'", "draws", draws, 2, whole=True)                          # one shows no spread
+    check_number("probe 'spectrum'", "steps", steps, 1, whole=True)
     if draws * steps > WIDEST: raise ValueError(f"{draws} directions of {steps} products are {draws * steps} nodes; a trace takes {WIDEST} in a row.")
     def measure(view):
         point, layout, p = view.point, view.problem.layout, view.problem.p

@@ -7,6 +7,7 @@ __all__ = ['iterates_probe', 'flow_probe', 'stabilization_probe']
 
 # %% ../nbs/49_trajectory_probes.ipynb #imports
 from .probes import PROBES, Probe
+from .roles import check_number
 from .selfstabilization import self_stabilization
 from .trajectories import Projection
 
@@ -46,6 +47,7 @@ def stabilization_probe(
     tol: float = 1e-3,   # residual allowed, relative to the sharpness
 ) -> Probe:
     "What drives the sharpness and what holds it (Damian et al. 2023); columns sharpness, residual, alpha, beta, delta."
+    check_number("probe 'stabilization'", "tol", tol, 1e-15, 1)
     def measure(view):
         s = self_stabilization(view.point, tol=tol, warm=view.memory.get("vector"), stream=view.stream)
         view.memory["vector"] = s.vector
