@@ -18,7 +18,7 @@ from .layout import Layout, role_of
 from .registry import unknown
 from .roles import Rule
 from .rules import adam, agd, gd, lamb, lars, momentum, rmsprop
-from .rules.inplace import OVER, InPlace
+from .rules.inplace import OVER
 
 # %% ../nbs/43_optim.ipynb #words
 def to_torch(
@@ -56,7 +56,7 @@ def advance(
     total: tuple,                # the tally of all blocks, for a rule that takes one
 ):                               # the next state
     "One step of a rule, in place."
-    moved, state = rule.update(state, blocks, grads, total, OVER) if isinstance(rule, InPlace) else rule.step(state, blocks, grads)
+    moved, state = rule.update(state, blocks, grads, total, OVER) if hasattr(rule, "update") else rule.step(state, blocks, grads)
     if away := [n for n, b in blocks.items() if moved[n] is not b]:
         torch._foreach_copy_([blocks[n] for n in away], [moved[n] for n in away])
     return state
@@ -141,7 +141,7 @@ class Face(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad(): loss = closure()
         work = [call for i in range(len(self.param_groups)) for call in self._calls(i)]
-        tallies = [call.rule.tally(call.state, call.blocks, call.grads) for call in work if isinstance(call.rule, InPlace)]
+        tallies = [call.rule.tally(call.state, call.blocks, call.grads) for call in work if hasattr(call.rule, "tally")]
         totals = {d: tuple(sum(t.to(d) if isinstance(t, Tensor) else t for t in column) for column in zip(*tallies))
                   for d in {call.device for call in work}}
         for call in work:
