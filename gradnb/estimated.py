@@ -41,6 +41,7 @@ class Estimated:
         theta, stream = self.theta, Stream(self.seed) / "train" / self.steps
         self.state = self.estimator.refresh(self.state, self.problem, theta, self.steps, stream / "refresh")
         batch = draw(self.estimator, self.state, self.problem, stream / "batch")
+        if hasattr(self.optimizer, "observe"): self._show(batch)
         grad, loss = self.estimator.estimate(self.state, self.problem, theta, batch)
         before = [p.grad for p in self.params]
         try:
@@ -51,6 +52,12 @@ class Estimated:
         for k, b in self.problem.settle(theta, {k: self.buffers[k] for k in self.problem.buffers}, batch).items(): self.buffers[k].copy_(b)
         self.steps += 1
         return loss
+
+    def _show(self, batch):
+        "K-FAC takes its factors from the batch."
+        where = slice(None) if batch is None else batch.idx.to(self.problem.device)
+        given = self.optimizer.param_groups[0]["fisher"] == "empirical"
+        self.optimizer.observe(self.problem.dataset.x[where], self.problem.dataset.y[where] if given else None)
 
     def state_dict(self) -> dict:
         "Everything that the next step depends on, but for the parameters."

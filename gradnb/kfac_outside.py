@@ -17,6 +17,7 @@ from .layout import Layout
 from .likelihood import sample_targets
 from .losses import resolve_loss
 from .network import Network
+from .registry import unknown
 from .rules import kfac
 from .streams import Stream
 
@@ -32,6 +33,7 @@ class Watch:
 class KFAC(torch.optim.Optimizer):
     "gradnb.rules.kfac.KFAC around a network's `.grad`s. All parameters are one group."
     rule = kfac.KFAC
+    _WORDS = tuple(f.name for f in fields(kfac.KFAC) if f.name != "size")
     _LAYER = "A", "G", "left", "right", "eigenvalues", "moments"     # what the state of a layer's weight holds beside its velocity
 
     def __init__(self,
@@ -43,19 +45,24 @@ class KFAC(torch.optim.Optimizer):
         **hyper,                           # as for gradnb.rules.kfac.KFAC, but `size`: what goes through the network is looked at
     ):
         if "size" in hyper: raise ValueError("the factors come from the batch that goes through the network; size has no meaning here.")
+        for name in hyper:
+            if name not in self._WORDS: raise unknown("argument of KFAC", name, [*self._WORDS, "loss", "seed", "maximize"])
+        if isinstance(lr, Tensor) and lr.numel() != 1: raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}.")
         rule = kfac.KFAC(float(lr), **hyper)
         self.module, self.loss, self._seen, self._quiet = module, resolve_loss(loss), None, False
-        words = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "size"}
+        words = {name: getattr(rule, name) for name in self._WORDS}
         named = [(k, p) for k, p in module.named_parameters() if p.requires_grad]
+        rule.init({k: torch.empty_like(p, device="meta") for k, p in named}, {})
         super().__init__(named, words | dict(lr=lr, maximize=maximize, seed=seed, step=0, refreshed=-1))
         self._listen()
 
     def _listen(self): self._hook = self.module.register_forward_pre_hook(Watch(self))
 
     def see(self, x: Tensor):
-        "What the hook does: note the input of a training forward pass when factors are due."
-        if self.module.training and torch.is_grad_enabled() and not self._quiet:
-            group = self.param_groups[0]
+        "What the hook does: note the input of a training forward pass of the network itself when factors are due."
+        group = self.param_groups[0]
+        own = any(p is group["params"][0] for p in self.module.parameters())
+        if own and self.module.training and torch.is_grad_enabled() and not self._quiet:
             if self._rule().due(self._read(group), group["step"]): self.observe(x)
 
     def observe(self,
@@ -82,8 +89,7 @@ class KFAC(torch.optim.Optimizer):
 
     def _rule(self) -> kfac.KFAC:
         group = self.param_groups[0]
-        return kfac.KFAC(**{f.name: float(v) if isinstance(v := group[f.name], Tensor) else v
-                            for f in fields(kfac.KFAC) if f.name != "size"})
+        return kfac.KFAC(**{k: float(group[k]) if isinstance(group[k], Tensor) else group[k] for k in self._WORDS})
 
     def _read(self, group) -> kfac.KFACState:
         velocity, factors, inverse, moments = {}, {}, {}, {}
@@ -118,12 +124,19 @@ class KFAC(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        "One step; returns the loss of `closure`, if there is one. Raises RuntimeError when factors are due and nothing was seen."
+        """One step; returns the loss of `closure`, if there is one. What has no gradient stays where it is.
+
+        Raises RuntimeError when factors are due and nothing was seen.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
         group, rule = self.param_groups[0], self._rule()
-        state, names = self._read(group), group["param_names"]
+        blocks, state = dict(zip(group["param_names"], group["params"])), self._read(group)
+        alive = [n for n, p in blocks.items() if p.grad is not None]
+        if not alive: return loss
+        if sparse := [n for n in alive if blocks[n].grad.is_sparse]:
+            raise TypeError(f"KFAC takes dense gradients, but that of {sparse[0]!r} is sparse.")
         if rule.due(state, group["step"]):
             if self._seen is None:
                 raise RuntimeError("K-FAC's factors are due, and no training forward pass of the network was seen; call the network in "
@@ -132,14 +145,11 @@ class KFAC(torch.optim.Optimizer):
             if rule.fisher == "empirical" and targets is None:
                 raise RuntimeError('fisher="empirical" takes the targets of the data: call opt.observe(x, y) before step.')
             with self.silent(): state = rule.refreshed(state, group["step"], lambda: self._parts(group, x, targets))
-        sparse = [n for n, p in zip(names, group["params"]) if p.grad is not None and p.grad.is_sparse]
-        if sparse: raise RuntimeError(f"K-FAC takes no sparse gradients, and that of {sparse[0]!r} is; use sparse=False.")
         sign = -1 if group["maximize"] else 1
-        blocks = dict(zip(names, group["params"]))
         grads = {n: torch.zeros_like(p) if p.grad is None else sign * p.grad for n, p in blocks.items()}
-        moved, state = rule.step(state, {n: p.detach() for n, p in blocks.items()}, grads)
-        torch._foreach_copy_(list(blocks.values()), [moved[n] for n in blocks])
-        self._write(group, state)
+        moved, after = rule.step(state, {n: p.detach() for n, p in blocks.items()}, grads)
+        torch._foreach_copy_([blocks[n] for n in alive], [moved[n] for n in alive])
+        self._write(group, after._replace(velocity=state.velocity | {n: after.velocity[n] for n in alive}))
         group["step"] += 1
         self._seen = None
         return loss
@@ -148,5 +158,8 @@ class KFAC(torch.optim.Optimizer):
         return super().__getstate__() | dict(module=self.module, loss=self.loss, _seen=None, _quiet=False)
 
     def __setstate__(self, state):
+        for group in state["param_groups"]:
+            if missing := [k for k in (*self._WORDS, "seed", "step", "refreshed") if k not in group]:
+                raise ValueError(f"this state dict has no {missing}, so it is not that of a KFAC.")
         super().__setstate__(state)
         if "module" in state: self._listen()

@@ -46,7 +46,23 @@ def info(cls, *configs, schedulers=(decay, cosine, plateau, cyclic), wrong=None,
                          not_og_supported_flags=("foreach", "maximize"), **more)
 
 
+class Layered(optim.KFAC):
+    "K-FAC over the weights and biases of two layers, which is given a batch of its own before every step."
+    def __init__(self, params, **hyper):
+        a, b, c, d = params
+        net = nn.Sequential(nn.Linear(5, 10), nn.Tanh(), nn.Linear(10, 3))
+        net[0].weight, net[0].bias, net[2].weight, net[2].bias = a, b, c, d
+        super().__init__(net, loss="mse", **hyper)
+
+    def step(self, closure=None):
+        weight = self.param_groups[0]["params"][0]
+        self.observe(torch.linspace(-1, 1, 20, device=weight.device, dtype=weight.dtype).view(4, 5))
+        return super().step(closure)
+
+
 NAN = float("nan")
+KFAC = OptimizerInfo(Layered, optim_inputs_func=inputs(dict(lr=.01), dict(lr=.01, ekfac=True, damping=.1, every=2, invert=3), dict(lr=torch.tensor(.01))),
+                     scheduler_inputs=[[decay], [plateau]], supported_impls=(), not_og_supported_flags=())
 FACES = [
     info(optim.GD, dict(lr=.01), dict(lr=torch.tensor(.01)), wrong=dict(lr=-1.)),
     info(optim.Momentum, dict(lr=.01), dict(lr=.01, momentum=.5, nesterov=True), dict(lr=torch.tensor(.01)),
@@ -105,7 +121,7 @@ def same_state(a, b):
 
 
 class Faces(TestCase):
-    @optims(FACES)
+    @optims([*FACES, KFAC])
     def test_goes_the_right_way_under_every_scheduler(self, device, dtype, optim_info):
         for strided, (cls, hyper) in ((s, c) for s in (False, True) for c in every(optim_info, device)):
             for build in ([], *optim_info.scheduler_inputs):
@@ -129,7 +145,7 @@ class Faces(TestCase):
             for other in ends[1:]:
                 for a, b in zip(ends[0], other): self.assertEqual(a, b, rtol=1e-13, atol=1e-13)
 
-    @optims(FACES)
+    @optims([*FACES, KFAC])
     def test_state_dict_goes_through_a_file_to_the_last_bit(self, device, dtype, optim_info):
         for cls, hyper in every(optim_info, device):
             params = weights(device)
@@ -145,7 +161,7 @@ class Faces(TestCase):
             go(twin, twins, 3)
             self.assertTrue(equal(params, twins))
 
-    @optims(FACES)
+    @optims([*FACES, KFAC])
     def test_copies_and_pickles_go_on_alike(self, device, dtype, optim_info):
         for cls, hyper in every(optim_info, device):
             params = weights(device)
@@ -160,7 +176,7 @@ class Faces(TestCase):
                 go(stay, here, 2)
                 self.assertTrue(equal(twins, here))
 
-    @optims(FACES)
+    @optims([*FACES, KFAC])
     def test_gradients_are_left_alone(self, device, dtype, optim_info):
         for cls, hyper in every(optim_info, device):
             params = weights(device)
@@ -173,7 +189,7 @@ class Faces(TestCase):
                 for p, (g, version, value) in zip(params, before):
                     self.assertTrue(p.grad is g and g._version == version and torch.equal(g, value))
 
-    @optims(FACES)
+    @optims([*FACES, KFAC])
     def test_without_gradients_nothing_happens(self, device, dtype, optim_info):
         for cls, hyper in every(optim_info, device):
             params = weights(device)
@@ -219,7 +235,7 @@ class Faces(TestCase):
                 for o in optimizers: o.step()
                 self.assertEqual(torch.view_as_real(w.detach()), pair.detach(), rtol=1e-13, atol=1e-13)
 
-    @optims(FACES)
+    @optims([*FACES, KFAC])
     def test_a_tensor_is_a_learning_rate_like_a_number(self, device, dtype, optim_info):
         if not optim_info.scheduler_inputs: return
         for lr in (torch.tensor(.01, dtype=torch.float64), torch.tensor([.01], dtype=torch.float64)):
@@ -235,7 +251,7 @@ class Faces(TestCase):
                 self.assertEqual(isinstance(optimizer.param_groups[0]["lr"], torch.Tensor), rate is lr)
             for a, b in zip(*ends): self.assertEqual(a, b, rtol=1e-12, atol=1e-12)
 
-    @optims(FACES)
+    @optims([*FACES, KFAC])
     def test_closure_has_gradients_enabled_and_its_loss_comes_back(self, device, dtype, optim_info):
         for cls, hyper in every(optim_info, device):
             params = weights(device)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradnb import Descent, Problem, load_dataset, optim, trajectory
+from gradnb import Descent, MiniBatch, Problem, load_dataset, optim, trajectory
+from gradnb.estimated import Estimated
 from gradnb.network import drawing
 from gradnb.rules.kfac import KFAC
 from gradnb.streams import Stream
@@ -70,6 +71,50 @@ def test_hooks_are_silent_where_they_should_be():
     assert not net._forward_pre_hooks
 
 
+def test_measurements_through_the_networks_module_are_not_seen():
+    "Factors are due, the network is in training mode, and gradnb measures with the module that the hook sits on."
+    net = network()
+    opt = optim.KFAC(net, .05)
+    problem = Problem(net, "ce", DIGITS.to(dtype=torch.float64))
+    for measure in (problem.loss, problem.grad_and_loss, lambda t: problem.hvp(t, t), lambda t: list(problem.layer_io(t)), problem.example_grads):
+        measure(problem.theta0)
+        assert opt._seen is None
+    net(DIGITS.x[:7].double())
+    problem.grad_and_loss(problem.theta0)
+    assert len(opt._seen[0]) == 7
+
+
+@pytest.mark.parametrize("fisher", ["true", "empirical"])
+def test_an_estimator_shows_its_batches(fisher):
+    net, twin = network(), network()
+    hyper = dict(every=2, invert=2, fisher=fisher)
+    run = Estimated(optim.KFAC(net, .05, **hyper), Problem(net, "ce", DIGITS.to(dtype=torch.float64)), MiniBatch(20))
+    opt = optim.KFAC(twin, .05, **hyper)
+    for k in range(4):
+        idx = MiniBatch(20).sample((), run.problem, Stream(0) / "train" / k / "batch").idx
+        x, y = DIGITS.x[idx].double(), DIGITS.y[idx]
+        opt.zero_grad()
+        nn.functional.cross_entropy(twin(x), y).backward()
+        opt.observe(x, y if fisher == "empirical" else None)
+        opt.step()
+        run.step()
+        for p, q in zip(net.parameters(), twin.parameters()): torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_what_has_no_gradient_stays():
+    net = network()
+    opt, start = optim.KFAC(net, .05), copy.deepcopy(net)
+    opt.step()
+    assert not opt.state and opt.param_groups[0]["step"] == 0
+    for k in range(3):
+        backward(net, opt, observe=False)
+        if k > 0: net[0].bias.grad = None
+        if k == 1: held, velocity = net[0].bias.detach().clone(), opt.state[net[0].bias]["velocity"].clone()
+        opt.step()
+    assert torch.equal(net[0].bias, held) and torch.equal(opt.state[net[0].bias]["velocity"], velocity)
+    assert not torch.equal(net[0].bias, start[0].bias) and not torch.equal(net[0].weight, start[0].weight)
+
+
 def test_the_network_is_not_disturbed_by_looking():
     "BatchNorm's running statistics move once a step, by the training pass, and torch's generator stays."
     with drawing(Stream(0), torch.device("cpu")):
@@ -130,3 +175,30 @@ def test_what_is_refused_says_why():
         backward(net, hinge, observe=False)
         hinge.step()
     with pytest.raises(ValueError, match="one group"): opt.add_param_group({"params": []})
+    with pytest.raises(ValueError, match="Did you mean 'damping'"): optim.KFAC(net, .1, dampin=.1)
+    with pytest.raises(ValueError, match="1-element, got shape .2,."): optim.KFAC(net, torch.ones(2))
+    for lr in (-1., float("nan")):
+        with pytest.raises(ValueError, match=f"lr={lr}"): optim.KFAC(net, lr)
+    with pytest.raises(TypeError, match="block '0.weight' is torch.complex128"): optim.KFAC(nn.Sequential(nn.Linear(3, 2, dtype=torch.complex128)), .1)
+    normed = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.LayerNorm(8), nn.Linear(8, 10)).double()
+    with pytest.raises(TypeError, match=r"no factors for layer '2' \(LayerNorm\)"):
+        lost = optim.KFAC(normed, .1)
+        backward(normed, lost)
+        lost.step()
+    net[3].weight.grad = net[3].weight.grad.to_sparse()
+    with pytest.raises(TypeError, match="dense gradients, but that of '3.weight' is sparse"): opt.step()
+
+
+@pytest.mark.parametrize("build", [lambda p: torch.optim.SGD(p, .1, momentum=.9), torch.optim.AdamW, optim.LAMB, lambda p: optim.LARS(p, 1.)])
+def test_a_state_dict_of_another_rule_is_refused(build):
+    net, stranger = network(), network()
+    opt, other = optim.KFAC(net, .05), build(stranger.parameters())
+    backward(net, opt)
+    opt.step()
+    backward(stranger, opt, observe=False)
+    other.step()
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="not that of a KFAC"): opt.load_state_dict(other.state_dict())
+    assert str(before) == str(opt.state_dict())
+    for face in (optim.Momentum(network().parameters(), .1), optim.LAMB(network().parameters())):
+        with pytest.raises(ValueError, match=type(face).__name__): face.load_state_dict(opt.state_dict())

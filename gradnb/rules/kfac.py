@@ -80,7 +80,10 @@ class KFAC(Rule):
             if getattr(self, name) is not None or name not in ("clip", "size"): check_range(self, name, low, high)
         check_choice(self, "fisher", "true", "empirical")
 
-    def init(self, blocks, roles): return KFACState({k: torch.zeros_like(b) for k, b in blocks.items()}, {}, {}, {})
+    def init(self, blocks, roles):
+        for n, b in blocks.items():
+            if b.is_complex(): raise TypeError(f"K-FAC is for real weights, but block {n!r} is {b.dtype}.")
+        return KFACState({k: torch.zeros_like(b) for k, b in blocks.items()}, {}, {}, {})
 
     def due(self, state: KFACState, k: int) -> bool:
         "Is there anything to refresh at step k?"
