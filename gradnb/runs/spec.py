@@ -16,9 +16,10 @@ from ..files import parse_json
 from ..models import build_model
 from ..probes import PROBES
 from ..problem import Problem
-from ..roles import KINDS, Estimator, Rule, Stepper
+from ..roles import KINDS, Estimator, Rule, Stepper, check_number
 from ..rules.fromtorch import optimizer_class
 from ..steppers import Descent
+from ..training import check_probes
 
 # %% ../../nbs/60_runs/01_spec.ipynb #json
 def encode(obj):
@@ -107,6 +108,7 @@ class Spec(Identity):
 
     def __post_init__(self):
         object.__setattr__(self, "probes", (self.probes,) if isinstance(self.probes, str) else tuple(self.probes))
+        check_number("a run", "steps", self.steps, 0, whole=True)
         if self.dtype not in ("float32", "float64"): raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}.")
         if isinstance(self.rule, Stepper) and self.estimator != FullBatch():
             raise ValueError(f"a flow follows the gradient of all examples; leave out the estimator {self.estimator!r}.")
@@ -122,7 +124,7 @@ class Spec(Identity):
         module = build_model(self.model, data, seed=self.seed).to(where, getattr(torch, self.dtype))
         problem = Problem(module, self.loss, data, self.chunk_size)
         stepper = self.rule if isinstance(self.rule, Stepper) else Descent(self.rule, self.estimator)
-        return problem, stepper, tuple(PROBES.build(p) for p in self.probes)
+        return problem, stepper, check_probes(PROBES.build(p) for p in self.probes)
 
 # %% ../../nbs/60_runs/01_spec.ipynb #imported
 @dataclass(frozen=True)

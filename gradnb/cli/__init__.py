@@ -1,0 +1,4 @@
+"gradnb from a terminal."
+from gradnb.cli.command import main
+
+__all__ = ["main"]
