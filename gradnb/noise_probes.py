@@ -9,6 +9,7 @@ __all__ = ['named_estimator', 'state_of', 'age', 'estimates', 'titled', 'single_
            'freshness_probe', 'clusters_probe']
 
 # %% ../nbs/46_noise_probes.ipynb #imports
+from dataclasses import replace
 from math import nan
 import torch
 from torch import Tensor
@@ -124,9 +125,11 @@ def update_variance_probe(
     draws: int = 50,         # steps tried
     every: int = 100,        # steps between measurements
 ) -> Probe:
-    "Tr Cov of θ_{k+1} − θ_k given the state at k; columns value, stderr, low, high, normalized and norm_sq."
+    "Tr Cov of θ_{k+1} − θ_k given the state at k, without K-FAC's KL clip; columns value, stderr, low, high, normalized and norm_sq."
     def measure(view):
-        spread = Spread.of(view.updates(draws))
+        rule, stepper = getattr(view.stepper, "rule", None), view.stepper
+        if hasattr(rule, "unclipped"): stepper = replace(stepper, rule=rule.unclipped())
+        spread = Spread.of(View(view.problem, stepper, view.state, view.stream).updates(draws))
         more = dict(normalized=normalized_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
         return grad_variance(spread)._asdict() | more
     return Probe("update_variance", every, measure)

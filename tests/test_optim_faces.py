@@ -172,6 +172,20 @@ def test_a_face_for_ones_own_rule():
     with pytest.raises(TypeError, match="the state of Odd must be a NamedTuple"): stepped(optim.face(Odd)(params), params)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("name, hyper", CASES, ids=str)
+def test_a_gpu_computes_the_same(name, hyper, dtype, tolerance):
+    here, there = blocks(), blocks()
+    for p, q in zip(here, there): p.data, q.data = p.data.to(dtype), q.data.to("cuda", dtype)
+    with torch.no_grad(): start = [p.clone() for p in here]
+    stepped(build(name, **hyper)(here), here)
+    torch.cuda.set_sync_debug_mode("error")
+    try: stepped(build(name, **hyper)(there), there)
+    finally: torch.cuda.set_sync_debug_mode("default")
+    for p, q, b in zip(here, there, start): assert (p - q.cpu()).norm() <= tolerance * b.norm() and not torch.equal(p, b)
+
+
 @pytest.mark.parametrize("name, hyper", CASES, ids=str)
 def test_mixed_dtypes(name, hyper):
     mixed, double = blocks()[:3], blocks()[:3]

@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradnb import Descent, Momentum, Problem, Stream, load_dataset, trajectory
+from gradnb import Descent, MiniBatch, Momentum, PROBES, Problem, Stream, View, load_dataset, trajectory
 from gradnb.laws import check_rule, check_stepper
 from gradnb.network import drawing
 from gradnb.rules.kfac import KFAC, estimate_factors, estimate_moments, positions
+from gradnb.rules.schedule import Cosine, Scheduled
 
 DIGITS = load_dataset("digits-40")
 
@@ -124,6 +125,32 @@ def test_clip_bounds_the_step_in_the_fisher_metric():
         assert .25 * (free @ state.grad) > clip                    # the clip is at work
         torch.testing.assert_close(.25 * (moved @ state.grad) ** 2 / (free @ state.grad), torch.tensor(clip, dtype=torch.float64))
         torch.testing.assert_close(moved / moved.norm(), free / free.norm())
+
+
+@pytest.mark.parametrize("wrap", [lambda rule: rule, lambda rule: Scheduled(rule, Cosine(10, floor=1.))], ids=["itself", "scheduled"])
+def test_the_clip_is_off_while_the_variance_is_measured(wrap):
+    "What is measured is η² Tr Cov of the preconditioned gradient, at factors that stay."
+    problem, rule = make(), KFAC(.5, beta=0., clip=1e-8, fisher="empirical")
+    stepper = Descent(wrap(rule), MiniBatch(8))
+    state = next(trajectory(problem, stepper))
+    view = View(problem, stepper, state, Stream(3))
+    inner = getattr(state.rule, "inner", state.rule)
+    free = [problem.layout.join(rule.precondition(inner, problem.layout.named(stepper.prepare(problem, state, view.stream / "updates" / i).grad)).values())
+            for i in range(20)]
+    free, clipped = torch.stack(free), view.updates(20)
+    measured = PROBES.build("update_variance:draws=20").measure(view)
+    assert measured["value"] == pytest.approx(.25 * free.var(0).sum().item(), rel=1e-9)
+    assert clipped.var(0).sum() < 1e-3 * measured["value"]
+
+
+def test_factors_are_moving_averages():
+    "By the recursion, with estimates of its own at every other step."
+    problem, stepper = make(), Descent(KFAC(.05, every=2, decay=.7, fisher="empirical"))
+    for k, state in zip(range(7), trajectory(problem, stepper)):
+        if k % 2 == 0:
+            new = estimate_factors(problem.layer_io(state.theta))
+            mean = new if k == 0 else {n: tuple(.7 * a + .3 * b for a, b in zip(mean[n], new[n])) for n in new}
+        torch.testing.assert_close(state.rule.factors, mean)
 
 
 def test_refresh_is_idempotent_keeps_time_and_resumes():

@@ -1,4 +1,5 @@
 "LAMB, LARS and automatic gradient descent keep every law, with every estimator here, and are parts of a spec."
+from copy import copy
 from dataclasses import replace
 from itertools import product
 
@@ -12,12 +13,17 @@ from gradnb.laws import check_rule, check_stepper
 from gradnb.models import build_model
 from gradnb.problem import Problem
 from gradnb.roles import RULES
+from gradnb.rules.adam import Adam
 from gradnb.rules.agd import AutomaticGradientDescent
+from gradnb.rules.gd import GD
+from gradnb.rules.kfac import KFAC
 from gradnb.rules.lamb import LAMB
 from gradnb.rules.lars import LARS
+from gradnb.rules.momentum import Momentum
+from gradnb.rules.rmsprop import RMSProp
 from gradnb.rules.schedule import Cosine, Scheduled
 from gradnb.runs import Spec, Store
-from gradnb.steppers import Descent
+from gradnb.steppers import Descent, trajectory
 
 OURS = [LAMB(.01), LAMB.cybertronai(.01, weight_decay=.1), LAMB.timm(.01), LAMB.pytorch_optimizer(.01, weight_decay=.1),
         LAMB(.01, adapt="matrices", weight_decay=.1), LAMB(.01, decay="l2", weight_decay=.1, ratio_high=1., grad_averaging=False),
@@ -36,6 +42,27 @@ def test_rule(rule):
     check_rule(rule)
     spec = Spec("digits", "fc-tanh", "ce", rule, 3)
     assert Spec.from_json(spec.to_json()) == spec and spec.hash != replace(spec, steps=4).hash
+
+
+@pytest.mark.parametrize("rule", [*OURS, GD(.1), Momentum(.1, nesterov=True), Adam(), RMSProp(), LARS(5., clip=True, adapt="matrices"), KFAC(.1)], ids=repr)
+def test_a_step_reads_no_number(rule):
+    "On the meta device a tensor has no value to wait for: .item(), float() and if would raise."
+    blocks = {"w": torch.empty(4, 3, device="meta"), "c": torch.empty(5, 4, 3, 3, device="meta"), "b": torch.empty(4, device="meta")}
+    state = rule.init(blocks, {})
+    for _ in range(3): blocks, state = rule.step(state, blocks, dict(blocks))
+    assert all(b.is_meta for b in blocks.values())
+
+
+def test_roles_are_those_of_the_layout_and_can_be_others(problem):
+    "The first weight as an embedding: every row by itself."
+    layout, run = problem.layout, lambda p: Descent(AutomaticGradientDescent(vectors=True)).step(p, next(trajectory(p, Descent(
+        AutomaticGradientDescent(vectors=True))))).theta
+    other = copy(problem)
+    other.layout = replace(layout, roles=("embedding", *layout.roles[1:]))
+    plain, rows = (layout.named(run(p) - problem.theta0) for p in (problem, other))
+    lengths = rows[layout.names[0]].norm(dim=1)
+    assert torch.allclose(lengths, lengths.max().expand_as(lengths), rtol=1e-4)
+    assert plain[layout.names[0]].norm(dim=1).std() > 1e-2 * plain[layout.names[0]].norm(dim=1).mean()
 
 
 @pytest.mark.parametrize("rule, estimator", list(product(OURS, [FullBatch(), SAM(.05, MiniBatch(8))])), ids=repr)

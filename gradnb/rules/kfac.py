@@ -7,7 +7,7 @@ __all__ = ['positions', 'outer', 'KFACState', 'KFAC', 'estimate_factors', 'estim
 
 # %% ../../nbs/31_rules/10_kfac.ipynb #imports
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import NamedTuple
 import torch
@@ -138,6 +138,10 @@ class KFAC(Rule):
             if b in grads: v, out[b] = v[:, :-1], v[:, -1].contiguous()
             out[w] = v.reshape(grads[w].shape)
         return out
+
+    def unclipped(self) -> "KFAC":
+        "This rule without its KL clip, which divides a noisy direction by that direction's size: its variance is measured so."
+        return replace(self, clip=None)
 
     def step(self, state, blocks, grads):
         move = self.precondition(state, grads)

@@ -62,6 +62,10 @@ class Scheduled(Rule):
         "The rule as it acts at step k."
         return replace(self.rule, lr=self.rule.lr * self.schedule(k))
 
+    def unclipped(self) -> "Scheduled":
+        "This rule without a clip for which the rule inside has an `unclipped`."
+        return replace(self, rule=self.rule.unclipped()) if hasattr(self.rule, "unclipped") else self
+
     def init(self, blocks, roles): return ScheduledState(0, self.rule.init(blocks, roles))
 
     def refresh(self, state, problem, theta, k, stream):
