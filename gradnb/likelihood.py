@@ -9,7 +9,7 @@ __all__ = ['LIKELIHOODS', 'sample_targets']
 from collections.abc import Callable
 import torch
 from torch import Tensor
-from .losses import ce, mse
+from .losses import ce, mse, unit_mse
 
 # %% ../nbs/17_likelihood.ipynb #sample
 def _normal(outputs, gen):
@@ -19,7 +19,11 @@ def _classes(outputs, gen):
     flat = outputs.double().softmax(-1).nan_to_num(1.0).cpu().flatten(0, -2)      # a diverged network: any class
     return torch.multinomial(flat, 1, generator=gen).view(outputs.shape[:-1]).to(outputs.device)
 
-LIKELIHOODS = {ce: _classes, mse: _normal}
+def _unit_normal(outputs, gen):
+    size = outputs.shape[-1] ** 0.5
+    return _normal(outputs / size * 2 ** 0.5, gen) / 2 ** 0.5
+
+LIKELIHOODS = {ce: _classes, mse: _normal, unit_mse: _unit_normal}
 
 def sample_targets(
     loss: Callable,          # per example, (outputs, targets) → (b,)

@@ -84,12 +84,12 @@ def mse(
 @with_positions
 def unit_mse(
     outputs: Tensor,    # (b, classes), of size one where the network keeps its inputs' size
-    targets: Tensor,    # classes (b,) int64, read as rows with √C at the true class and 0 elsewhere
-) -> Tensor:            # (b,); 1 for outputs of zero
+    targets: Tensor,    # classes (b,) int64, read as one-hot rows, or numbers (b, classes); √C times them is aimed at
+) -> Tensor:            # (b,); 1 for outputs of zero and classes
     "Squared error of each example, mean over outputs, against targets of size one (Bernstein et al. 2023)."
-    check_outputs(outputs, targets, "unit_mse", numbers=False)
-    size = outputs.shape[1] ** 0.5
-    return (outputs - size * indicator(outputs, targets, off=0.0)).square().mean(1)
+    check_outputs(outputs, targets, "unit_mse", numbers=True)
+    if targets.dtype == torch.int64: targets = indicator(outputs, targets, off=0.0)
+    return (outputs - outputs.shape[1] ** 0.5 * targets).square().mean(1)
 
 # %% ../nbs/13_losses.ipynb #hinge
 @LOSSES.add("linear_hinge")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, hessian, jvp, vmap
-from gradnb.losses import LOSSES, accuracy, ce, linear_hinge, mse, resolve_loss
+from gradnb.losses import LOSSES, accuracy, ce, linear_hinge, mse, resolve_loss, unit_mse
 
 
 def batch(b, o, dtype=torch.float64, seed=0):
@@ -34,6 +34,7 @@ def test_torch_agrees():
     torch.testing.assert_close(ce(f, y).mean(), F.cross_entropy(f, y))
     torch.testing.assert_close(mse(f, y).mean(), 0.5 * 5 * F.mse_loss(f, F.one_hot(y, 5).double()))
     torch.testing.assert_close(mse(f, f.flip(0)).mean(), 0.5 * 5 * F.mse_loss(f, f.flip(0)))
+    torch.testing.assert_close(unit_mse(f, f.flip(0)).mean(), F.mse_loss(f, 5 ** .5 * f.flip(0)))
 
 
 def test_large_logits_stay_finite():
@@ -109,7 +110,7 @@ bad = [
     ("ce", (4, 3), zeros(4, 1)), ("ce", (4, 3), zeros(5)), ("ce", (4,), zeros(4)), ("ce", (4, 3, 2), zeros(4, 2)),
     ("mse", (4, 1), torch.zeros(4)), ("mse", (4, 3), torch.zeros(4, 1)), ("mse", (4, 3), torch.zeros(3)),
     ("mse", (4,), torch.zeros(4)), ("mse", (4, 3, 2), torch.zeros(4, 3, 2)), ("mse", (4, 3), zeros(4, 3)),
-    ("unit_mse", (4, 3), zeros(4, 3)), ("unit_mse", (4,), zeros(4)), ("linear_hinge", (4, 3), zeros(1)), ("linear_hinge", (4, 3), zeros(4, 3)), ("linear_hinge", (3,), zeros(3)),
+    ("unit_mse", (4, 3), zeros(4, 3)), ("unit_mse", (4,), zeros(4)), ("unit_mse", (4, 3), torch.zeros(4)), ("linear_hinge", (4, 3), zeros(1)), ("linear_hinge", (4, 3), zeros(4, 3)), ("linear_hinge", (3,), zeros(3)),
 ]
 
 
@@ -119,7 +120,7 @@ def test_wrong_shapes_name_both(name, shape, targets):
     assert name in str(e.value) and str(tuple(shape)) in str(e.value) and str(tuple(targets.shape)) in str(e.value)
 
 
-@pytest.mark.parametrize("name, dtype", [("ce", torch.float32), ("unit_mse", torch.float32), ("linear_hinge", torch.float64), ("ce", torch.int32),
+@pytest.mark.parametrize("name, dtype", [("ce", torch.float32), ("unit_mse", torch.int32), ("linear_hinge", torch.float64), ("ce", torch.int32),
                                          ("mse", torch.uint8), ("mse", torch.bool), ("linear_hinge", torch.int32)])
 def test_wrong_targets_name_the_dtype(name, dtype):
     with pytest.raises(TypeError, match=str(dtype)): LOSSES[name](torch.zeros(4, 3), torch.zeros(4, dtype=dtype))

@@ -145,7 +145,7 @@ def test_the_clip_is_off_while_the_variance_is_measured(wrap):
 
 def test_factors_are_moving_averages():
     "By the recursion, with estimates of its own at every other step."
-    problem, stepper = make(), Descent(KFAC(.05, every=2, decay=.7, fisher="empirical"))
+    problem, stepper, mean = make(), Descent(KFAC(.05, every=2, decay=.7, fisher="empirical")), {}
     for k, state in zip(range(7), trajectory(problem, stepper)):
         if k % 2 == 0:
             new = estimate_factors(problem.layer_io(state.theta))
