@@ -1,10 +1,13 @@
 "Derivatives of every model and loss against the dense Hessian and finite differences; chunks, weights, dtypes, devices."
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from gradnb import Batch, Dataset, Problem, Stream, build_model, load_dataset, sharpness
+from gradnb import GD, Batch, Dataset, Descent, Problem, Stream, build_model, load_dataset, sharpness, train
 from gradnb.likelihood import sample_targets
+from gradnb.probes import PROBES
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
 CASES = [("fc-tanh:width=6,depth=2", "mse"), ("fc-softplus:width=6,depth=1", "ce"), ("fc-elu:width=6,depth=1", "ce"),
@@ -218,3 +221,27 @@ def test_memory_that_will_not_fit_is_refused_with_the_chunk_that_does(monkeypatc
 def test_operations_without_a_second_derivative_are_named(model, kinks):
     problem = make(model)
     assert problem.kinks == kinks
+
+
+def test_a_run_on_kinks_is_told_so_once():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("default")
+        train(make("fc-relu:width=6"), Descent(GD(.1)), 4, [PROBES.build("sharpness:every=1")], progress=False)
+    told = [str(w.message) for w in heard if issubclass(w.category, UserWarning)]
+    assert len(told) == 1 and "kinks (Relu)" in told[0] and "smooth piece" in told[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sharpness(make("fc-tanh:width=6"), make("fc-tanh:width=6").theta0)
+
+
+def test_the_layer_whose_gradient_is_not_finite_is_named():
+    "The root's slope at zero is infinite, and zero times that is nan; the layer behind it is not to blame."
+    class Root(torch.nn.Module):
+        def forward(self, x): return (0 * x).sqrt()
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4), Root(), torch.nn.Linear(4, 10))
+    problem = Problem(module, "mse", load_dataset("digits-60"))
+    assert problem.loss(problem.theta0).isfinite()
+    with pytest.raises(ValueError, match=r"gradient is not finite in 1\.weight, 1\.bias;"): sharpness(problem, problem.theta0)
+    theta = problem.theta0.clone()
+    theta[-1] = torch.inf
+    with pytest.raises(ValueError, match=r"theta is not finite in 3\.bias;"): sharpness(problem, theta)

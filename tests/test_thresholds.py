@@ -26,6 +26,7 @@ from gradnb.steppers import trajectory
 from gradnb.thresholds.directions import batch_sharpness, critical_sharpness, directional_sharpness, interaction_sharpness, ratio_of_means
 from gradnb.thresholds.metrics import METRICS, metric_of, preconditioned_sharpness, threshold
 from gradnb.thresholds.updates import UpdateMap, arnoldi, update_radius
+from gradnb.training import train
 
 DOUBLE = torch.float64
 
@@ -322,6 +323,30 @@ def test_the_critical_rate_is_where_the_loss_is_as_before(lr):
         assert (problem.loss(problem.theta0 - eta * point.grad) > point.loss).item() is rises
     warm = critical_sharpness(point, -lr * point.grad, lr, guess=found.multiple)
     assert warm.evaluations <= 5 and warm.low <= found.high and found.low <= warm.high
+
+
+def test_a_critical_sharpness_along_a_run_costs_about_three_gradients():
+    "Forward passes, of 0.54 gradients each, counted from outside."
+    problem = small()
+    loss, calls = problem.loss, 0
+
+    def counted(*args):
+        nonlocal calls
+        calls += 1
+        return loss(*args)
+    problem.loss = counted
+    _, traces = train(problem, Descent(Momentum(.1)), 60, [PROBES.build("critical_sharpness:every=2")], progress=False)
+    told = traces["critical_sharpness"].columns["evaluations"]
+    assert told.sum() == calls and .54 * told[1:].mean() < 3.3
+
+
+@pytest.mark.parametrize("words, why", [
+    ("sharpness:k=0", "1 ≤ k < inf, got k=0"), ("sharpness:tol=0", "1e-15 ≤ tol < 1, got tol=0"), ("sharpness:which=top", "'smallest', got 'top'"),
+    ("stabilization:tol=-1", "got tol=-1"), ("preconditioned_sharpness:tol=nan", "got tol='nan'"), ("update_radius:products=1", "2 ≤ products"),
+    ("critical_sharpness:tol=0", "got tol=0"), ("batch_sharpness:draws=1", "2 ≤ draws"), ("interaction_sharpness:draws=1", "2 ≤ draws"),
+    ("spectrum:draws=1", "2 ≤ draws"), ("spectrum:steps=0", "1 ≤ steps"), ("iterates:size=0", "1 ≤ size"), ("iterates:size=6", "multiple of groups=4")])
+def test_bad_arguments_are_refused_before_a_run(words, why):
+    with pytest.raises(ValueError, match=why): PROBES.build(words)
 
 
 def test_sharpness_of_the_first_examples_only():
