@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from ..clusters import Cluster, cluster_table, inspect_clusters
 from ..estimators.clustering import GradientClustering
-from .explorer import Explorer, Look
+from .drawing import Look
+from .explorer import Explorer
 from .series import Line, Panel, Picture, Words
 from ..steppers import trajectory
 from ..streams import Stream

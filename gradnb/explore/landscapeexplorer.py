@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from contourpy import contour_generator
 from torch import Tensor
-from .explorer import Explorer, Look
+from .drawing import Look
+from .explorer import Explorer
 from .series import POINTS, Line, Panel, Picture, Words
 from ..flatness.centre import Centre
 from ..flatness.landscape import Surface, filter_plane, iterates_plane, surface

@@ -10,10 +10,11 @@ from dataclasses import dataclass, fields
 from time import monotonic
 import ipywidgets
 import numpy as np
-from .explorer import Explorer, Look
+from .drawing import Look
+from .explorer import Explorer
 from .live import Live, Trajectory
-from .runs import AXES, frame_lines, plain_threshold, positive, quantities, trace_lines
 from .series import STEPS, Line, Panel
+from .tracelines import AXES, frame_lines, plain_threshold, positive, quantities, trace_lines
 from ..flows.central import CentralFlow
 from ..flows.gradient import GradientFlow
 from ..roles import ESTIMATORS, RULES

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..estimate import Estimate
-from .explorer import Explorer, Look
+from .drawing import Look
+from .explorer import Explorer
 from .series import DASHED, POINTS, Line, Panel, Words
 from ..registry import unknown
 from ..streams import Stream
