@@ -154,20 +154,19 @@ class Face(torch.optim.Optimizer):
         like = state_like(rule)
         counts = [k for k, v in zip(getattr(like, "_fields", ()), like) if isinstance(v, (int, float))]
         for j, p in zip(group.get("param_names") or range(len(group["params"])), group["params"]):
-            if p.grad is None: continue
-            if p.grad.is_sparse:
+            if (grad := p.grad) is None: continue
+            if grad.is_sparse:
                 raise TypeError(f"{type(self).__name__} takes dense gradients, but that of {j!r} is sparse.")
             held = self.state[p] if like else {}
             if like and not held: keep([held], [j], rule.init({j: real(p)}, {j: role(group, p)}))
-            together.setdefault((p.device, p.dtype, *[held[k] for k in counts]), []).append((j, p, held))
+            together.setdefault((p.device, p.dtype, *[held[k] for k in counts]), []).append((j, real(p), real(grad), held))
         for (device, *_), members in together.items():
             foreach = True if group["foreach"] is None and not getattr(rule, "scratch", True) else group["foreach"]
             for piece in pieces(members, foreach):
-                names, params, held = zip(*piece)
+                names, params, grads, held = zip(*piece)
                 field = lambda k, v: {n: h[k] for n, h in zip(names, held)} if isinstance(v, dict) else held[0][k]
                 state = type(like)(*[field(k, v) for k, v in zip(like._fields, like)]) if like else like
-                grads = sign([real(p.grad) for p in params])
-                yield Call(rule, state, dict(zip(names, map(real, params))), dict(zip(names, grads)), held, device)
+                yield Call(rule, state, dict(zip(names, params)), dict(zip(names, sign(grads))), held, device)
 
 # %% ../nbs/43_optim.ipynb #call
 class Call(NamedTuple):
