@@ -53,7 +53,7 @@ def eigenvalue_errors(
     trace: Trace,     # of a probe of eigenvalues
 ) -> np.ndarray:      # of its values' shape
     "By how much an eigenvalue may lie above what was measured; below, and negative, of the smallest."
-    errors = trace.columns.get("error", trace.columns["residual"])
+    errors = trace.columns["error" if "error" in trace.columns else "residual"]
     return -errors if "smallest" in trace.name else errors
 
 def plot_sharpness(
