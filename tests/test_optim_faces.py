@@ -125,8 +125,10 @@ def test_roles_of_groups():
 
 def test_state_for_analysis():
     params = blocks()
+    with torch.no_grad(): params[0].mul_(10)
     optimizer = optim.LAMB.cybertronai(params, lr=.02)
     before = [p.detach().norm().item() for p in params]
+    assert before[0] > 10 > before[1]
     stepped(optimizer, params, 1)
     for p, norm in zip(params, before):
         held = optimizer.state[p]
@@ -134,6 +136,17 @@ def test_state_for_analysis():
         assert all(held[k].shape == () and held[k].dtype == p.dtype for k in ("weight_norm", "adam_norm", "trust_ratio"))
         assert abs(held["weight_norm"].item() - norm) < 1e-12
         assert abs((held["trust_ratio"] * held["adam_norm"]).item() - min(norm, 10)) < 1e-12
+
+
+@pytest.mark.parametrize("name, hyper", CASES, ids=str)
+def test_parameters_and_moments_are_written_over(name, hyper):
+    params = blocks()
+    optimizer = build(name, **hyper)(params)
+    where = lambda: [t.data_ptr() for p in params for t in (p, *optimizer.state[p].values()) if isinstance(t, Tensor) and t.ndim]
+    stepped(optimizer, params, 1)
+    before = where()
+    stepped(optimizer, params, 2)
+    assert where() == before
 
 
 class Halved(NamedTuple):

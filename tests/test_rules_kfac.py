@@ -143,6 +143,20 @@ def test_the_clip_is_off_while_the_variance_is_measured(wrap):
     assert clipped.var(0).sum() < 1e-3 * measured["value"]
 
 
+@pytest.mark.parametrize("fisher, loss", [("true", "ce"), ("empirical", "ce"), ("true", "unit_mse")])
+def test_targets_of_the_model_or_of_the_data(fisher, loss):
+    "G of the last layer: near the Hessian of the loss in the outputs where targets are sampled, the residuals' own otherwise."
+    problem = make(loss=loss)
+    state = next(trajectory(problem, Descent(KFAC(.1, fisher=fisher))))
+    out, y = problem.outputs(problem.theta0, problem.dataset.x), problem.dataset.y
+    data = (out.softmax(1) - F.one_hot(y, 10)) if loss == "ce" else .2 * (out - 10 ** .5 * F.one_hot(y, 10))
+    data, model = data.T @ data / len(y), (torch.diag_embed(out.softmax(1)) - out.softmax(1)[:, :, None] * out.softmax(1)[:, None]).mean(0)
+    if loss == "unit_mse": model = .2 * torch.eye(10, dtype=out.dtype)
+    G, other = state.rule.factors["3"][1], data if fisher == "empirical" else model
+    if fisher == "empirical": torch.testing.assert_close(G, other)
+    else: assert (G - other).norm() < .6 * other.norm() and not torch.allclose(G, data, rtol=.01)
+
+
 def test_factors_are_moving_averages():
     "By the recursion, with estimates of its own at every other step."
     problem, stepper, mean = make(), Descent(KFAC(.05, every=2, decay=.7, fisher="empirical")), {}

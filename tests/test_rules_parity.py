@@ -2,6 +2,8 @@
 
 The network has one matrix of norm above 10, where φ binds, and a loss steep enough for the global clip to bind.
 """
+from dataclasses import replace
+
 import pytest
 import pytorch_optimizer as po
 import torch
@@ -101,6 +103,24 @@ def test_thirty_steps(name, dtype, tolerance):
     start = torch.cat([p.detach().flatten() for p in network(dtype)[0].values()])
     assert (b - start).abs().max() > 1e-3
     assert (a - b).abs().max() <= tolerance * max(1, b.abs().max().item())
+
+
+@pytest.mark.parametrize("rate", ["inside", "outside"])
+def test_lars_under_a_schedule(rate):
+    "By its two recursions, with a learning rate that drops."
+    blocks, loss = network(torch.float64)
+    w = {n: b.detach().clone() for n, b in blocks.items()}
+    rule, v = LARS(1., weight_decay=.01, rate=rate), {n: torch.zeros_like(b) for n, b in w.items()}
+    state = rule.init(w, {})
+    for lr in (1., 1., .1, .1):
+        blocks = {n: b.detach().requires_grad_() for n, b in w.items()}
+        grads = dict(zip(blocks, torch.autograd.grad(loss(blocks), blocks.values())))
+        out, state = replace(rule, lr=lr).step(state, w, grads)
+        for n, g in grads.items():
+            r = 1e-3 * w[n].norm() / (g.norm() + .01 * w[n].norm())
+            v[n] = .9 * v[n] + (lr if rate == "inside" else 1.) * r * (g + .01 * w[n])
+            w[n] = w[n] - (1. if rate == "inside" else lr) * v[n]
+        for n in w: assert torch.allclose(out[n], w[n], rtol=1e-13, atol=1e-15)
 
 
 def test_numbers_of_optaxs_documentation():
