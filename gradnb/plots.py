@@ -52,8 +52,9 @@ def plot_trace(
 def eigenvalue_errors(
     trace: Trace,     # of a probe of eigenvalues
 ) -> np.ndarray:      # of its values' shape
-    "By how much an eigenvalue may lie above what was measured; below, and negative, of the smallest."
-    errors = trace.columns["error" if "error" in trace.columns else "residual"]
+    "By how much an eigenvalue may lie above what was measured; below, and negative, of the smallest; nan where nobody knows."
+    known = (trace.columns[c] for c in ("error", "residual") if c in trace.columns)
+    errors = next(known, np.full_like(trace.values, np.nan))
     return -errors if "smallest" in trace.name else errors
 
 def plot_sharpness(
