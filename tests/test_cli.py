@@ -74,6 +74,13 @@ def test_a_wrong_word_is_one_line(words, says, tmp_path):
     assert out == "" and not list(tmp_path.rglob("*.trace"))
 
 
+@pytest.mark.parametrize("words, says", [("--steps -5", "steps=-5"), ("--batch 0", "size=0"), ("--acc-goal 2", "got 2"),
+                                         ("--probe sharpness --probe sharpness:k=2", "two probes")])
+def test_what_is_refused_leaves_no_run(words, says, tmp_path, capsys):
+    assert main(["train", "--lr", "0.1", "--store", str(tmp_path / "runs"), *words.split()]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("words", ["", "train", "runs", "runs list", "runs show", "runs frame", "figures", "bench", "names"])
 def test_help(words, tmp_path):
     code, out, _ = gradnb(*words.split(), "--help", cwd=tmp_path)

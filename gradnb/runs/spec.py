@@ -9,6 +9,7 @@ __all__ = ['encode', 'decode', 'Identity', 'flat_fields', 'Spec', 'Imported']
 import json
 from dataclasses import dataclass, field, fields, is_dataclass
 from hashlib import sha256
+from math import inf
 import torch
 from ..data import load_dataset
 from ..estimators.minibatch import FullBatch
@@ -19,7 +20,7 @@ from ..problem import Problem
 from ..roles import KINDS, Estimator, Rule, Stepper, check_number
 from ..rules.fromtorch import optimizer_class
 from ..steppers import Descent
-from ..training import check_probes
+from ..training import Watching, check_probes
 
 # %% ../../nbs/60_runs/01_spec.ipynb #json
 def encode(obj):
@@ -109,6 +110,7 @@ class Spec(Identity):
     def __post_init__(self):
         object.__setattr__(self, "probes", (self.probes,) if isinstance(self.probes, str) else tuple(self.probes))
         check_number("a run", "steps", self.steps, 0, whole=True)
+        check_number("a run", "seed", self.seed, -inf, whole=True)
         if self.dtype not in ("float32", "float64"): raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}.")
         if isinstance(self.rule, Stepper) and self.estimator != FullBatch():
             raise ValueError(f"a flow follows the gradient of all examples; leave out the estimator {self.estimator!r}.")
@@ -124,7 +126,9 @@ class Spec(Identity):
         module = build_model(self.model, data, seed=self.seed).to(where, getattr(torch, self.dtype))
         problem = Problem(module, self.loss, data, self.chunk_size)
         stepper = self.rule if isinstance(self.rule, Stepper) else Descent(self.rule, self.estimator)
-        return problem, stepper, check_probes(PROBES.build(p) for p in self.probes)
+        probes = check_probes(PROBES.build(p) for p in self.probes)
+        Watching(problem, stepper, self.steps, probes, self.seed, self.loss_goal, self.acc_goal)     # refuses goals that are never met
+        return problem, stepper, probes
 
 # %% ../../nbs/60_runs/01_spec.ipynb #imported
 @dataclass(frozen=True)
