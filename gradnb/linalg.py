@@ -113,11 +113,23 @@ def _orthonormalise(
 
 # %% ../nbs/10_linalg.ipynb #basis
 class _Basis:
-    "Orthonormal rows Q, their images AQ and T = Q A Qᵀ. The rows of Q past m are free and hold residuals."
-    def __init__(self, matvec, like, rows, spare):
+    "Orthonormal rows Q, their images AQ and T = Q A Qᵀ; a sketch V, with C = V Qᵀ and D = V A Qᵀ. The rows of Q past m hold residuals."
+    def __init__(self, matvec, like, rows, spare, sketch=None):
         self.matvec, self.m, self.products = matvec, 0, 0
         self.Q, self.AQ = (like.new_empty(n, like.shape[1]) for n in (rows + spare, rows))
         self.T = torch.zeros(rows, rows, dtype=torch.float64)
+        self.recall(sketch)
+
+    def recall(self, sketch: Sketch | None):
+        "Compares all with this sketch, from now on."
+        self.sketch, self.V = sketch, self.Q[:0] if sketch is None else sketch.vectors.T
+        self.G, self.CD = _inner(self.V, self.V), torch.zeros(2, len(self.V), len(self.T), dtype=torch.float64)
+        self.compare(0)
+
+    def compare(self, start: int):
+        "The rows from this one on with the sketch."
+        if len(self.V):
+            for x, rows in zip(self.CD, (self.Q, self.AQ)): x[:, start:self.m] = _inner(self.V, rows[start:self.m])
 
     def add(self, W: Tensor) -> int:
         "Takes rows (b, p) into the basis, as far as they are independent of it, and multiplies them by A."
@@ -130,6 +142,7 @@ class _Basis:
             t = _inner(self.AQ[m:n], self.Q[:n])                          # (n − m, n)
             self.T[m:n, :n], self.T[:m, m:n] = t, t[:, :m].T
         self.m, self.products = n, self.products + n - m
+        self.compare(m)
         return n - m
 
     def add_random(self, stream: Stream) -> int:
@@ -156,6 +169,7 @@ class _Basis:
         m, self.m = self.m, len(Y)
         for rows in (self.Q, self.AQ): _combine(Y, rows[:m], rows[:len(Y)])
         self.T[:len(Y), :len(Y)] = Y @ self.T[:m, :m] @ Y.T
+        self.CD[:, :, :len(Y)] = self.CD[:, :, :m] @ Y.T
 
     def eigs(self, theta: Tensor, Y: Tensor, r: Tensor, errors: Tensor, converged: bool, sketch: Sketch | None = None) -> Eigs:
         "The Ritz pairs with coefficients Y (k, m), as the answer."
@@ -163,20 +177,6 @@ class _Basis:
         return Eigs(theta, vectors.T, r, errors, self.products, converged, sketch)
 
 # %% ../nbs/10_linalg.ipynb #open
-def _errors(
-    theta: Tensor,  # (c,) Ritz values, descending
-    r: Tensor,      # (c,) their residual norms
-    next: Tensor,   # (n,) next[j] is believed to bound what lies outside the first j + 1 pairs
-    scale: float,   # largest |θ|
-) -> Tensor:        # (c,), at most r
-    "How far the i-th eigenvalue may lie above the i-th Ritz value (Li & Li 2005)."
-    n = min(len(r), len(next))
-    gap = (theta[:, None] - next[:n]).clamp_max(scale / 200)              # (c, n): pair i, block of the first j + 1
-    square = r[:n].square().cumsum(0)
-    bound = 2 * square / (gap + (gap**2 + 4 * square).sqrt()).clamp_min(torch.finfo(gap.dtype).tiny)
-    inside = torch.arange(len(r))[:, None] <= torch.arange(n)
-    return torch.cat([torch.where(inside & (gap > 0), bound, torch.inf), r[:, None]], 1).min(1).values
-
 def _open(
     theta: Tensor,  # (m,) all Ritz values, descending
     r: Tensor,      # (c,) residual norms of the first c ≤ m
@@ -195,55 +195,74 @@ def _open(
 
 # %% ../nbs/10_linalg.ipynb #recall
 class _Joint(NamedTuple):
-    "The eigenpairs of A where it was multiplied, and of a sketch elsewhere."
+    "The eigenpairs of A where it was multiplied, and of the sketch elsewhere. U: orthonormal rows, the part of V outside Q."
     values: Tensor    # (n,) descending
     inside: Tensor    # (n, m) vectors: their part in Q
-    outside: Tensor   # (n, v) and their part outside, as multiples of V − V Qᵀ Q
+    outside: Tensor   # (n, v) and their part in U, as multiples of V − V Qᵀ Q
     ahead: Tensor     # (n, v) that part, less what A turns `inside` into, divided by the value
-    C: Tensor         # (v, m) V Qᵀ
+    across: Tensor    # (u, m) U A Qᵀ
 
-def _joint(
-    B: _Basis,
-    sketch: Sketch | None,    # of the matrix as it was
-    notice: bool = False,     # believe in jumps of old directions that the products hint at
-) -> _Joint:
-    "What is known now: new products first, then the old sketch."
-    K, (theta, Y) = B.T[:B.m, :B.m], B.ritz()
-    if sketch is None: return _Joint(theta, Y, *[Y.new_zeros(B.m, 0)] * 2, Y.new_zeros(0, B.m))
-    V, Q, lam = sketch.vectors.T, B.Q[:B.m], sketch.values
-    C, D, G = _inner(V, Q), _inner(V, B.AQ[:B.m]), _inner(V, V)            # (v, m), (v, m), (v, v)
-    if notice:
-        share = C.norm(dim=1).clamp_min(1e-3)                              # ‖P vᵢ‖
-        change = ((D - lam[:, None] * C) * C).sum(1) / share
-        lam = lam + (change - 3 * change.abs().median()).clamp_min(0) / share
+def _joint(B: _Basis) -> _Joint:
+    "What is known now: new products first, then the old sketch. Jumps of old directions that the products hint at are believed."
+    K, G, (C, D) = B.T[:B.m, :B.m], B.G, B.CD[:, :, :B.m]
+    lam = B.T.new_zeros(0) if B.sketch is None else B.sketch.values
+    share = C.norm(dim=1).clamp_min(1e-3)                                  # ‖P vᵢ‖
+    change = ((D - lam[:, None] * C) * C).sum(1) / share
+    if len(lam): lam = lam + (change - 3 * change.abs().median()).clamp_min(0) / share
     d, E = torch.linalg.eigh(G - C @ C.T)
-    E = (E[:, d > 1e-3] / d[d > 1e-3].sqrt()).T                            # U = E (V − C Q): orthonormal, and to Q
+    E = (E[:, d > 1e-3] / d[d > 1e-3].sqrt()).T                            # U = E (V − C Q)
     UAQ, VU = E @ (D - C @ K), (G - C @ C.T) @ E.T
     values, Z = torch.linalg.eigh(torch.cat([torch.cat([K, UAQ.T], 1), torch.cat([UAQ, VU.T * lam @ VU], 1)]))
     values, (inside, U) = values.flip(0), Z.T.flip(0).split([B.m, len(E)], 1)
-    return _Joint(values, inside, U @ E, (U - inside @ UAQ.T / values[:, None]) @ E, C)
+    return _Joint(values, inside, U @ E, (U - inside @ UAQ.T / values[:, None]) @ E, UAQ)
 
 def _ahead(
     B: _Basis,
     joint: _Joint,
     i: int,                   # of which pair
-    sketch: Sketch | None,
 ) -> Tensor:                  # (1, p), a free row of the basis
     "Where the search for eigenpair i goes on: its predicted vector, as far as it is not in the basis."
     R = B.residuals(joint.values[i, None], joint.inside[i, None])[0]
-    if sketch is None or joint.values[i] <= 0: return R
-    return _combine(joint.ahead[i, None] * joint.values[i], sketch.vectors.T, R, add=1)
+    return R if B.sketch is None or joint.values[i] <= 0 else _combine(joint.ahead[i, None] * joint.values[i], B.V, R, add=1)
 
 def _updated(
     B: _Basis,
-    sketch: Sketch | None,    # of the matrix as it was
     keep: int,                # pairs
 ) -> Sketch:
     "The top of what is known now."
-    values, inside, outside, _, C = _joint(B, sketch, notice=True)
-    vectors = _combine((inside - outside @ C)[:keep], B.Q[:B.m], B.Q.new_empty(min(keep, len(values)), B.Q.shape[1]))
-    if sketch is not None: _combine(outside[:keep], sketch.vectors.T, vectors, add=1)
-    return Sketch(values[:keep], vectors.T)
+    joint, C = _joint(B), B.CD[0, :, :B.m]
+    inside, outside = joint.inside[:keep], joint.outside[:keep]
+    vectors = _combine(inside - outside @ C, B.Q[:B.m], B.Q.new_empty(len(inside), B.Q.shape[1]))
+    return Sketch(joint.values[:keep], _combine(outside, B.V, vectors, add=1).T)
+
+# %% ../nbs/10_linalg.ipynb #errors
+def _temple(
+    square: Tensor,  # ‖residual‖²
+    gap: Tensor,     # of the Ritz value above all that is outside
+) -> Tensor:
+    "How far an eigenvalue may lie above its Ritz value (Li & Li 2005, Theorem 2)."
+    return 2 * square / (gap + (gap**2 + 4 * square).sqrt()).clamp_min(torch.finfo(gap.dtype).tiny)
+
+def _errors(
+    B: _Basis,
+    theta: Tensor,    # (c,) Ritz values, descending
+    Y: Tensor,        # (c, m) coefficients of their vectors
+    r: Tensor,        # (c,) their residual norms
+    joint: _Joint,
+    worked: Tensor,   # (c,) pairs that the search has worked on
+) -> Tensor:          # (c,)
+    "How far the i-th eigenvalue is believed to lie above the i-th Ritz value, at most."
+    narrow = B.T[:B.m, :B.m].diagonal().abs().max() / 200
+    if B.sketch is None:
+        n = torch.arange(len(r) - 1)
+        gap = (theta[:, None] - theta[1:] - r[1:]).clamp_max(narrow)       # (c, c − 1): pair i, block of the first j + 1
+        bound = torch.where((n >= torch.arange(len(r))[:, None]) & (gap > 0), _temple(r[:-1].square().cumsum(0), gap), torch.inf)
+        return torch.cat([bound, r[:, None]], 1).min(1).values
+    carried = ~worked & ((B.CD[0, :, :B.m] @ Y.T).square().sum(0) > 0.99)  # still a combination of old vectors
+    gap = (theta - joint.values[:len(B.sketch.values)][-1]) / 2
+    rise = (joint.values[:len(r)] - theta).clamp_min(0)
+    elsewhere = (r.square() - (joint.across @ Y.T).square().sum(0)).clamp_min(0)
+    return torch.minimum(rise + _temple(elsewhere, torch.where(carried, gap, gap.clamp_max(narrow))), torch.maximum(r, rise))
 
 # %% ../nbs/10_linalg.ipynb #lanczos
 def lanczos(
@@ -267,29 +286,30 @@ def lanczos(
     if size < min(p, follow + 2):
         raise ValueError(f"basis = {basis} is too small to follow {follow} pairs; give at least {follow + 2}.")
     if budget < k: raise ValueError(f"max_matvecs = {budget} cannot give k = {k} pairs; each takes a product.")
-    B = _Basis(matvec, rows, size, follow + 3)
+    B, worked = _Basis(matvec, rows, size, follow + 3, sketch), torch.zeros(size, dtype=torch.bool)
     if not B.add(rows): B.add_random(stream)
     while True:
         theta, Y = B.ritz()
         c = k + guards
-        r, known = B.residuals(theta[:c + 3], Y[:c + 3])[1], _joint(B, sketch, notice=True)
-        next = theta[1:len(r)] + r[1:] if sketch is None else known.values[1:]
-        error = torch.maximum(_errors(theta[:len(r)], r, next, theta.abs().max()), known.values[:len(r)] - theta[:len(r)])[:c]
-        r = r[:c]
+        r, joint = B.residuals(theta[:c + 3], Y[:c + 3])[1], _joint(B)
+        error, r = _errors(B, theta[:len(r)], Y[:len(r)], r, joint, worked[:len(r)])[:c], r[:c]
         open, allowed = _open(theta, r, r if vectors else error, k, tol, torch.finfo(rows.dtype).eps, 1 / 4 if found is None else 1 / 16)
         settled = B.m >= k and not open.any()
         sure = j >= k or found is not None and bool((theta[:k] - found).abs().max() <= allowed)
         done = B.m == p or settled and sure
         if done or B.products >= budget:
-            return B.eigs(theta[:k], Y[:k], r[:k], error[:k].clamp_min(allowed), done, _updated(B, sketch, keep) if keep else None)
+            return B.eigs(theta[:k], Y[:k], r[:k], error[:k].clamp_min(allowed), done, _updated(B, keep) if keep else None)
         wanted = open & (torch.arange(len(r)) < k)
         worst = int((error * (wanted if wanted.any() else open)).argmax())
-        ahead = _ahead(B, known, worst, sketch) if open.any() else None
-        if keep and (settled or B.m == size): sketch = _updated(B, sketch, keep)   # before the basis forgets
+        ahead, worked[worst] = _ahead(B, joint, worst) if open.any() else None, True
+        again = _updated(B, keep) if keep and (settled or B.m == size) else None   # before the basis forgets
         if settled:                                                    # now a fresh direction has to agree
             found, guards = theta[:k], 1
             B.rotate(Y[:k])
         elif B.m == size: B.rotate(Y[:follow + (size - follow) // 3])  # thick restart
+        if again is not None:
+            B.recall(again)
+            worked[:] = True
         if ahead is None or not B.add(ahead): B.add_random(stream)
 
 # %% ../nbs/10_linalg.ipynb #lobpcg
