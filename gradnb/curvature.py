@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from .linalg import Eigs, Sketch, lanczos
 from .problem import Point
+from .roles import check_number
 from .streams import Stream
 
 # %% ../nbs/36_curvature.ipynb #sharpness
@@ -28,11 +29,12 @@ def sharpness(
 ) -> Eigs:                          # values (k,), the outermost first, vectors (p, k), residuals (k,), errors (k,), matvecs, converged
     "The k largest (algebraic) eigenvalues of the Hessian of the training loss. Raises ValueError where θ or ∇L is not finite."
     if which not in ("largest", "smallest"): raise ValueError(f"which is 'largest' or 'smallest', got {which!r}.")
+    check_number("sharpness", "tol", tol, 0)
     point = problem if isinstance(problem, Point) else problem.at(theta, batch)
     for what, vec in (("theta", point.theta.detach()), ("the gradient", point.grad)):
         if not torch.isfinite(vec).all():
             bad = [n for n, b in point.problem.layout.named(vec).items() if not torch.isfinite(b).all()]
-            raise ValueError(f"{what} is not finite in {', '.join(bad[:4])}; the run has diverged, so no Hessian exists here.")
+            raise ValueError(f"{what} is not finite in {', '.join(bad[:4])}; there is no Hessian here. If the run has diverged, look at an earlier step.")
     if point.problem.kinks:
         warnings.warn(f"the loss has kinks ({', '.join(point.problem.kinks)}); its Hessian is that of the smooth piece around θ.", stacklevel=2)
     noise = torch.randn(point.problem.p, generator=stream.generator(), dtype=torch.float64).to(point.theta)
