@@ -56,9 +56,9 @@ def advance(
     total: tuple,                # the tally of all blocks, for a rule that takes one
 ):                               # the next state
     "One step of a rule, in place."
-    moved, state = rule.update(state, blocks, grads, total, OVER) if hasattr(rule, "update") else rule.step(state, blocks, grads)
-    if away := [n for n, b in blocks.items() if moved[n] is not b]:
-        torch._foreach_copy_([blocks[n] for n in away], [moved[n] for n in away])
+    if hasattr(rule, "update"): return rule.update(state, blocks, grads, total, OVER)
+    moved, state = rule.step(state, blocks, grads)
+    torch._foreach_copy_(list(blocks.values()), [moved[n] for n in blocks])
     return state
 
 def state_like(

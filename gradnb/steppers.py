@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from .estimators.minibatch import FullBatch
 from .roles import Estimator, Rule, State, draw
+from .rules.inplace import InPlace
 from .streams import Stream
 
 # %% ../nbs/40_steppers.ipynb #descent
@@ -45,9 +46,14 @@ class Descent:
     def step(self, problem, state: State) -> State:
         "The state at k + 1."
         if state.grad is None: raise RuntimeError(f"the state at step {state.step} has no gradient; call prepare first.")
-        layout = problem.layout
-        blocks, rule = self.rule.step(state.rule, layout.named(state.theta), layout.named(state.grad))
-        return State(state.step + 1, layout.join(blocks[n] for n in layout.names), rule, state.estimator, buffers=state.settled)
+        layout, grads = problem.layout, problem.layout.named(state.grad)
+        if getattr(type(self.rule), "step", None) is InPlace.step:       # of copies of the blocks; here they are one
+            theta = state.theta.clone()
+            rule = self.rule.move(state.rule, layout.named(theta), grads)
+        else:
+            blocks, rule = self.rule.step(state.rule, layout.named(state.theta), grads)
+            theta = layout.join(blocks[n] for n in layout.names)
+        return State(state.step + 1, theta, rule, state.estimator, buffers=state.settled)
 
 # %% ../nbs/40_steppers.ipynb #trajectory
 def trajectory(

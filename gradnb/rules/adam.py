@@ -45,5 +45,5 @@ class Adam(InPlace):
         root = torch._foreach_sqrt(v)
         torch._foreach_div_(root, (1 - self.beta2 ** k) ** 0.5)
         torch._foreach_add_(root, self.eps)
-        w = ops.addcdiv(w, m, root, -self.lr / (1 - self.beta1 ** k))
-        return dict(zip(blocks, w)), AdamState(k, dict(zip(blocks, m)), dict(zip(blocks, v)))
+        torch._foreach_addcdiv_(w, m, root, -self.lr / (1 - self.beta1 ** k))
+        return AdamState(k, dict(zip(blocks, m)), dict(zip(blocks, v)))

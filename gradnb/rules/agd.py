@@ -13,7 +13,7 @@ from torch import Tensor
 from ..inits import unit_of
 from ..layout import ROLES, role_of
 from ..roles import RULES, check_range, kind
-from .inplace import InPlace, columns
+from .inplace import InPlace
 
 # %% ../../nbs/31_rules/09_agd.ipynb #state
 class AGDState(NamedTuple):
@@ -62,11 +62,10 @@ class AutomaticGradientDescent(InPlace):
         L = self.depth or total[1]
         G = total[0] / L
         eta = torch.log1p(2 * G / (1 + (1 + 4 * G).sqrt()))           # η = log((1 + √(1 + 4G))/2), exact for small G too
-        def size(n, g):
+        for n, g in grads.items():
             scale, dims = unit_of(ROLES[state.role[n]], g.shape)
             norm = torch.linalg.vector_norm(g, dim=dims, keepdim=True)
-            return torch.where(norm > 0, self.gain * scale * eta / L / norm, 0.)
-        w, g = columns(blocks, blocks, grads)
-        return dict(zip(blocks, ops.addcmul(w, g, list(map(size, blocks, g)), value=-1))), AGDState(state.role, eta, G)
+            blocks[n].addcmul_(g, torch.where(norm > 0, self.gain * scale * eta / L / norm, 0.), value=-1)
+        return AGDState(state.role, eta, G)
 
 RULES["agd"] = AutomaticGradientDescent

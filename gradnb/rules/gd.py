@@ -7,6 +7,7 @@ __all__ = ['GD']
 
 # %% ../../nbs/31_rules/01_gd.ipynb #imports
 from dataclasses import dataclass
+import torch
 from ..roles import check_range, kind
 from .inplace import InPlace, columns
 
@@ -22,4 +23,5 @@ class GD(InPlace):
     def __post_init__(self): check_range(self, "lr", 0)
 
     def update(self, state, blocks, grads, total, ops):
-        return dict(zip(blocks, ops.add(*columns(blocks, blocks, grads), alpha=-self.lr))), state
+        torch._foreach_add_(*columns(blocks, blocks, grads), alpha=-self.lr)
+        return state

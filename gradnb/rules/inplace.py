@@ -19,7 +19,7 @@ _NAMES = "add", "mul", "lerp", "addcmul", "addcdiv"
 ANEW, OVER = (SimpleNamespace(**{op: getattr(torch, f"_foreach_{op}{end}") for op in _NAMES}) for end in ("", "_"))   # on lists of tensors
 
 class InPlace(Rule):
-    "A rule whose step can be taken in place."
+    "A rule that is written as a move of its blocks in place."
     takes_complex = True    # is the rule of a complex block that of its real and imaginary parts?
     scratch = True          # does an update need further tensors of the blocks' sizes for a while?
 
@@ -27,13 +27,18 @@ class InPlace(Rule):
         "What must be known of all blocks before any of them moves, each entry a sum over blocks."
         return ()
 
-    def update(self, state, blocks: dict[str, Tensor], grads: dict[str, Tensor], total: tuple, ops) -> tuple[dict[str, Tensor], Any]:
-        "The next blocks and state, knowing the tally of all. What came in is changed by nothing but `ops`, ANEW or OVER itself."
+    def update(self, state, blocks: dict[str, Tensor], grads: dict[str, Tensor], total: tuple, ops) -> Any:
+        "Move the blocks, knowing the tally of all, and return the next state; the old one is changed by nothing but `ops`, ANEW or OVER."
         ...
+
+    def move(self, state, blocks, grads):
+        "The next state; the blocks are moved, and the old state stays as it is."
+        return self.update(state, blocks, grads, self.tally(state, blocks, grads), ANEW)
 
     def step(self, state, blocks, grads):
         "The next blocks and the next state; what came in stays as it is."
-        return self.update(state, blocks, grads, self.tally(state, blocks, grads), ANEW)
+        blocks = {n: b.clone() for n, b in blocks.items()}
+        return blocks, self.move(state, blocks, grads)
 
 def columns(
     names: Iterable[str],          # of the blocks, in the order wanted

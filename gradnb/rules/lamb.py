@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..roles import RULES, check_range, kind
-from .inplace import OVER, InPlace, check_choice, columns
+from .inplace import InPlace, check_choice, columns
 
 # %% ../../nbs/31_rules/07_lamb.ipynb #state
 class LAMBState(NamedTuple):
@@ -103,16 +103,17 @@ class LAMB(InPlace):
         torch._foreach_add_(u, self.eps * root)
         torch._foreach_reciprocal_(u)
         torch._foreach_mul_(u, m)
-        if wd and self.decay == "outside": w, ops = ops.mul(w, [1 - self.lr * wd if d else 1. for d in decays]), OVER
-        if wd and self.decay == "inside" and any(decays): torch._foreach_add_(some(u), some(w), alpha=wd / scale)
+        if wd and any(decays):
+            if self.decay == "outside": torch._foreach_mul_(some(w), 1 - self.lr * wd)
+            if self.decay == "inside": torch._foreach_add_(some(u), some(w), alpha=wd / scale)
 
         weight, adam = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(u)) * scale
         ratio = torch.where((weight > 0) & (adam > 0), weight.clamp(self.norm_low, self.norm_high) / (adam + self.ratio_eps), 1.)
         if self.ratio_high is not None: ratio = ratio.clamp(max=self.ratio_high)
         ratio = [r if a else torch.ones_like(r) for r, a in zip(ratio.unbind(), adapts)]
         size = self.lr * scale / (first if self.bias_correction == "first" else 1.)
-        w, *kept = (dict(zip(blocks, t)) for t in (ops.addcmul(w, u, ratio, value=-size), m, v, weight.unbind(), adam.unbind(), ratio))
-        return w, LAMBState(k, *kept)
+        torch._foreach_addcmul_(w, u, ratio, value=-size)
+        return LAMBState(k, *(dict(zip(blocks, t)) for t in (m, v, weight.unbind(), adam.unbind(), ratio)))
 
 # %% ../../nbs/31_rules/07_lamb.ipynb #words
 for _name in ("paper", "cybertronai", "timm", "apex", "nvlamb", "pytorch_optimizer"): RULES[f"lamb-{_name}"] = getattr(LAMB, _name)

@@ -71,10 +71,9 @@ class LARS(InPlace):
         inside, outside = (self.lr, 1.) if self.rate == "inside" else (1., self.lr)
         v = ops.mul(v, self.beta)
         torch._foreach_addcmul_(v, g, ratio, value=inside)
-        w = ops.add(w, v, alpha=-outside * (self.beta if self.nesterov else 1))
+        torch._foreach_add_(w, v, alpha=-outside * (self.beta if self.nesterov else 1))
         if self.nesterov: torch._foreach_addcmul_(w, g, ratio, value=-self.lr)
-        w, *kept = (dict(zip(blocks, t)) for t in (w, v, weight.unbind(), grad.unbind(), ratio))
-        return w, LARSState(*kept)
+        return LARSState(*(dict(zip(blocks, t)) for t in (v, weight.unbind(), grad.unbind(), ratio)))
 
 # %% ../../nbs/31_rules/08_lars.ipynb #words
 for _name in ("paper", "timm", "pytorch_optimizer"): RULES[f"lars-{_name}"] = getattr(LARS, _name)

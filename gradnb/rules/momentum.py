@@ -40,5 +40,5 @@ class Momentum(InPlace):
         v = ops.mul(v, self.beta)
         torch._foreach_add_(v, g)
         direction = torch._foreach_add(g, v, alpha=self.beta) if self.nesterov else v
-        w = ops.add(w, direction, alpha=-self.lr)
-        return dict(zip(blocks, w)), MomentumState(dict(zip(blocks, v)))
+        torch._foreach_add_(w, direction, alpha=-self.lr)
+        return MomentumState(dict(zip(blocks, v)))

@@ -39,5 +39,5 @@ class RMSProp(InPlace):
         torch._foreach_addcmul_(nu, g, g, 1 - self.beta2)
         root = torch._foreach_sqrt(nu)
         torch._foreach_add_(root, self.eps)
-        w = ops.addcdiv(w, g, root, -self.lr)
-        return dict(zip(blocks, w)), RMSPropState(dict(zip(blocks, nu)))
+        torch._foreach_addcdiv_(w, g, root, -self.lr)
+        return RMSPropState(dict(zip(blocks, nu)))
