@@ -1,0 +1,7 @@
+"What can be said about a matrix that we can only multiply by, and how sure is it?"
+from gradnb.linalg.basis import Eigs, Sketch
+from gradnb.linalg.iterations import lobpcg, power_iteration
+from gradnb.linalg.krylov import lanczos
+from gradnb.linalg.trace import hutchinson
+
+__all__ = ["Eigs", "Sketch", "hutchinson", "lanczos", "lobpcg", "power_iteration"]
