@@ -9,9 +9,8 @@ __all__ = ['edge_of', 'preconditioned_sharpness_probe', 'update_radius_probe', '
 # %% ../nbs/49_curvature_probes.ipynb #imports
 from math import nan
 import torch
-from .noise_probes import learning_rate
 from .probes import PROBES, Probe, View
-from .roles import check_number, draw
+from .roles import check_number, draw, learning_rate
 from .rule_probes import ahead
 from .thresholds.directions import batch_sharpness, critical_sharpness, directional_sharpness, interaction_sharpness, sam_edge
 from .thresholds.metrics import Metric, metric_of, preconditioned_sharpness
@@ -60,7 +59,7 @@ def update_radius_probe(
 # %% ../nbs/49_curvature_probes.ipynb #step
 def two_over(view: View) -> float:
     "2/η at this step; of a rule without a learning rate η is 1."
-    lr = learning_rate(view)
+    lr = learning_rate(view.stepper, view.step)
     return 2. if lr is None else 2 / lr if lr else float("inf")
 
 @PROBES.add("directional_sharpness")

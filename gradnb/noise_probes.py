@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['named_estimator', 'state_of', 'age', 'estimates', 'titled', 'single_examples', 'mini_batch', 'closed_form',
            'grad_variance_probe', 'update_variance_probe', 'published_variance_probe', 'some_examples',
-           'noise_scale_probe', 'batch_tests_probe', 'learning_rate', 'gradient_moments_probe', 'tic_probe',
-           'freshness_probe', 'clusters_probe']
+           'noise_scale_probe', 'batch_tests_probe', 'gradient_moments_probe', 'tic_probe', 'freshness_probe',
+           'clusters_probe']
 
 # %% ../nbs/46_noise_probes.ipynb #imports
 from dataclasses import replace
@@ -21,7 +21,7 @@ from .noise.compat import faghri2020
 from .noise.coordinates import Moments, coordinate_normalized_variance, gsnr, stopping_evidence, tic_trace
 from .noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale, normalized_variance
 from .probes import PROBES, Probe, View
-from .roles import ESTIMATORS, Batch, Estimator, draw
+from .roles import Batch, ESTIMATORS, Estimator, draw, learning_rate
 from .trees import flatten, unflatten
 
 # %% ../nbs/46_noise_probes.ipynb #state
@@ -187,14 +187,9 @@ def batch_tests_probe(
         batch = some_examples(view, examples)
         spread = Spread.at(view.problem, view.theta, batch, turned=intervals)
         found = dict(norm=norm_test(spread), inner_product=inner_product_test(spread), orthogonality=orthogonality_test(spread),
-                     cabs=cabs(spread, _losses(view, batch), lr) if (lr := learning_rate(view)) else Estimate.normal(nan, nan))
+                     cabs=cabs(spread, _losses(view, batch), lr) if (lr := learning_rate(view.stepper, view.step)) else Estimate.normal(nan, nan))
         return {f"{k}{end}": v for k, e in found.items() for end, v in (("", e.value), ("_stderr", e.stderr))}
     return Probe("batch_tests", every, measure)
-
-def learning_rate(view: View) -> float | None:
-    "The rule's, at this step; None where it has none."
-    rule = getattr(view.stepper, "rule", view.stepper)      # a flow has one of its own
-    return getattr(rule.at(view.step) if hasattr(rule, "at") else rule, "lr", None)
 
 @torch.no_grad()
 def _losses(view: View, batch: Batch | None) -> Tensor:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RULES', 'ESTIMATORS', 'FLOWS', 'Batch', 'State', 'Estimator', 'Rule', 'Stepper', 'draw', 'kind',
-           'check_range', 'check_number']
+           'learning_rate', 'check_range', 'check_number']
 
 # %% ../nbs/21_roles.ipynb #imports
 from dataclasses import is_dataclass
@@ -104,6 +104,12 @@ def kind(
                                   (FLOWS, cls.__name__.lower(), steps and prepares)):
         if files: registry[name] = cls      # again, when a cell that defines it is run again
     return cls
+
+# %% ../nbs/21_roles.ipynb #rate
+def learning_rate(stepper: Stepper, step: int) -> float | None:
+    "The learning rate of the step from here; None where there is none."
+    rule = getattr(stepper, "rule", stepper)      # a flow has one of its own
+    return getattr(rule.at(step) if hasattr(rule, "at") else rule, "lr", None)
 
 # %% ../nbs/21_roles.ipynb #range
 def check_range(
