@@ -67,6 +67,7 @@ class GradientFlow:
 
     def __post_init__(self):
         check_range(self, "lr", 0)
+        if self.lr == 0: raise ValueError("a GradientFlow with lr=0 goes nowhere; η is the time of a step, give it a positive one.")
         check_range(self, "measure_every", 1)
         if not hasattr(self.method, "advance"):
             raise TypeError(f"GradientFlow's method must be RK4(), DormandPrince() or Chebyshev(), got {self.method!r}.")
