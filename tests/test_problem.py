@@ -1,5 +1,6 @@
 "Derivatives of every model and loss against the dense Hessian and finite differences; chunks, weights, dtypes, devices."
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ FAMILIES = [("fc-tanh:width=6,depth=2", "ce"), ("fc-relu:width=5,depth=2", "mse"
 
 def family(name, loss, chunk=None):
     "A small network of its kind: on digits, or on texts of seven tokens."
-    if name.split(":")[0] in ("lstm", "mamba", "gpt", "transformer"):
+    if name.split(":")[0] in ("lstm", "mamba", "gpt", "transformer", "transformer-eos"):
         x = torch.randint(5, (20, 7), generator=Stream(3).generator())
         data = Dataset(x, (x + 1) % 5, x, (x + 1) % 5, 5, "counting", words=5)
     else: data = load_dataset("digits-20")
@@ -173,6 +174,102 @@ def test_gauss_newton_and_fisher_are_the_dense_ones(model, loss, weighted):
         for product, truth in ((point.ggn, G), (lambda v: point.fisher(v, "data"), F)):
             torch.testing.assert_close(product(V), truth @ V, **tol)
             torch.testing.assert_close(product(V[:, 0]), truth @ V[:, 0], **tol)
+
+
+# --- quadratic forms -----------------------------------------------------------------------------------------------
+
+NORMED = [("fc-bn-tanh:width=5", "mse"), ("cnn-bn-tanh:width=2", "ce"), ("resnet32:width=2,blocks=1", "ce"),
+          ("resnet32:width=2,blocks=1,norm=group", "mse"), ("resnet32:width=2,blocks=1,norm=free", "ce"), ("preact-resnet18:width=1", "ce"),
+          ("cnn:width=2", "mse"), ("transformer-eos:width=4,layers=1,heads=1", "ce")]
+
+
+def forms(V, product): return (V * product).sum(0)
+
+
+@pytest.mark.parametrize("model, loss", FAMILIES + NORMED)
+def test_quadratic_forms_of_every_family_are_products_and_dots(model, loss):
+    some = Batch(torch.tensor([3, 3, 7, 11, 19, 0]), draw(6).abs())
+    for problem, batch in ((family(model, loss), None), (family(model, loss, chunk=3), some)):
+        theta = problem.theta0 + 0.1 * draw(problem.p, name="theta")
+        V, point = draw(problem.p, 3), problem.at(theta, batch)
+        HV = point.hvp(V)
+        close = dict(rtol=1e-10, atol=1e-13 * float((V.norm(dim=0) * HV.norm(dim=0)).max()))
+        torch.testing.assert_close(point.quadratic(V), forms(V, HV), **close)
+        torch.testing.assert_close(point.quadratic(V[:, 1]), V[:, 1] @ HV[:, 1], **close)
+        assert problem.layered == (not model.startswith("mamba"))        # whose decay is an exponential of a parameter
+
+
+@pytest.mark.parametrize("model, loss", CASES + [("fc-bn-tanh:width=3,depth=1", "ce")])
+def test_quadratic_forms_are_the_dense_hessians(model, loss):
+    problem = make(model, loss)
+    V = draw(problem.p, 3)
+    truth = forms(V, dense(problem, problem.theta0) @ V)
+    torch.testing.assert_close(problem.at(problem.theta0).quadratic(V), truth, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model, loss", FAMILIES)
+def test_layers_are_told_from_what_is_none_in_single_precision(model, loss, device):
+    exact = family(model, loss)
+    problem = Problem(deepcopy(exact.module).to(device, torch.float32), loss, exact.dataset)
+    v = draw(problem.p)
+    found = problem.at(problem.theta0).quadratic(v.to(problem.theta0))
+    assert problem.layered == exact.layered and found.dtype == torch.float32 and found.device.type == device
+    Hv = exact.hvp(exact.theta0, v)
+    assert abs(found.item() - v @ Hv) <= 1e-5 * v.norm() * Hv.norm()
+
+
+class Shared(torch.nn.Linear):
+    def forward(self, x): return super().forward(x).tanh() @ self.weight                               # used twice in a module
+
+
+class Borrowing(torch.nn.Sequential):
+    def forward(self, x): return self[1](self[0](x)) + x.flatten(1) @ self[1].weight.T                  # used outside of its own
+
+
+class Attending(torch.nn.Module):
+    def __init__(self): super().__init__(); self.mix = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    def forward(self, x): return self.mix(*[x.reshape(len(x), 8, 8)] * 3)[0].flatten(1)
+
+
+@pytest.mark.parametrize("odd", [lambda: Shared(64, 4), lambda: torch.nn.PReLU(64), Attending, lambda: Borrowing(torch.nn.Flatten(), torch.nn.Linear(64, 3)),
+                                 lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(64, 3)), lambda: torch.nn.Bilinear(64, 64, 2)])
+def test_forms_of_other_networks_are_products(odd):
+    class Odd(torch.nn.Module):
+        def __init__(self): super().__init__(); self.odd = odd(); self.out = torch.nn.LazyLinear(10)
+        def forward(self, x):
+            x = x.flatten(1)
+            return self.out((self.odd(x, x) if isinstance(self.odd, torch.nn.Bilinear) else self.odd(x)).tanh())
+    net, data = Odd(), load_dataset("digits-20")
+    net(data.x)
+    for p in net.parameters(): p.data = 0.1 * draw(*p.shape, name=str(p.shape))
+    problem = Problem(net, "ce", data)
+    v, theta = draw(problem.p), problem.theta0
+    torch.testing.assert_close(problem.at(theta).quadratic(v), v @ problem.hvp(theta, v), rtol=1e-10, atol=0)
+    assert problem.layered == isinstance(net.odd, torch.nn.Bilinear)
+
+
+def test_forms_in_evaluation_mode_and_under_noise():
+    problem = Problem(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 6), torch.nn.ReLU(inplace=True), torch.nn.BatchNorm1d(6), torch.nn.Tanh(),
+                                          torch.nn.Dropout(0.4), torch.nn.Linear(6, 10)).double(), "ce", load_dataset("digits-60"))
+    v, theta = draw(problem.p), problem.theta0
+    shifted = {k: b + 2 for k, b in problem.buffers.items()}
+    noisy = Batch(torch.arange(30), noise=Stream(4, ("noise",)))
+    values = [point.quadratic(v) for point in (problem.at(theta), problem.frozen(shifted).at(theta), problem.at(theta, noisy))]
+    products = [v @ p.hvp(theta, v, b) for p, b in ((problem, None), (problem.frozen(shifted), None), (problem, noisy))]
+    torch.testing.assert_close(values, products, rtol=1e-10, atol=0)
+    assert len({round(float(value), 6) for value in values}) == 3 and problem.layered and problem.frozen(shifted).layered
+
+
+def test_a_form_refuses_what_is_no_direction():
+    problem = make()
+    with pytest.raises(ValueError, match="a direction must have shape"): problem.at(problem.theta0).quadratic(torch.zeros(3).double())
+
+
+def test_a_column_of_a_matrix_is_a_theta_like_any_other():
+    problem = family("fc-bn-tanh:width=5", "mse")
+    theta = (problem.theta0[:, None] + 0.1 * draw(problem.p, 3))[:, 1]
+    torch.testing.assert_close(problem.grad_and_loss(theta), problem.grad_and_loss(theta.contiguous()), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("loss", ["ce", "mse"])

@@ -21,10 +21,10 @@ class Point:
     ):
         self.problem, self.batch = problem, batch
         self.theta = problem.check(theta).detach().clone().requires_grad_()
-        self._kept = None            # [(loss, grad with graph)], when one chunk holds everything
+        self._kept = None            # [graph], when one chunk holds everything
 
     def _pieces(self):
-        "(loss, gradient with its graph) of every chunk; they sum to the whole."
+        "Loss and gradient of every chunk with their graph; they sum to the whole."
         if self._kept: yield from self._kept; return
         self.problem.check_memory(self.batch)
         with torch.enable_grad():
@@ -35,7 +35,7 @@ class Point:
 
     @cached_property
     def _grad_and_loss(self):
-        pieces = [(g.detach(), l.detach()) for l, g in self._pieces()] or [(torch.zeros_like(self.theta), self.theta.new_zeros(()))]
+        pieces = [(graph.grad.detach(), graph.loss.detach()) for graph in self._pieces()] or [(torch.zeros_like(self.theta), self.theta.new_zeros(()))]
         return self.problem.reduce(sum(g for g, _ in pieces), sum(l for _, l in pieces))
 
     @property
@@ -50,11 +50,22 @@ class Point:
         "Product with the Hessian, by reverse mode over the kept gradient graph (Pearlmutter 1994)."
         self.problem.check(v, "a direction")
         total = torch.zeros_like(v)
-        for _, g in self._pieces():
+        for g in (graph.grad for graph in self._pieces()):
             if not g.requires_grad: continue                     # a piecewise linear loss: H = 0 where it exists
             if v.ndim == 1: total += torch.autograd.grad(g @ v, self.theta, retain_graph=True, materialize_grads=True)[0]
             else: total += torch.autograd.grad(g, self.theta, v.T, retain_graph=True, is_grads_batched=True,
                                                materialize_grads=True)[0].T
+        return self.problem.reduce(total)[0]
+
+    def quadratic(self,
+        v: Tensor,           # direction (p,), or a block of them (p, k)
+    ) -> Tensor:             # vᵀ H(θ) v, () or (k,)
+        "Curvature along directions, through the same graph; by a product where parameters are not in layers linear in them."
+        self.problem.check(v, "a direction")
+        if not self.problem.layered: return (v * self.hvp(v)).sum(0)
+        total = v.new_zeros(v.shape[1:])
+        for graph in self._pieces():
+            total += torch.stack([graph.form(self.problem.layout, column) for column in v.reshape(len(v), -1).unbind(1)]).view_as(total)
         return self.problem.reduce(total)[0]
 
     @cached_property
@@ -98,7 +109,7 @@ class Point:
                             "gradnb.models.norms.LayerNorm, which computes the same from plain operations.")
         total = self.theta.new_zeros(sum(map(len, seconds)), self.problem.p)
         with torch.enable_grad():
-            for _, g in self._pieces():
+            for g in (graph.grad for graph in self._pieces()):
                 if not g.requires_grad: continue
                 rows = iter(total)
                 for v, us in zip(firsts, seconds):

@@ -20,6 +20,7 @@ from ..layout import Layout
 from ..likelihood import sample_targets
 from ..losses import accuracy, resolve_loss
 from ..network import Network
+from .forms import Graph, owners
 from .point import Point
 from ..streams import Stream
 
@@ -92,7 +93,7 @@ class Problem:
 
     def outputs(self, theta: Tensor, x: Tensor, noise: Stream | None = None) -> Tensor:
         "The network's outputs on inputs x with parameters theta."
-        return self.network(self.layout.named(theta), x, noise)
+        return self.network(self.layout.named(theta.contiguous()), x, noise)    # torch's BatchNorm misreads strided weights
 
     def one_chunk(self, batch=None) -> bool:
         "Is everything worked on at once?"
@@ -125,10 +126,21 @@ class Problem:
         losses = self.per_example(self.outputs(theta, x, noise), y)
         return (losses if weight is None else losses * weight).sum() / n
 
-    def gradient_graph(self, theta: Tensor, *chunk) -> tuple[Tensor, Tensor]:
-        "A chunk's share of the batch loss, and its gradient with its graph."
-        loss = self.piece(theta, *chunk)
-        return loss, torch.autograd.grad(loss, theta, create_graph=True, materialize_grads=True)[0]
+    def gradient_graph(self, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, n: int, noise: Stream | None = None) -> Graph:
+        "A chunk's share of the batch loss, and its gradient, with their graph."
+        layers = owners(self.network.loud if noise else self.network.module, self.layout, self.network.buffers)
+        return Graph.of(layers, theta, lambda: self.piece(theta, x, y, weight, n, noise))
+
+    def _beside(self, name: str) -> Tensor:    # (p,)
+        "Not quite the start, where something may be at rest."
+        noise = torch.randn(self.p, generator=(Stream() / name).generator(), dtype=torch.float64).to(self.theta0)
+        return self.theta0 + noise * (0.1 * self.theta0.square().mean().sqrt() + 1e-3)
+
+    @cached_property
+    def layered(self) -> bool:
+        "Are all parameters in layers that are linear in them, on the word of three examples?"
+        with torch.enable_grad(): graph = self.gradient_graph(self._beside("layers").requires_grad_(), *self._few(3))
+        return graph.linear(self.layout, self._beside("other layers") - self.theta0)
 
     def _few(self, n: int) -> tuple[Tensor, Tensor, None, int]:
         some = torch.arange(n, device=self.device) % self.n
@@ -185,7 +197,7 @@ class Problem:
         "This problem in evaluation mode: no noise, BatchNorm with these running statistics (None: those of the start)."
         if not (self.buffers or self.noisy): return self
         other = copy(self)
-        for cached in ("coupled", "_layer_bytes"): other.__dict__.pop(cached, None)
+        for cached in ("coupled", "layered", "_layer_bytes"): other.__dict__.pop(cached, None)
         other.network = self.network.frozen(buffers)
         return other
 
@@ -233,8 +245,7 @@ class Problem:
     @cached_property
     def _layer_bytes(self) -> int:
         "What one example costs where a layer's output is largest; the layers are verified on 2 and 3 examples, which tells n apart."
-        noise = torch.randn(self.p, generator=(Stream() / "layers").generator(), dtype=torch.float64).to(self.theta0)
-        theta = (self.theta0 + noise * (0.1 * self.theta0.square().mean().sqrt() + 1e-3)).requires_grad_()
+        theta = self._beside("layers").requires_grad_()
         for n in (2, 3):
             some = torch.arange(n, device=self.device) % self.n
             losses = self._losses(self.dataset.x[some], self.dataset.y[some])
