@@ -136,7 +136,8 @@ def peer_rows(
 # %% ../../nbs/75_bench/02_curvature.ipynb #rows
 def rows(
     n: int = 5000,            # examples
-    edge_steps: int = 1500,   # of gradient descent, to where the edge is looked at
+    lr: float = 0.02,         # of gradient descent
+    edge_steps: int = 1500,   # of it, to where the edge is looked at
     width: int = 200,         # of the network's layers
     repeats: int = 9,         # pairs of every time
 ) -> Iterator[Row]:
@@ -146,6 +147,5 @@ def rows(
     with one_thread():
         prices = list(product_rows(large, repeats))
         yield from prices
-        lr = 2 / (1.2 * sharpness(few, few.theta0).values[0].item())
         stages = zip(("before the edge", "at the edge"), along(few, lr, (edge_steps * 2 // 5, edge_steps)), (2, 5))
         for stage, thetas, one in stages: yield from tracked_rows(few, lr, thetas, stage, {1: (one, 12), 5: (9, 26)}, prices[0].ratio)
