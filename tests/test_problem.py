@@ -10,6 +10,8 @@ from gradnb import GD, Batch, Dataset, Descent, Problem, Stream, build_model, lo
 from gradnb.likelihood import sample_targets
 from gradnb.probes import PROBES
 
+weight_norm = torch.nn.utils.weight_norm      # by a hook, in a plain Linear
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
 CASES = [("fc-tanh:width=6,depth=2", "mse"), ("fc-softplus:width=6,depth=1", "ce"), ("fc-elu:width=6,depth=1", "ce"),
          ("fc-relu:width=6,depth=2", "ce"), ("fc-hardtanh:width=6,depth=1", "mse"), ("fc:width=6,depth=3", "linear_hinge")]
@@ -196,7 +198,9 @@ def test_quadratic_forms_of_every_family_are_products_and_dots(model, loss):
         close = dict(rtol=1e-10, atol=1e-13 * float((V.norm(dim=0) * HV.norm(dim=0)).max()))
         torch.testing.assert_close(point.quadratic(V), forms(V, HV), **close)
         torch.testing.assert_close(point.quadratic(V[:, 1]), V[:, 1] @ HV[:, 1], **close)
-        assert problem.layered == (not model.startswith("mamba"))        # whose decay is an exponential of a parameter
+    tied = ["out"] if model.startswith("gpt") else []
+    layers = [k for k, m in problem.module.named_modules() if type(m) in (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d) and k not in tied]
+    assert layers and problem.cuts == set(layers)
 
 
 @pytest.mark.parametrize("model, loss", CASES + [("fc-bn-tanh:width=3,depth=1", "ce")])
@@ -209,14 +213,17 @@ def test_quadratic_forms_are_the_dense_hessians(model, loss):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model, loss", FAMILIES)
-def test_layers_are_told_from_what_is_none_in_single_precision(model, loss, device):
+def test_quadratic_forms_in_single_precision(model, loss, device):
     exact = family(model, loss)
     problem = Problem(deepcopy(exact.module).to(device, torch.float32), loss, exact.dataset)
     v = draw(problem.p)
     found = problem.at(problem.theta0).quadratic(v.to(problem.theta0))
-    assert problem.layered == exact.layered and found.dtype == torch.float32 and found.device.type == device
+    assert problem.cuts == exact.cuts and found.dtype == torch.float32 and found.device.type == device
     Hv = exact.hvp(exact.theta0, v)
     assert abs(found.item() - v @ Hv) <= 1e-5 * v.norm() * Hv.norm()
+
+
+def hooked(module, hook): module.register_forward_hook(hook); return module
 
 
 class Shared(torch.nn.Linear):
@@ -233,8 +240,9 @@ class Attending(torch.nn.Module):
 
 
 @pytest.mark.parametrize("odd", [lambda: Shared(64, 4), lambda: torch.nn.PReLU(64), Attending, lambda: Borrowing(torch.nn.Flatten(), torch.nn.Linear(64, 3)),
-                                 lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(64, 3)), lambda: torch.nn.Bilinear(64, 64, 2)])
-def test_forms_of_other_networks_are_products(odd):
+                                 lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(64, 3)), lambda: torch.nn.Bilinear(64, 64, 2), lambda: torch.nn.GRUCell(64, 3),
+                                 lambda: weight_norm(torch.nn.Linear(64, 3)), lambda: hooked(torch.nn.Linear(64, 3), lambda m, _, y: y.square())])
+def test_quadratic_forms_of_other_modules(odd):
     class Odd(torch.nn.Module):
         def __init__(self): super().__init__(); self.odd = odd(); self.out = torch.nn.LazyLinear(10)
         def forward(self, x):
@@ -246,7 +254,7 @@ def test_forms_of_other_networks_are_products(odd):
     problem = Problem(net, "ce", data)
     v, theta = draw(problem.p), problem.theta0
     torch.testing.assert_close(problem.at(theta).quadratic(v), v @ problem.hvp(theta, v), rtol=1e-10, atol=0)
-    assert problem.layered == isinstance(net.odd, torch.nn.Bilinear)
+    assert problem.cuts == {"out"}
 
 
 def test_forms_in_evaluation_mode_and_under_noise():
@@ -258,7 +266,7 @@ def test_forms_in_evaluation_mode_and_under_noise():
     values = [point.quadratic(v) for point in (problem.at(theta), problem.frozen(shifted).at(theta), problem.at(theta, noisy))]
     products = [v @ p.hvp(theta, v, b) for p, b in ((problem, None), (problem.frozen(shifted), None), (problem, noisy))]
     torch.testing.assert_close(values, products, rtol=1e-10, atol=0)
-    assert len({round(float(value), 6) for value in values}) == 3 and problem.layered and problem.frozen(shifted).layered
+    assert len({round(float(value), 6) for value in values}) == 3 and problem.cuts == problem.frozen(shifted).cuts == {"1", "6"}
 
 
 def test_a_form_refuses_what_is_no_direction():

@@ -60,12 +60,10 @@ class Point:
     def quadratic(self,
         v: Tensor,           # direction (p,), or a block of them (p, k)
     ) -> Tensor:             # vᵀ H(θ) v, () or (k,)
-        "Curvature along directions, through the same graph; by a product where parameters are not in layers linear in them."
-        self.problem.check(v, "a direction")
-        if not self.problem.layered: return (v * self.hvp(v)).sum(0)
-        total = v.new_zeros(v.shape[1:])
-        for graph in self._pieces():
-            total += torch.stack([graph.form(self.problem.layout, column) for column in v.reshape(len(v), -1).unbind(1)]).view_as(total)
+        "Curvature along directions, through the same graph."
+        columns = self.problem.check(v, "a direction").reshape(len(v), -1).T.contiguous()
+        total, named = v.new_zeros(v.shape[1:]), self.problem.layout.named
+        for graph in self._pieces(): total += torch.stack([graph.form(named(c), self.problem.cuts) for c in columns]).view_as(total)
         return self.problem.reduce(total)[0]
 
     @cached_property

@@ -20,7 +20,7 @@ from ..layout import Layout
 from ..likelihood import sample_targets
 from ..losses import accuracy, resolve_loss
 from ..network import Network
-from .forms import Graph, owners
+from .forms import Graph, cuts
 from .point import Point
 from ..streams import Stream
 
@@ -91,9 +91,10 @@ class Problem:
                             "build the problem from a module of the dtype and device you want.")
         return vec
 
-    def outputs(self, theta: Tensor, x: Tensor, noise: Stream | None = None) -> Tensor:
-        "The network's outputs on inputs x with parameters theta."
-        return self.network(self.layout.named(theta.contiguous()), x, noise)    # torch's BatchNorm misreads strided weights
+    def outputs(self, theta: Tensor | dict[str, Tensor], x: Tensor, noise: Stream | None = None) -> Tensor:
+        "The network's outputs on inputs x with parameters theta, flat or by name."
+        if isinstance(theta, Tensor): theta = self.layout.named(theta.contiguous())     # torch's BatchNorm misreads strided weights
+        return self.network(theta, x, noise)
 
     def one_chunk(self, batch=None) -> bool:
         "Is everything worked on at once?"
@@ -121,15 +122,15 @@ class Problem:
             weight = None if batch is None or batch.weight is None else batch.weight[part].to(self.device, self.dtype)
             yield self.dataset.x[where] if xs is None else xs[part], self.dataset.y[where], weight, n, noise and noise / i
 
-    def piece(self, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, n: int, noise: Stream | None = None) -> Tensor:
-        "A chunk's share of the batch loss, differentiable in theta."
+    def piece(self, theta: Tensor | dict[str, Tensor], x: Tensor, y: Tensor, weight: Tensor | None, n: int, noise: Stream | None = None) -> Tensor:
+        "A chunk's share of the batch loss, differentiable in theta, flat or by name."
         losses = self.per_example(self.outputs(theta, x, noise), y)
         return (losses if weight is None else losses * weight).sum() / n
 
     def gradient_graph(self, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, n: int, noise: Stream | None = None) -> Graph:
         "A chunk's share of the batch loss, and its gradient, with their graph."
-        layers = owners(self.network.loud if noise else self.network.module, self.layout, self.network.buffers)
-        return Graph.of(layers, theta, lambda: self.piece(theta, x, y, weight, n, noise))
+        places = cuts(self.network.loud if noise else self.network.module, self.layout)
+        return Graph.of(places, self.layout, theta, lambda blocks: self.piece(blocks, x, y, weight, n, noise))
 
     def _beside(self, name: str) -> Tensor:    # (p,)
         "Not quite the start, where something may be at rest."
@@ -137,10 +138,10 @@ class Problem:
         return self.theta0 + noise * (0.1 * self.theta0.square().mean().sqrt() + 1e-3)
 
     @cached_property
-    def layered(self) -> bool:
-        "Are all parameters in layers that are linear in them, on the word of three examples?"
+    def cuts(self) -> frozenset[str]:
+        "The layers whose outputs move a quadratic form in place of their parameters, on the word of three examples."
         with torch.enable_grad(): graph = self.gradient_graph(self._beside("layers").requires_grad_(), *self._few(3))
-        return graph.linear(self.layout, self._beside("other layers") - self.theta0)
+        return graph.sound(self.layout.named(self._beside("other layers")))
 
     def _few(self, n: int) -> tuple[Tensor, Tensor, None, int]:
         some = torch.arange(n, device=self.device) % self.n
@@ -197,7 +198,7 @@ class Problem:
         "This problem in evaluation mode: no noise, BatchNorm with these running statistics (None: those of the start)."
         if not (self.buffers or self.noisy): return self
         other = copy(self)
-        for cached in ("coupled", "layered", "_layer_bytes"): other.__dict__.pop(cached, None)
+        for cached in ("coupled", "cuts", "_layer_bytes"): other.__dict__.pop(cached, None)
         other.network = self.network.frozen(buffers)
         return other
 
