@@ -24,7 +24,7 @@ from gradnb.rules.rmsprop import RMSProp
 from gradnb.rules.schedule import Piecewise, Scheduled
 from gradnb.steppers import trajectory
 from gradnb.thresholds.directions import batch_sharpness, critical_sharpness, directional_sharpness, interaction_sharpness, ratio_of_means
-from gradnb.thresholds.metrics import METRICS, metric_of, preconditioned_sharpness, threshold
+from gradnb.thresholds.metrics import METRICS, Preconditioned, metric_of, preconditioned_sharpness, threshold
 from gradnb.thresholds.updates import UpdateMap, arnoldi, update_radius
 from gradnb.training import train
 
@@ -202,6 +202,7 @@ def test_preconditioned_sharpness_is_the_top_eigenvalue_of_the_dense_product(rul
     M = S @ (dense_hessian(problem, state.theta) + torch.diag(metric.shift)) @ S
     found = preconditioned_sharpness(problem.at(state.theta), metric, k=2, tol=1e-9)
     close(found.values, torch.linalg.eigvalsh(M).flip(0)[:2], 1e-6)
+    close(Preconditioned(problem.at(state.theta), metric).quadratic(eye[:, :3]), M.diag()[:3], 1e-8)
     assert metric.threshold > 0
 
 

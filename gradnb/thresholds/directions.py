@@ -24,7 +24,7 @@ def directional_sharpness(
     "dᵀHd / dᵀ∇L: with learning rate η a step −ηd along a quadratic raises it where this is above 2/η."
     d = point.grad if along is None else along
     slope = (d * point.grad).sum().item()
-    return (d * point.hvp(d)).sum().item() / slope if slope > 0 else float("nan")
+    return point.quadratic(d).item() / slope if slope > 0 else float("nan")
 
 # %% ../../nbs/38_thresholds/03_directions.ipynb #critical
 class Critical(NamedTuple):
@@ -107,7 +107,7 @@ def interaction_sharpness(
     theta, forms, squares = point.theta.detach(), [], []
     for batch in batches:
         g = point.problem.grad_and_loss(theta, batch)[0]
-        forms.append((g * point.hvp(g)).sum().double())
+        forms.append(point.quadratic(g).double())
         squares.append(g.double().square().sum())
     forms, squares, whole = torch.stack(forms), torch.stack(squares), point.grad.double().square().sum()
     edge, ratio = ratio_of_means(whole.expand_as(squares), squares), Estimate.mean((forms / whole).cpu())

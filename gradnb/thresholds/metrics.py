@@ -187,6 +187,8 @@ class Preconditioned(Point):
         u = self.metric.root(v)
         return self.metric.root(self.inner.hvp(u) + self.metric.shift * u)
 
+    def quadratic(self, v): return (v * self.hvp(v)).sum(0)
+
 def preconditioned_sharpness(
     point: Point,        # where: problem.at(theta)
     metric: Metric,      # of the rule's next step: metric_of(problem, stepper, state)
