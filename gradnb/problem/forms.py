@@ -64,6 +64,7 @@ class Graph(NamedTuple):
         "One forward and one backward pass."
         blocks = layout.named(theta)
         value, uses = record(cuts, lambda: loss(blocks))
+        uses = [use for use in uses if use.outs]                            # not those under no_grad
         places, shapes = zip((theta, theta.shape), *(use.outs[0][1:] for use in uses), *((b, b.shape) for b in blocks.values()))
         found = torch.autograd.grad(value, places, create_graph=True, allow_unused=True)
         grad, *rest = (value.new_zeros(shape) if g is None else g for g, shape in zip(found, shapes))
