@@ -38,6 +38,8 @@ def product_rows(
             f"{name} product", 1.25, f"against a gradient, CPU time, {where}")
     four = alternate(lambda: point.hvp(V), gradient, repeats, clock=process_time)
     yield Row.of("Hessian product of four vectors, each", four.ours / 4, four.reference, 1.25, "s", f"against a gradient, CPU time, {where}", four.ratio / 4)
+    yield alternate(lambda: point.quadratic(V[:, 0]), gradient, repeats, clock=process_time).row(
+        "quadratic form of the Hessian", 0.75, f"against a gradient, CPU time, {where}")
     other, why = attempt(curvlinops_ggn, problem)
     if other is None: yield Row.of("Gauss–Newton product against curvlinops", None, None, 1.0, "s", why)
     else:
