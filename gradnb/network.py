@@ -100,4 +100,6 @@ class Network:
         other = copy(self)
         other.module = deepcopy(self.module, {id(p): p for p in self.module.parameters()}).eval()
         other.loud, other.is_frozen, other.buffers = other.module, True, dict(buffers or self.buffers)
+        own = dict(other.module.named_buffers())
+        for name, b in other.buffers.items(): own[name].copy_(b)     # for who calls one of its layers alone
         return other

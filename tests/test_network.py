@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from gradnb import Batch, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, load_dataset, train, trajectory
+from gradnb import Batch, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, build_model, load_dataset, train, trajectory
 from gradnb.laws import check_estimator, check_stepper
 
 DIGITS = load_dataset("digits-200")
@@ -134,3 +134,14 @@ def test_augmentation_is_the_batchs_own_whatever_the_chunks():
 def test_third_derivatives_that_torch_gets_wrong_are_refused():
     problem = Problem(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.LayerNorm(4), nn.Linear(4, 10)), "ce", DIGITS)
     with pytest.raises(TypeError, match="gradnb.models.norms"): problem.curvature_grad(problem.theta0, problem.theta0, problem.theta0)
+
+
+def test_layers_of_a_frozen_network_see_its_running_statistics():
+    data = load_dataset("digits-40")
+    problem = Problem(build_model("fc-bn-tanh:width=8,depth=1", data).double(), "ce", data)
+    buffers = {k: b + 0.7 if b.is_floating_point() else b for k, b in problem.buffers.items()}
+    frozen, one = problem.frozen(buffers), lambda t, i: frozen.piece(t, *next(frozen.chunks(Batch(torch.tensor([i])))))
+    truth = torch.stack([torch.func.grad(one)(problem.theta0, i) for i in range(5)])
+    got = next(frozen.layer_io(problem.theta0)).example_grads()[:5]
+    torch.testing.assert_close(got, truth)
+    assert all(torch.equal(b, problem.buffers[k]) for k, b in problem.module.named_buffers())
