@@ -172,7 +172,8 @@ if __name__ == "__main__":
 def script(tmp_path, spec, n):
     (tmp_path / "study.py").write_text(SCRIPT)
     return subprocess.Popen([sys.executable, str(tmp_path / "study.py"), str(tmp_path / "store"), spec.to_json(), str(n)],
-                            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+                            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a shell's background jobs ignore it
 
 
 def children(pid):
