@@ -47,12 +47,12 @@ def _ahead(
 
 def _updated(
     B: Basis,
+    joint: _Joint,
     keep: int,                # pairs
 ) -> Sketch:
     "The top of what is known now."
-    joint, C = _joint(B), B.CD[0, :, :B.m]
     inside, outside = joint.inside[:keep], joint.outside[:keep]
-    vectors = combine(inside - outside @ C, B.Q[:B.m], B.Q.new_empty(len(inside), B.Q.shape[1]))
+    vectors = combine(inside - outside @ B.CD[0, :, :B.m], B.Q[:B.m], B.Q.new_empty(len(inside), B.Q.shape[1]))
     return Sketch(joint.values[:keep], combine(outside, B.V, vectors, add=1).T)
 
 # %% ../../nbs/10_linalg/01_krylov.ipynb #errors
@@ -118,11 +118,11 @@ def lanczos(
         sure = j >= k or found is not None and bool((theta[:k] - found).abs().max() <= allowed)
         done = B.m == p or settled and sure
         if done or B.products >= budget:
-            return B.eigs(theta[:k], Y[:k], r[:k], error[:k].clamp_min(allowed), done, _updated(B, keep) if keep else None)
+            return B.eigs(theta[:k], Y[:k], r[:k], error[:k].clamp_min(allowed), done, _updated(B, joint, keep) if keep else None)
         wanted = open & (torch.arange(len(r)) < k)
         worst = int((error * (wanted if wanted.any() else open)).argmax())
         ahead, worked[worst] = _ahead(B, joint, worst) if open.any() else None, True
-        again = _updated(B, keep) if keep and (settled or B.m == size) else None   # before the basis forgets
+        again = _updated(B, joint, keep) if keep and (settled or B.m == size) else None   # before the basis forgets
         if settled:                                                    # now a fresh direction has to agree
             found, guards = theta[:k], 1
             B.rotate(Y[:k])
