@@ -51,7 +51,7 @@ class Layout:
     @cached_property
     def sizes(self) -> tuple[int, ...]: return tuple(map(prod, self.shapes))
 
-    @property
+    @cached_property
     def p(self) -> int: return sum(self.sizes)
 
     def split(
@@ -61,7 +61,7 @@ class Layout:
         "The blocks of a flat vector, as views of it."
         if vec.ndim < 1 or vec.shape[-1] != self.p:
             raise ValueError(f"this layout has p = {self.p} parameters, got a tensor of shape {tuple(vec.shape)}.")
-        blocks = zip(vec.split(self.sizes, -1), self.shapes)
+        blocks = zip(vec.split_with_sizes(self.sizes, -1), self.shapes)
         if vec.ndim == 1: return tuple(b.view(s) for b, s in blocks)
         return tuple(b.unflatten(-1, s) if s else b.squeeze(-1) for b, s in blocks)
 
@@ -71,7 +71,7 @@ class Layout:
     ) -> Tensor:                 # (p,)
         "One flat vector from the blocks."
         blocks = tuple(blocks)
-        if tuple(tuple(b.shape) for b in blocks) != self.shapes:
+        if tuple(b.shape for b in blocks) != self.shapes:
             raise ValueError(f"blocks of shapes {[tuple(b.shape) for b in blocks]} do not fit the layout's {self.shapes}.")
         return torch.cat([b.reshape(-1) for b in blocks])
 

@@ -41,8 +41,8 @@ class Stream:
         "A fresh torch generator at the start of this stream."
         g = torch.Generator(device)
         if g.device.type != "cpu": return g.manual_seed(self.int63)
-        words, state = np.frombuffer(self.bits(4 * 624), np.uint32), g.get_state()
-        state.numpy()[:8].view(np.uint64)[:] = words[:2].view(np.uint64) >> 1       # the seed it says it has: int63
-        state.numpy()[24:24 + 8 * 624].view(np.uint64)[:] = words                   # the twister's 624 words, each in 64 bits
+        bits, state = self.bits(4 * 624), g.get_state()
+        places = state.numpy().view(np.uint64)            # the seed it says it has, two counters, the twister's 624 words, …
+        places[0], places[3:627] = int.from_bytes(bits[:8], "little") >> 1, np.frombuffer(bits, np.uint32)
         g.set_state(state)
         return g
