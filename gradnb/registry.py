@@ -109,12 +109,12 @@ class Registry(UserDict):
         builder = self[name]
         if twice := kwargs.keys() & more.keys(): raise ValueError(f"{sorted(twice)} given twice for {call!r}.")
         takes = inspect.signature(builder).parameters
+        named = [k for k in list(takes)[len(args):] if takes[k].kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
         if not any(q.kind is q.VAR_KEYWORD for q in takes.values()):
-            named = [k for k in list(takes)[len(args):] if takes[k].kind is not takes[k].VAR_POSITIONAL]
             for key in (kwargs | more):
                 if key not in named: raise unknown(f"argument of {self.kind} {name!r}", key, named)
-            missing = [k for k in named if takes[k].default is inspect.Parameter.empty and k not in kwargs | more]
-            if missing: raise ValueError(f"{self.kind} {name!r} needs {', '.join(missing)}: write {name}:{missing[0]}=VALUE.")
+        missing = [k for k in named if takes[k].default is inspect.Parameter.empty and k not in kwargs | more]
+        if missing: raise ValueError(f"{self.kind} {name!r} needs {', '.join(missing)}: write {name}:{missing[0]}=VALUE.")
         return builder(*args, **kwargs, **more)
 
     def about(self,

@@ -181,6 +181,11 @@ def test_refusals(spec, words):
     with pytest.raises(ValueError, match=words): PROBES.build(spec)
 
 
+def test_batches_larger_than_the_data_are_refused(problem):
+    with pytest.raises(ValueError, match="a batch of 3000 needs as many examples, and there are 200; take a smaller size"):
+        measured("original_index:size=3000", problem, Descent(GD(.1), MiniBatch(8)), 0)
+
+
 @pytest.mark.parametrize("shape, classes", [((1, 28, 28), 10), ((3, 32, 32), 10), ((3, 32, 32), 100)], ids=["mnist", "cifar10", "cifar100"])
 def test_the_networks_of_2019_on_its_data(shape, classes):
     "Both networks with both losses on all three; the original had no fc for CIFAR-100 and no alexnet for MNIST."

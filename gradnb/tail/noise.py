@@ -39,7 +39,8 @@ def partition_grads(
     size: int,                # examples in a batch
     most: int | None = None,  # batches; None: as many as are full
 ) -> Iterator[Tensor]:        # (p,) each
-    "Gradients of successive batches, in the order of the data; a last batch that is not full is left out."
+    "Gradients of successive batches, in the order of the data; a last batch that is not full is left out. Raises ValueError where none is."
+    if size > problem.n: raise ValueError(f"a batch of {size} needs as many examples, and there are {problem.n}; take a smaller size.")
     for i in range(min(problem.n // size, most or problem.n)):
         yield problem.grad_and_loss(theta, Batch(torch.arange(i * size, (i + 1) * size)))[0]
 
