@@ -75,9 +75,9 @@ def test_a_wrong_word_is_one_line(words, says, tmp_path):
 
 
 @pytest.mark.parametrize("words, says", [("--steps -5", "steps=-5"), ("--batch 0", "size=0"), ("--acc-goal 2", "got 2"),
-                                         ("--probe sharpness --probe sharpness:k=2", "two probes")])
+                                         ("--batch 9999", "batch of 9999"), ("--rule agd", "no rule for vectors"), ("--probe sharpness --probe sharpness:k=2", "two probes")])
 def test_what_is_refused_leaves_no_run(words, says, tmp_path, capsys):
-    assert main(["train", "--lr", "0.1", "--store", str(tmp_path / "runs"), *words.split()]) == 2
+    assert main(["train", *["--lr", "0.1"] * ("agd" not in words), "--store", str(tmp_path / "runs"), *words.split()]) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..designs import Design, finite, whole_counts
+from .minibatch import check_batch
 from ..layers import Linear
 from ..roles import Batch, Estimator, check_range, kind
 from ..streams import Stream
@@ -152,11 +153,9 @@ class Stratified(Estimator):
 
 def check_size(estimator, problem, k: int):
     "Raise ValueError on more strata than examples, or a batch that a pass over the data cannot fill."
-    name = type(estimator).__name__
-    if k > problem.n: raise ValueError(f"{name} cannot make {k} strata of {problem.n} examples; ask for k ≤ {problem.n}.")
-    if estimator.size > problem.n and not estimator.replace:
-        raise ValueError(f"{name}'s batch of {estimator.size} without replacement needs as many examples, the problem has "
-                         f"{problem.n}; use replace=True or a smaller batch.")
+    if k > problem.n:
+        raise ValueError(f"{type(estimator).__name__} cannot make {k} strata of {problem.n} examples; ask for k ≤ {problem.n}.")
+    check_batch(estimator, problem)
 
 def balanced(
     n: int,            # examples

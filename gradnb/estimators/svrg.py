@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..designs import Design
-from .minibatch import MiniBatch
+from .minibatch import MiniBatch, check_batch
 from ..roles import Batch, Estimator, check_range, kind
 from ..streams import Stream
 
@@ -39,6 +39,7 @@ class SVRG(Estimator):
         if self.alpha != "optimal": check_range(self, "alpha", 0)
 
     def init(self, problem, theta: Tensor) -> Anchor:
+        check_batch(self, problem)
         if problem.noisy or problem.coupled:
             raise TypeError("SVRG's correction has mean zero only where the loss is the mean of its examples' own losses, and "
                             "this network has noise (Dropout, augmentation) or batch statistics; use problem.frozen() or "

@@ -126,6 +126,7 @@ class Spec(Identity):
         module = build_model(self.model, data, seed=self.seed).to(where, getattr(torch, self.dtype))
         problem = Problem(module, self.loss, data, self.chunk_size)
         stepper = self.rule if isinstance(self.rule, Stepper) else Descent(self.rule, self.estimator)
+        stepper.init(problem, problem.theta0)                     # refuses a batch or a network that it cannot take
         probes = check_probes(PROBES.build(p) for p in self.probes)
         Watching(problem, stepper, self.steps, probes, self.seed, self.loss_goal, self.acc_goal)     # refuses goals that are never met
         return problem, stepper, probes
