@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from gradnb import GD, Batch, Dataset, Descent, Problem, Stream, build_model, load_dataset, sharpness, train
 from gradnb.likelihood import sample_targets
+from gradnb.network import drawing
 from gradnb.probes import PROBES
 
 weight_norm = torch.nn.utils.weight_norm      # by a hook, in a plain Linear
@@ -46,6 +47,31 @@ def test_hvp_is_a_difference_of_gradients(model, loss):
     v, eps = draw(problem.p), 1e-5
     g = [problem.grad_and_loss(problem.theta0 + s * eps * v)[0] for s in (1, -1)]
     torch.testing.assert_close(problem.hvp(problem.theta0, v), (g[0] - g[1]) / (2 * eps), rtol=1e-5, atol=1e-7)
+
+
+class Attention(torch.nn.Module):
+    "torch's own layer, whose fused kernel has no second derivative."
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0., activation="gelu", batch_first=True)
+        self.out = torch.nn.Linear(64, 10)
+
+    def forward(self, x): return self.out(self.layer(x.view(-1, 8, 8)).flatten(1))
+
+
+def test_torchs_own_attention():
+    with drawing(Stream(0), torch.device("cpu")): problem = Problem(Attention().double(), "ce", load_dataset("digits-60"))
+    v, eps = draw(problem.p), 1e-5
+    g = [problem.grad_and_loss(problem.theta0 + s * eps * v)[0] for s in (1, -1)]
+    point = problem.at(problem.theta0)
+    torch.testing.assert_close(point.hvp(v), (g[0] - g[1]) / (2 * eps), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(point.quadratic(v), v @ point.hvp(v), rtol=1e-10, atol=0)
+    J = torch.func.jacrev(lambda t: problem.outputs(t, problem.dataset.x[:3]))(problem.theta0)
+    q = torch.softmax(problem.outputs(problem.theta0, problem.dataset.x[:3]), 1)
+    moved = J @ v
+    truth = torch.einsum("bcp,bc->p", J, q * moved - q * (q * moved).sum(1, keepdim=True)) / 3
+    torch.testing.assert_close(problem.at(problem.theta0, Batch(torch.arange(3))).ggn(v), truth, rtol=1e-9, atol=1e-12)
+    assert sharpness(problem, problem.theta0).converged
 
 
 def test_regression_network():

@@ -19,7 +19,7 @@ from ..layers import LayerIO, capture, verify
 from ..layout import Layout
 from ..likelihood import sample_targets
 from ..losses import accuracy, resolve_loss
-from ..network import Network
+from ..network import Network, twice_differentiable
 from .forms import Graph, cuts
 from .point import Point
 from ..streams import Stream
@@ -137,7 +137,7 @@ class Problem:
     def gradient_graph(self, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, n: int, noise: Stream | None = None) -> Graph:
         "A chunk's share of the batch loss, and its gradient, with their graph."
         places = cuts(self.network.loud if noise else self.network.module, self.layout)
-        return Graph.of(places, self.layout, theta, lambda blocks: self.piece(blocks, x, y, weight, n, noise))
+        with twice_differentiable(): return Graph.of(places, self.layout, theta, lambda blocks: self.piece(blocks, x, y, weight, n, noise))
 
     def _beside(self, name: str) -> Tensor:    # (p,)
         "Not quite the start, where something may be at rest."
