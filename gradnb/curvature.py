@@ -31,6 +31,8 @@ def sharpness(
     if which not in ("largest", "smallest"): raise ValueError(f"which is 'largest' or 'smallest', got {which!r}.")
     check_number("sharpness", "tol", tol, 0)
     point = problem if isinstance(problem, Point) else problem.at(theta, batch)
+    if point.theta.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"eigenvalues need float32 or float64, and this problem is {point.theta.dtype}; build it from module.float().")
     for what, vec in (("theta", point.theta.detach()), ("the gradient", point.grad)):
         if not torch.isfinite(vec).all():
             bad = [n for n, b in point.problem.layout.named(vec).items() if not torch.isfinite(b).all()]

@@ -67,6 +67,7 @@ class Linearised:
                 if self.problem.one_chunk(self.batch): self._kept = piece
                 yield piece
 
+    @twice_differentiable()
     def product(self,
         v: Tensor,                                    # direction (p,), or a block of them (p, k)
         middle: Callable[[Piece, Tensor], Tensor],    # M: (piece, Jv) → f's shape

@@ -6,6 +6,7 @@
 __all__ = ['drawing', 'twice_differentiable', 'places', 'Network']
 
 # %% ../nbs/15_network.ipynb #imports
+import re
 from contextlib import contextmanager
 from copy import copy, deepcopy
 import torch
@@ -32,9 +33,14 @@ def drawing(
     finally: put(kept)
 
 # %% ../nbs/15_network.ipynb #twice
+@contextmanager
 def twice_differentiable():
-    "Attention that is computed inside has second derivatives."
-    return sdpa_kernel(SDPBackend.MATH)
+    "Attention that is computed inside has second derivatives. Raises TypeError that names an operation without."
+    try:
+        with sdpa_kernel(SDPBackend.MATH): yield
+    except RuntimeError as e:
+        if not (found := re.match(r"derivative for aten::(\w+?)(_backward)? is not implemented", str(e))): raise
+        raise TypeError(f"torch has no second derivative of {found[1]}, which this network uses; put another operation in its place.") from e
 
 # %% ../nbs/15_network.ipynb #places
 def places(
@@ -71,10 +77,17 @@ class Network:
     def _try_out(self, params, x):
         gen = (Stream() / "network").generator()     # beside the start, where nothing is at rest
         params = {k: v + 0.1 * torch.randn(v.shape, generator=gen, dtype=v.dtype).to(v) for k, v in params.items()}
-        start = {k: v.clone() for k, v in self.module.named_buffers()}
+        start, versions = {k: v.clone() for k, v in self.module.named_buffers()}, [v._version for v in params.values()]
         after = {k: v.clone() for k, v in start.items()}
         with drawing(Stream() / "trial", x.device) as drew:
             out, random = self._forward(self.module, params, x, after), drew()
+        if not isinstance(out, Tensor):
+            what = f"a {type(out).__name__}" + (f" of {', '.join(map(str, out))}" if isinstance(out, dict) else "")
+            raise TypeError(f"a network must return one tensor (b, …), and this one returns {what}; wrap it in a module that picks "
+                            "what the loss reads.")
+        if written := [k for (k, v), version in zip(params.items(), versions) if v._version != version]:
+            raise TypeError(f"a forward pass of this network writes over its parameters {written} (nn.Embedding with max_norm?), so its "
+                            "loss is no function of them; leave that out.")
         if random:
             raise TypeError("a forward pass of this network draws random numbers outside torch.nn's Dropout modules, so its loss "
                             "is no function of the parameters; use nn.Dropout modules, module.eval(), or a probability of 0.")

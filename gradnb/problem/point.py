@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from ..linearised import Linearised
+from ..network import twice_differentiable
 
 # %% ../../nbs/20_problem/01_point.ipynb #point
 class Point:
@@ -44,19 +45,22 @@ class Point:
     @property
     def loss(self) -> Tensor: return self._grad_and_loss[1]
 
+    @twice_differentiable()
     def hvp(self,
         v: Tensor,           # direction (p,), or a block of them (p, k)
     ) -> Tensor:             # H(θ) v, of v's shape
         "Product with the Hessian, by reverse mode over the kept gradient graph (Pearlmutter 1994)."
         self.problem.check(v, "a direction")
-        total = torch.zeros_like(v)
+        total, columns = torch.zeros_like(v), v.view(len(v), -1).unbind(1)
+        back = lambda out, **more: torch.autograd.grad(out, self.theta, retain_graph=True, materialize_grads=True, **more)[0]
         for g in (graph.grad for graph in self._pieces()):
             if not g.requires_grad: continue                     # a piecewise linear loss: H = 0 where it exists
-            if v.ndim == 1: total += torch.autograd.grad(g @ v, self.theta, retain_graph=True, materialize_grads=True)[0]
-            else: total += torch.autograd.grad(g, self.theta, v.T, retain_graph=True, is_grads_batched=True,
-                                               materialize_grads=True)[0].T
+            if v.is_cpu or len(columns) == 1:
+                for c, hc in zip(columns, total.view(len(v), -1).unbind(1)): hc += back(g @ c)
+            else: total += back(g, grad_outputs=v.T, is_grads_batched=True).T
         return self.problem.reduce(total)[0]
 
+    @twice_differentiable()
     def quadratic(self,
         v: Tensor,           # direction (p,), or a block of them (p, k)
     ) -> Tensor:             # vᵀ H(θ) v, () or (k,)
@@ -100,6 +104,7 @@ class Point:
         out[i, j] = out[j, i] = found
         return out
 
+    @twice_differentiable()
     def _thirds(self, firsts, seconds) -> Tensor:    # (number of seconds, p)
         "∇_θ [uᵀ H(θ) v] for each v of `firsts` with every u of its list in `seconds`."
         if any(isinstance(m, torch.nn.LayerNorm) for m in self.problem.module.modules()):

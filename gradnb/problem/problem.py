@@ -18,7 +18,7 @@ from ..graphs import free_memory, kinks_of, saved_bytes
 from ..layers import LayerIO, capture, verify
 from ..layout import Layout
 from ..likelihood import sample_targets
-from ..losses import accuracy, resolve_loss
+from ..losses import LOSSES, accuracy, resolve_loss
 from ..network import Network, twice_differentiable
 from .forms import Graph, cuts
 from .point import Point
@@ -83,7 +83,13 @@ class Problem:
         except RuntimeError as e:
             raise ValueError(f"the network cannot read inputs of shape {tuple(x.shape[1:])} and type {x.dtype} "
                              f"of dataset {self.dataset.name!r}: {e}") from e
-        losses = self.per_example(network(params, x), y)
+        out, classes = network(params, x), self.dataset.classes
+        if self.per_example in LOSSES.values() and classes and out.shape[-1] < classes:
+            raise ValueError(f"the network has {out.shape[-1]} outputs, and dataset {self.dataset.name!r} has {classes} classes; give its last "
+                             f"layer {classes}.")
+        if any(getattr(m, "sparse", False) for m in module.modules()):
+            raise TypeError("the gradient of an nn.Embedding with sparse=True is no dense vector; make it with sparse=False.")
+        losses = self.per_example(out, y)
         if losses.shape != (len(x),):
             raise TypeError(f"the loss must give one value an example: on {len(x)} examples it gave shape "
                             f"{tuple(losses.shape)}; use reduction='none' and sum over outputs.")
@@ -134,10 +140,11 @@ class Problem:
         losses = self.per_example(self.outputs(theta, x, noise), y)
         return (losses if weight is None else losses * weight).sum() / n
 
+    @twice_differentiable()
     def gradient_graph(self, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, n: int, noise: Stream | None = None) -> Graph:
         "A chunk's share of the batch loss, and its gradient, with their graph."
         places = cuts(self.network.loud if noise else self.network.module, self.layout)
-        with twice_differentiable(): return Graph.of(places, self.layout, theta, lambda blocks: self.piece(blocks, x, y, weight, n, noise))
+        return Graph.of(places, self.layout, theta, lambda blocks: self.piece(blocks, x, y, weight, n, noise))
 
     def _beside(self, name: str) -> Tensor:    # (p,)
         "Not quite the start, where something may be at rest."
