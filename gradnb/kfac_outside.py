@@ -44,6 +44,8 @@ class KFAC(torch.optim.Optimizer):
         maximize: bool = False,            # climb instead
         **hyper,                           # as for gradnb.rules.kfac.KFAC, but `size`: what goes through the network is looked at
     ):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"KFAC looks at what goes through the layers, so it takes the network, KFAC(net, lr=…), got {type(module).__name__}.")
         if "size" in hyper: raise ValueError("the factors come from the batch that goes through the network; size has no meaning here.")
         for name in hyper:
             if name not in self._WORDS: raise unknown("argument of KFAC", name, [*self._WORDS, "loss", "seed", "maximize"])

@@ -122,7 +122,9 @@ class Probe:
         "One row. Raises RuntimeError where the probe wrote a tensor of the run or drew from torch's global generator."
         held = [t for t in (*view.state, *dict(view.state.buffers).values()) if isinstance(t, Tensor)]
         versions, rng = [t._version for t in held], torch.get_rng_state()
-        row = as_row(self.fn(view))
+        answer = self.fn(view)
+        try: row = as_row(answer)
+        except TypeError as e: raise TypeError(f"probe {self.name!r}: {e}") from None
         if [t._version for t in held] != versions:
             raise RuntimeError(f"probe {self.name!r} wrote into the run's state at step {view.step}; work on view.theta.clone().")
         if not torch.equal(rng, torch.get_rng_state()):
@@ -132,11 +134,10 @@ class Probe:
         return row
 
 def probe(
-    when: Callable[[int], bool],    # every(50), at(0, 100), log_spaced(10) or any step → bool
+    when: Callable[[int], bool] | int,  # every(50) or 50, at(0, 100), log_spaced(10) or any step → bool
     name: str | None = None,        # of its trace; None: the function's name
 ):
     "Decorator: a function of a view becomes a probe."
-    if not callable(when): raise TypeError(f"probe takes a schedule such as every(50), got {when!r}.")
     return lambda fn: Probe(name or fn.__name__, when, fn)
 
 # %% ../nbs/45_probes.ipynb #ready

@@ -118,8 +118,9 @@ def check_range(
     low: float,          # smallest allowed value
     high: float = inf,   # first value that is too large
 ):
-    "Refuse a hyperparameter outside [low, high), or one that is no number."
-    check_number(type(owner).__name__, name, getattr(owner, name), low, high)
+    "Refuse a hyperparameter outside [low, high), one that is no number, and for a field that is an int one that is not whole."
+    field = getattr(owner, "__dataclass_fields__", {}).get(name)
+    check_number(type(owner).__name__, name, getattr(owner, name), low, high, field is not None and field.type in (int, "int"))
 
 def check_number(
     who: str,            # whose argument it is

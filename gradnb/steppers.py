@@ -8,7 +8,7 @@ __all__ = ['Descent', 'trajectory']
 # %% ../nbs/40_steppers.ipynb #imports
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from torch import Tensor
+from torch import Tensor, optim
 from .estimators.minibatch import FullBatch
 from .roles import Estimator, Rule, State, draw
 from .rules.inplace import InPlace
@@ -25,8 +25,10 @@ class Descent:
         for role, kind in (("rule", Rule), ("estimator", Estimator)):
             got = getattr(self, role)
             if isinstance(got, type) or not isinstance(got, kind):
-                raise TypeError(f"Descent's {role} must be an instance of gradnb.{kind.__name__}, got {got!r}; "
-                                f"derive yours from it to inherit the defaults.")
+                a, name = ("the class", got.__name__) if isinstance(got, type) else ("a", type(got).__name__)
+                hint = (f"FromTorch(torch.optim.{name}, lr=…) makes one of it" if hasattr(optim, name)
+                        else "derive yours from it to inherit the defaults")
+                raise TypeError(f"Descent's {role} must be an instance of gradnb.{kind.__name__}, got {a} {name}; {hint}.")
 
     def init(self, problem, theta: Tensor) -> State:
         "The state before the first step, at theta (p,)."

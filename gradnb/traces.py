@@ -51,9 +51,10 @@ def entry(name, v) -> float | np.ndarray:
     "One entry of a row, a copy."
     if type(v) is float: return v
     if isinstance(v, torch.Tensor): v = v.detach().cpu().float() if v.dtype == torch.bfloat16 else v.detach().cpu()
+    given = v
     try: v = np.asarray(v)
     except ValueError: v = np.asarray(None)     # a ragged list
-    if v.dtype.kind not in "biuf": raise TypeError(f"{name} = {v!r:.200} is not a number or an array of real numbers.")
+    if v.dtype.kind not in "biuf": raise TypeError(f"{name} = {given!r:.200} is not a number or an array of real numbers.")
     if v.ndim == 0: return float(v)
     return v.astype(np.float64 if v.ndim == 1 and v.size <= WIDEST else v.dtype)
 

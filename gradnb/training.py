@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from torch import Tensor
 from tqdm.auto import tqdm
-from .probes import Probe, View
-from .roles import State
+from .probes import PROBES, Probe, View
+from .roles import Rule, State, Stepper
 from .steppers import trajectory
 from .streams import Stream
 from .traces import Trace, as_row
@@ -99,7 +99,7 @@ def train(
     problem,                          # what is minimised
     stepper,                          # how: Descent(rule, estimator) or a flow
     steps: int,                       # updates to take
-    probes: tuple[Probe, ...] = (),   # what to measure
+    probes: tuple[Probe | str, ...] = (),   # what to measure; words as in "sharpness:every=50"
     theta: Tensor | None = None,      # start (p,); None: the problem's θ₀
     seed: int = 0,                    # of all randomness
     state: State | None = None,       # go on from this state instead
@@ -111,6 +111,9 @@ def train(
     progress: bool = True,            # show a bar after the first second
 ) -> tuple[State, Traces]:            # the last prepared state; traces by name, always with "loss" (the batch's, each step)
     "Train, measuring on the way. Ctrl-C ends the run early and keeps everything."
+    if not isinstance(stepper, Stepper):
+        hint = f"; put the rule in one: Descent({stepper!r}, MiniBatch(128))" if isinstance(stepper, Rule) else ""
+        raise TypeError(f"train moves by a stepper, a Descent or a flow, got {stepper!r}{hint}.")
     probes = check_probes(probes)
     if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps must be a whole number ≥ 0, got {steps!r}.")
     watching = Watching(problem, stepper, steps, probes, seed, loss_goal, acc_goal, goal_every, {} if memory is None else memory)
@@ -145,11 +148,12 @@ def train(
 
 def check_probes(probes) -> tuple[Probe, ...]:
     "Probes as a tuple, each with a name of its own."
-    probes = (probes,) if isinstance(probes, Probe) else tuple(probes)
+    probes = (probes,) if isinstance(probes, (Probe, str)) else tuple(probes)
+    probes = tuple(PROBES.build(p) if isinstance(p, str) else p for p in probes)
     names = ["loss"]
     for p in probes:
         if not (hasattr(p, "due") and hasattr(p, "measure")):
-            raise TypeError(f"{p!r} is no probe; put @probe(every(50)) above the function, or PROBES.build('sharpness:every=50').")
+            raise TypeError(f"{p!r} is no probe; put @probe(every(50)) above the function, or take a word: 'sharpness:every=50'.")
         if p.name in names: raise ValueError(f"two probes are named {p.name!r}; name one with probe(…, name=…).")
         names.append(p.name)
     return probes

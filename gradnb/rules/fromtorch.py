@@ -33,7 +33,7 @@ class FromTorch(Rule):
             raise ValueError(f"{cls.__name__} evaluates the loss several times a step through a closure, "
                              "and a rule sees one gradient; it cannot be used here.")
         for name, value in dict(cls=cls, lr=lr, hyper=hyper).items(): object.__setattr__(self, name, value)
-        self._around({"w": torch.zeros(1)})      # a wrong hyperparameter fails here, with torch's own message
+        self._around({"w": torch.zeros(1, 1)})   # a wrong hyperparameter fails here, with torch's own message
 
     def _around(self, blocks):
         params = [torch.nn.Parameter(b.detach().clone()) for b in blocks.values()]

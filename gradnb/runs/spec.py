@@ -15,7 +15,6 @@ from ..data import load_dataset
 from ..estimators.minibatch import FullBatch
 from ..files import parse_json
 from ..models import build_model
-from ..probes import PROBES
 from ..problem import Problem
 from ..roles import KINDS, Estimator, Rule, Stepper, check_number
 from ..rules.fromtorch import optimizer_class
@@ -127,7 +126,7 @@ class Spec(Identity):
         problem = Problem(module, self.loss, data, self.chunk_size)
         stepper = self.rule if isinstance(self.rule, Stepper) else Descent(self.rule, self.estimator)
         stepper.init(problem, problem.theta0)                     # refuses a batch or a network that it cannot take
-        probes = check_probes(PROBES.build(p) for p in self.probes)
+        probes = check_probes(self.probes)
         Watching(problem, stepper, self.steps, probes, self.seed, self.loss_goal, self.acc_goal)     # refuses goals that are never met
         return problem, stepper, probes
 
