@@ -31,6 +31,7 @@ _NAMES = {
     "rules.kfac": ["KFAC"],
     "rules.fromtorch": ["FromTorch"],
     "rules.schedule": ["Scheduled", "Piecewise", "Cosine"],
+    "rules.groups": ["Groups"],
     "inits": ["agd_init"],
     "estimated": ["Estimated"],
     "designs": ["exact_variance"],

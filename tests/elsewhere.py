@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-from gradnb import (GD, LAMB, Adam, AutomaticGradientDescent, CentralFlow, Descent, FromTorch, GradientFlow, MiniBatch, Momentum,
+from gradnb import (GD, LAMB, Adam, AutomaticGradientDescent, CentralFlow, Descent, FromTorch, GradientFlow, Groups, MiniBatch, Momentum,
                     Problem, Spec, Store, Stream, build_model, load_dataset, optim, train)
 from gradnb.flatness.centre import MEASURES, Centre
 from gradnb.probes import PROBES
@@ -134,9 +134,10 @@ def test_it_refuses_what_a_gpu_refuses():
 
 
 @pytest.mark.parametrize("rule", ["gd:lr=.1", "momentum:lr=.1,nesterov=True", "adam", "rmsprop", "lamb", "lamb-timm", "lamb-pytorch_optimizer",
-                                  "lars-paper:lr=1.", "agd:vectors=True", "kfac:lr=.1,every=2,invert=4", "kfac:lr=.1,ekfac=True", "torch"])
+                                  "lars-paper:lr=1.", "agd:vectors=True", "kfac:lr=.1,every=2,invert=4", "kfac:lr=.1,ekfac=True", "groups"])
 def test_rules(rule):
-    rule = FromTorch(torch.optim.AdamW, lr=1e-3) if rule == "torch" else RULES.build(rule)
+    if rule == "groups": rule = Groups((("matrix", LAMB(.01)), ("*", FromTorch(torch.optim.AdamW, lr=1e-3))))
+    else: rule = RULES.build(rule)
     def work(where):
         state, traces = train(problem(where), Descent(rule, MiniBatch(10)), 8, progress=False)
         return state.theta, state.rule, numbers(traces)

@@ -1,7 +1,7 @@
 "LAMB, LARS and automatic gradient descent keep every law, with every estimator here, and are parts of a spec."
 from copy import copy
 from dataclasses import replace
-from itertools import product
+from itertools import islice, pairwise, product
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ from gradnb.problem import Problem
 from gradnb.roles import RULES
 from gradnb.rules.adam import Adam
 from gradnb.rules.agd import AutomaticGradientDescent
+from gradnb.rules.fromtorch import FromTorch
 from gradnb.rules.gd import GD
+from gradnb.rules.groups import Groups
 from gradnb.rules.kfac import KFAC
 from gradnb.rules.lamb import LAMB
 from gradnb.rules.lars import LARS
@@ -28,7 +30,9 @@ from gradnb.steppers import Descent, trajectory
 OURS = [LAMB(.01), LAMB.cybertronai(.01, weight_decay=.1), LAMB.timm(.01), LAMB.pytorch_optimizer(.01, weight_decay=.1),
         LAMB(.01, adapt="matrices", weight_decay=.1), LAMB(.01, decay="l2", weight_decay=.1, ratio_high=1., grad_averaging=False),
         LARS(5.), LARS.paper(5., nesterov=True), LARS.timm(.1), LARS.pytorch_optimizer(5.), AutomaticGradientDescent(vectors=True),
-        AutomaticGradientDescent(10., 3, True), Scheduled(LAMB.nvlamb(.01), Cosine(10, warmup=2)), Scheduled(LARS(5.), Cosine(10))]
+        AutomaticGradientDescent(10., 3, True), Scheduled(LAMB.nvlamb(.01), Cosine(10, warmup=2)), Scheduled(LARS(5.), Cosine(10)),
+        Groups((("*", LAMB(.01)),))]
+PARTED = Groups((("matrix", Scheduled(LAMB.timm(.01), Cosine(20))), ("fc1.*", FromTorch(torch.optim.AdamW, lr=.01)), ("vector", GD(.1))))
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +69,26 @@ def test_roles_are_those_of_the_layout_and_can_be_others(problem):
     assert plain[layout.names[0]].norm(dim=1).std() > 1e-2 * plain[layout.names[0]].norm(dim=1).mean()
 
 
-@pytest.mark.parametrize("rule, estimator", list(product(OURS, [FullBatch(), SAM(.05, MiniBatch(8))])), ids=repr)
+@pytest.mark.parametrize("rule, estimator", list(product([*OURS, PARTED], [FullBatch(), SAM(.05, MiniBatch(8))])), ids=repr)
 def test_composition(rule, estimator, problem): check_stepper(Descent(rule, estimator), problem)
 
 
-@pytest.mark.parametrize("rule", [LAMB.timm(.01), AutomaticGradientDescent(vectors=True)], ids=repr)
+def test_every_group_is_moved_by_its_own_rule_alone(problem):
+    "Each block as if its rule moved all of them and were given the gradients of this run."
+    run = list(islice(trajectory(problem, Descent(PARTED)), 6))
+    for name, rule in zip(problem.layout.names, [PARTED.rules[0][1], PARTED.rules[1][1], PARTED.rules[0][1], PARTED.rules[2][1]]):
+        block = {name: problem.layout.named(run[0].theta)[name]}
+        state = rule.init(block, {})
+        for before, after in pairwise(run):
+            grads = problem.layout.named(before.grad)
+            if rule is PARTED.rules[0][1]:        # LAMB clips the norm over its group
+                scale = torch.stack([grads[n].norm() for n in problem.layout.names if n.endswith("weight")]).norm().clamp(min=1)
+                block, state = replace(rule, rule=replace(rule.rule, max_grad_norm=None)).step(state, block, {name: grads[name] / scale})
+            else: block, state = rule.step(state, block, {name: grads[name]})
+            torch.testing.assert_close(block[name], problem.layout.named(after.theta)[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", [LAMB.timm(.01), AutomaticGradientDescent(vectors=True), PARTED], ids=repr)
 def test_a_stored_run_goes_on_bit_for_bit(rule, tmp_path, monkeypatch):
     spec = Spec("digits-100", "fc-tanh:width=8,depth=1", "ce", rule, 12, MiniBatch(16))
     whole = Store(tmp_path / "a").run(spec, progress=False).theta

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from gradnb import GD, Adam, FromTorch, FullBatch, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
+from gradnb import GD, Adam, FromTorch, FullBatch, Groups, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
 from gradnb.sweeps.engines import Pool, plugins
 from gradnb.sweeps.grid import grid
 from gradnb.sweeps.sweep import sweep
@@ -36,6 +36,7 @@ def test_a_product_is_the_set_of_combinations_in_order(lrs, seeds, steps):
     (Scheduled(GD(0.1), Piecewise(((5, 0.5),))), "rule__schedule__drops__0__1", 0.1, lambda s: s.rule.schedule.drops[0][1]),
     (FromTorch(torch.optim.SGD, lr=0.1, momentum=0.5), "rule__hyper__momentum", 0.9, lambda s: s.rule.hyper["momentum"]),
     (FromTorch(torch.optim.SGD, lr=0.1), "rule__hyper__momentum", 0.9, lambda s: s.rule.hyper["momentum"]),
+    (Groups((("matrix", Momentum(0.1)), ("*", GD(0.2)))), "rule__rules__0__1__lr", 0.3, lambda s: s.rule.rules[0][1].lr),
     (Adam(), "rule__beta1", 0.5, lambda s: s.rule.beta1)])
 def test_paths_reach_every_part(rule, path, value, get):
     changed, = grid(replace(SPEC, rule=rule), **{path: [value]})
