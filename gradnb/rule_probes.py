@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ahead', 'block_norms', 'weight_norms', 'grad_norms', 'update_norms', 'relative_updates', 'effective_rates',
-           'by_block', 'rule_state', 'field_of', 'rule_probe', 'trust_ratio_probe', 'agd_probe']
+           'by_block', 'rule_states', 'field_of', 'rule_probe', 'trust_ratio_probe', 'agd_probe']
 
 # %% ../nbs/48_rule_probes.ipynb #imports
 from collections.abc import Callable
@@ -60,20 +60,22 @@ for _name, _measure, _what in (
 ): by_block(_name, _measure, _what)
 
 # %% ../nbs/48_rule_probes.ipynb #state
-def rule_state(view: View):
-    "The rule's state after the step that the run is about to take; that of the rule inside a schedule."
-    state = ahead(view).rule
-    while hasattr(state, "inner"): state = state.inner
-    return state
+def rule_states(state) -> list:
+    "A rule's state, or those of the rules inside it."
+    if hasattr(state, "inner"): return rule_states(state.inner)                             # of a schedule
+    if hasattr(state, "states"): return sum(map(rule_states, state.states), [])             # of groups
+    return [state]
 
 def field_of(view: View, field: str) -> dict:
-    "A field of the rule's state, as numbers. Raises ValueError where the rule has none."
-    state = rule_state(view)
-    if field not in (there := getattr(state, "_fields", ())):
+    "A field of the rule's state after the step that the run is about to take, as numbers. Raises ValueError where there is none."
+    states = rule_states(ahead(view).rule)
+    found = [getattr(s, field) for s in states if field in getattr(s, "_fields", ())]
+    if not found:
+        there = dict.fromkeys(f for s in states for f in getattr(s, "_fields", ()))
         raise ValueError(f"the state of {view.stepper.rule!r} has no {field!r}; it has {list(there) or 'nothing'}.")
-    value = getattr(state, field)
     size = lambda v: float(v.norm() if isinstance(v, Tensor) and v.ndim else v)
-    return {k: size(v) for k, v in value.items()} if isinstance(value, dict) else {"value": size(value)}
+    named = lambda i, v: v if isinstance(v, dict) else {"value" if len(found) == 1 else f"value.{i}": v}
+    return {k: size(v) for i, value in enumerate(found) for k, v in named(i, value).items()}
 
 @PROBES.add("rule")
 def rule_probe(
