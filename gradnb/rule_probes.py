@@ -75,7 +75,8 @@ def field_of(view: View, field: str) -> dict:
         raise ValueError(f"the state of {view.stepper.rule!r} has no {field!r}; it has {list(there) or 'nothing'}.")
     size = lambda v: float(v.norm() if isinstance(v, Tensor) and v.ndim else v)
     named = lambda i, v: v if isinstance(v, dict) else {"value" if len(found) == 1 else f"value.{i}": v}
-    return {k: size(v) for i, value in enumerate(found) for k, v in named(i, value).items()}
+    sizes = {k: size(v) for i, value in enumerate(found) for k, v in named(i, value).items()}
+    return {k: sizes[k] for k in view.problem.layout.names if k in sizes} | sizes
 
 @PROBES.add("rule")
 def rule_probe(
