@@ -243,6 +243,7 @@ class Problem:
         where = slice(None) if batch is None else batch.idx.to(self.device)
         return examples(self.dataset.x, where), examples(self.dataset.y, where)
 
+    @twice_differentiable()      # torch's fused attention cannot be mapped over examples either
     def example_grads(self, theta: Tensor, batch=None) -> Tensor:   # (b, p)
         "∇ℓᵢ(θ) of every example of a batch, unweighted, in chunks of at most 32 MB."
         x, y = self._examples(batch)
