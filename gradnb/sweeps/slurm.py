@@ -93,16 +93,17 @@ class Slurm:
             raise
 
     def _collect(self, array: str, open_: dict, root: Path) -> Iterator[Result]:
-        "Yield each spec when its element says so, or has left the queue without a word."
-        heard = dict.fromkeys(open_, 0)
+        "Yield each spec when its element says so, or has left the queue without a word: in three looks, as one that is put back is nowhere for a moment."
+        heard, missed = dict.fromkeys(open_, 0), dict.fromkeys(open_, 0)
         while open_:
             queue = queued(array)                     # asked before the reports are read: who has left has said all
             for name, (pack, report, log) in list(open_.items()):
                 said = reported(report)
                 for job, errors in zip(pack[heard[name]:], said[heard[name]:]): yield from zip(job, errors)
                 heard[name] = len(said)
+                if queue is not None: missed[name] = 0 if name in queue else missed[name] + 1
                 if len(said) == len(pack): del open_[name]
-                elif queue is not None and name not in queue:
+                elif missed[name] == 3:
                     lost = f"Slurm job {name} ended before this run was done: cancelled, killed, or out of memory; its words are in {log}."
                     for spec in (s for job in pack[len(said):] for s in job):
                         yield spec, None if (root / spec.hash).is_dir() and Run(root / spec.hash).done else lost
