@@ -58,7 +58,7 @@ class Linearised:
         if self._kept: yield self._kept; return
         with torch.enable_grad():
             for x, y, weight, n, noise in self.problem.chunks(self.batch):
-                with twice_differentiable(): out = self.problem.outputs(self.theta, x, noise)
+                out = self.problem.outputs(self.theta, x, noise)
                 u, leaf = torch.zeros_like(out, requires_grad=True), out.detach().requires_grad_()
                 back, = torch.autograd.grad(out, self.theta, u, create_graph=True, materialize_grads=True)
                 slope, = torch.autograd.grad(self.problem.per_example(leaf, y).sum(), leaf, create_graph=True, materialize_grads=True)
