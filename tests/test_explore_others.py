@@ -228,7 +228,7 @@ def test_live_says_what_is_wrong(problem):
     e.widget
     assert b"nothing has been measured yet" in e._canvas.scene
     for part, value, said in (("rule", "gd:lr=-1", "0 ≤ lr"), ("rule", "gd:rate=1", "no argument"), ("estimator", "minibatch", "needs size"),
-                              ("estimator", "minibatch:size=51", "batch of 51")):
+                              ("estimator", "minibatch:size=51", "MiniBatch's batch of 51 without")):
         e._parts[part].value = value
         assert said in e._canvas.message and e.first.stepper == Descent(GD(.1), FullBatch())
         assert e._parts[part].value in ("gd:lr=0.1", "fullbatch")
