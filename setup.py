@@ -16,6 +16,6 @@ setuptools.setup(
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=[*setuptools.find_packages(include=[c["lib_path"], c["lib_path"] + ".*"]), "gradnb.figure_notebooks"],
     package_dir={"gradnb.figure_notebooks": "nbs/figures"},      # a wheel brings the figure notebooks along
-    package_data={"gradnb": ["*.mplstyle", "explore/static/*"], "gradnb.figure_notebooks": ["*.ipynb"]},
+    package_data={"gradnb.show": ["*.mplstyle", "explorers/static/*"], "gradnb.figure_notebooks": ["*.ipynb"]},
     python_requires=">=" + c["min_python"], install_requires=c["requirements"].split(), extras_require=extras,
     entry_points={"console_scripts": c["console_scripts"].split()})

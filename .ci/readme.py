@@ -3,8 +3,9 @@
     readme.py            write README.md
     readme.py --check    exit with 1 and a message if README.md is not what it would write
 
-The stored outputs are shown, nothing runs. Cells marked `#| hide` are left out, other directives are removed, and
-links and images that are relative to nbs/ are made relative to the top.
+The stored outputs are shown, nothing runs. Cells marked `#| hide` are left out, of those marked `#| echo: false` only
+the Markdown that they put out stays, other directives are removed, and links and images that are relative to nbs/ are
+made relative to the top.
 """
 import argparse
 import posixpath
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from nbformat import v4
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,13 +39,15 @@ def outside_code(pattern, replacement, text):
     return "".join(piece if i % 2 else re.sub(pattern, replacement, piece) for i, piece in enumerate(pieces))
 
 
-def hidden(cell):
-    "Whether the cell is marked `#| hide`."
-    return re.search(r"^\s*#\|\s*hide\s*$", DIRECTIVES.match(cell.source)[0], re.MULTILINE) is not None
+def marked(cell, directive):
+    "Whether the cell begins with this directive."
+    return re.search(rf"^\s*#\|\s*{directive}\s*$", DIRECTIVES.match(cell.source)[0], re.MULTILINE) is not None
 
 
 def shown(cell):
     "The cell as README.md shows it."
+    if marked(cell, "echo: false"):
+        cell = v4.new_markdown_cell("\n\n".join(output.data["text/markdown"] for output in cell.outputs))
     if cell.cell_type == "markdown":
         cell.source = outside_code(TARGET, from_top, cell.source)
     for output in cell.get("outputs", []):
@@ -59,7 +63,7 @@ def render():
     "The text of README.md."
     index = nbformat.read(INDEX, as_version=4)
     index.metadata["language_info"] = {"name": "python"}                 # names the language of the code fences
-    cells = [shown(cell) for cell in index.cells if not hidden(cell)]
+    cells = [shown(cell) for cell in index.cells if not marked(cell, "hide")]
     index.cells = [cell for cell in cells if cell.source or cell.get("outputs")]
     text, _ = MarkdownExporter().from_notebook_node(index)
     text = outside_code(r"(?s)<style scoped>.*?</style>\n", "", text)    # what pandas puts above a table

@@ -13,11 +13,11 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 from gradnb import (GD, LAMB, Adam, AutomaticGradientDescent, CentralFlow, Descent, FromTorch, GradientFlow, Groups, MiniBatch, Momentum,
                     Problem, Spec, Store, Stream, build_model, load_dataset, optim, train)
-from gradnb.flatness.centre import MEASURES, Centre
-from gradnb.probes import PROBES
-from gradnb.roles import ESTIMATORS, RULES
-from gradnb.spectra import spectrum
-from gradnb.sweeps.sweep import sweep
+from gradnb.measure.flatness.centre import MEASURES, Centre
+from gradnb.measure.probes.view import PROBES
+from gradnb.ground.roles import ESTIMATORS, RULES
+from gradnb.linalg.spectra import spectrum
+from gradnb.runs.sweeps.many import sweep
 from test_optim_faces import CASES, blocks, build
 
 HERE, THERE = "cpu", "elsewhere"

@@ -6,20 +6,20 @@ import torch
 from torch import nn
 
 from gradnb.data import Dataset, load_dataset
-from gradnb.flows.central import CentralFlow, Motion, kinetics
-from gradnb.flows.complementarity import oscillation, pack, unpack
-from gradnb.flows.midpoint import midpoint
-from gradnb.laws import check_stepper
+from gradnb.move.flows.central import CentralFlow, Motion, kinetics
+from gradnb.move.flows.complementarity import oscillation, pack, unpack
+from gradnb.move.flows.midpoint import midpoint
+from gradnb.runs.laws import check_stepper
 from gradnb.models import build_model
 from gradnb.problem import Problem
-from gradnb.rules.adam import Adam
-from gradnb.rules.gd import GD
-from gradnb.rules.momentum import Momentum
-from gradnb.rules.rmsprop import RMSProp
+from gradnb.move.rules.adam import Adam
+from gradnb.move.rules.gd import GD
+from gradnb.move.rules.momentum import Momentum
+from gradnb.move.rules.rmsprop import RMSProp
 from gradnb.runs import Spec, Store
-from gradnb.steppers import Descent, trajectory
-from gradnb.streams import Stream
-from gradnb.training import train
+from gradnb.move.steppers import Descent, trajectory
+from gradnb.ground.streams import Stream
+from gradnb.runs.training import train
 
 D = torch.float64
 

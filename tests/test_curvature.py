@@ -4,7 +4,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from gradnb import Problem, Quadratic, Stream, build_model, load_dataset, sharpness
-from gradnb.spectra import diagonal_block, spectrum, xtrace
+from gradnb.linalg.spectra import diagonal_block, spectrum, xtrace
 from test_problem import FAMILIES, draw, family
 
 F64 = torch.float64

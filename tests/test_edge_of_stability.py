@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from gradnb.data import load_dataset
-from gradnb.estimators.sam import SAM
-from gradnb.flows.gradient import GradientFlow
-from gradnb.flows.integrators import Chebyshev
+from gradnb.move.estimators.sam import SAM
+from gradnb.move.flows.gradient import GradientFlow
+from gradnb.move.flows.integrators import Chebyshev
 from gradnb.models import build_model
-from gradnb.probes import PROBES
+from gradnb.measure.probes.view import PROBES
 from gradnb.problem import Problem
-from gradnb.rules.adam import Adam
-from gradnb.rules.gd import GD
-from gradnb.rules.momentum import Momentum
-from gradnb.rules.rmsprop import RMSProp
-from gradnb.rules.schedule import Piecewise, Scheduled
-from gradnb.steppers import Descent, trajectory
-from gradnb.training import train
-from gradnb.trajectories import first_crossing
+from gradnb.move.rules.adam import Adam
+from gradnb.move.rules.gd import GD
+from gradnb.move.rules.momentum import Momentum
+from gradnb.move.rules.rmsprop import RMSProp
+from gradnb.move.rules.schedule import Piecewise, Scheduled
+from gradnb.move.steppers import Descent, trajectory
+from gradnb.runs.training import train
+from gradnb.measure.trajectories import first_crossing
 
 pictures = pytest.mark.skipif(not Path(os.environ.get("GRADNB_DATA", "nowhere"), "cifar10-5k.npz").exists(),
                               reason="needs cifar10-5k.npz in GRADNB_DATA")

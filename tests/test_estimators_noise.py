@@ -7,21 +7,21 @@ import torch
 from torch import nn
 
 from gradnb.data import Dataset
-from gradnb.designs import exact_variance
-from gradnb.estimators.clustering import GradientClustering, all_products
-from gradnb.estimators.dropping import DropExamples
-from gradnb.estimators.hartigan import Points, Products, hartigan
-from gradnb.estimators.importance import ImportanceSampling
-from gradnb.estimators.minibatch import MiniBatch
-from gradnb.estimators.online import OnlineClustering
-from gradnb.estimators.strata import Strata, Stratified, allocate, balanced, within
-from gradnb.estimators.svrg import SVRG, optimal_alpha
-from gradnb.laws import check_estimator, check_stepper
+from gradnb.problem.designs import exact_variance
+from gradnb.move.estimators.clustering import GradientClustering, all_products
+from gradnb.move.estimators.dropping import DropExamples
+from gradnb.move.estimators.hartigan import Points, Products, hartigan
+from gradnb.move.estimators.importance import ImportanceSampling
+from gradnb.move.estimators.minibatch import MiniBatch
+from gradnb.move.estimators.online import OnlineClustering
+from gradnb.move.estimators.strata import Strata, Stratified, allocate, balanced, within
+from gradnb.move.estimators.svrg import SVRG, optimal_alpha
+from gradnb.runs.laws import check_estimator, check_stepper
 from gradnb.problem import Problem
-from gradnb.roles import Batch
-from gradnb.rules.momentum import Momentum
-from gradnb.steppers import Descent
-from gradnb.streams import Stream
+from gradnb.ground.roles import Batch
+from gradnb.move.rules.momentum import Momentum
+from gradnb.move.steppers import Descent
+from gradnb.ground.streams import Stream
 
 EVERYWHERE = [SVRG(8, every=3), SVRG(8, every=5, alpha=0.7, replace=True), SVRG(8, every=6, alpha="optimal", tune=2),
               GradientClustering(8, every=3), GradientClustering(10, k=4, every=3), GradientClustering(7, k=12, replace=True),

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from gradnb import GD, Spec, Store
-from gradnb.explore.explorer import Explorer
-from gradnb.explore.runs import RunExplorer
-from gradnb.explore.series import ROOM, Line, Panel, kept, pack, stops, thin
+from gradnb.show.explorers.explorer import Explorer
+from gradnb.show.explorers.runs import RunExplorer
+from gradnb.show.explorers.series import ROOM, Line, Panel, kept, pack, stops, thin
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -189,5 +189,5 @@ def test_wheel_brings_the_scripts_and_their_licence(tmp_path):
     built = subprocess.run([sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)], cwd=source, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    wanted = {f"gradnb/explore/static/{name}" for name in ("uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE", "canvas.js", "canvas.css")}
+    wanted = {f"gradnb/show/explorers/static/{name}" for name in ("uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE", "canvas.js", "canvas.css")}
     assert wanted <= {*names}

@@ -12,9 +12,9 @@ from statistics import median
 import numpy as np
 import pytest
 
-from gradnb.bench.explore import CANVAS, CHROMIUM, FIVE, chromium, in_kernel, jupyterlab, latencies, open_notebook
-from gradnb.explore.explorer import Explorer
-from gradnb.explore.series import Line, Panel
+from gradnb.bench.explorers import CANVAS, CHROMIUM, FIVE, chromium, in_kernel, jupyterlab, latencies, open_notebook
+from gradnb.show.explorers.explorer import Explorer
+from gradnb.show.explorers.series import Line, Panel
 
 pytest.importorskip("playwright", reason="playwright is not installed (pip install 'gradnb[dev]')")
 if not CHROMIUM:
@@ -263,7 +263,7 @@ def test_lab_slider_moves_without_the_kernel(notebook):
 RUNS = """
 import warnings; warnings.simplefilter("ignore")
 from gradnb import GD, Momentum, Spec, Store
-from gradnb.explore.runs import RunExplorer
+from gradnb.show.explorers.runs import RunExplorer
 store = Store("STORE")
 spec = lambda rule, steps=30: Spec("digits-50", "fc-tanh:width=4", "mse", rule, steps, probes=("sharpness:every=5", "train:every=10"))
 for rule in (GD(.1), GD(.2)): store.run(spec(rule), progress=False)

@@ -7,29 +7,29 @@ import pytest
 import torch
 
 from gradnb.data import load_dataset
-from gradnb.estimators.clustering import GradientClustering
-from gradnb.estimators.minibatch import FullBatch, MiniBatch
-from gradnb.estimators.sam import SAM
-from gradnb.estimators.svrg import SVRG
-from gradnb.explore.clusterexplorer import ClusterExplorer, clusters_over, snapshots
-from gradnb.explore.landscapeexplorer import LandscapeExplorer
-from gradnb.explore.live import Live, changed_stepper
-from gradnb.explore.liveexplorer import LiveExplorer
-from gradnb.explore.tailexplorer import TailExplorer
-from gradnb.flows.central import CentralFlow
-from gradnb.flows.gradient import GradientFlow
+from gradnb.move.estimators.clustering import GradientClustering
+from gradnb.move.estimators.minibatch import FullBatch, MiniBatch
+from gradnb.move.estimators.sam import SAM
+from gradnb.move.estimators.svrg import SVRG
+from gradnb.show.explorers.clusters import ClusterExplorer, clusters_over, snapshots
+from gradnb.show.explorers.landscape import LandscapeExplorer
+from gradnb.runs.live import Live, changed_stepper
+from gradnb.show.explorers.live import LiveExplorer
+from gradnb.show.explorers.tail import TailExplorer
+from gradnb.move.flows.central import CentralFlow
+from gradnb.move.flows.gradient import GradientFlow
 from gradnb.models import build_model
-from gradnb.probes import every, probe
+from gradnb.measure.probes.view import every, probe
 from gradnb.problem import Problem
-from gradnb.rules.adam import Adam
-from gradnb.rules.agd import AutomaticGradientDescent
-from gradnb.rules.fromtorch import FromTorch
-from gradnb.rules.gd import GD
-from gradnb.rules.momentum import Momentum
-from gradnb.rules.schedule import Piecewise, Scheduled
-from gradnb.steppers import Descent
-from gradnb.streams import Stream
-from gradnb.training import train
+from gradnb.move.rules.adam import Adam
+from gradnb.move.rules.agd import AutomaticGradientDescent
+from gradnb.move.rules.fromtorch import FromTorch
+from gradnb.move.rules.gd import GD
+from gradnb.move.rules.momentum import Momentum
+from gradnb.move.rules.schedule import Piecewise, Scheduled
+from gradnb.move.steppers import Descent
+from gradnb.ground.streams import Stream
+from gradnb.runs.training import train
 
 STEPPERS = {
     "gd": Descent(GD(.1)),

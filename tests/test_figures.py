@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from nbformat import v4
 
-from gradnb import figures
-from gradnb.claims import batch_means, claim, claims_table, load_claims, save_claims
-from gradnb.estimate import Estimate
-from gradnb.figures import as_declared, figure_specs, find_figures, run_figures, set_parameters
-from gradnb.plots import STYLE, label_end, palette, plot_sharpness, plot_trace, save_figure, style
+from gradnb.show import figures
+from gradnb.show.claims import batch_means, claim, claims_table, load_claims, save_claims
+from gradnb.ground.estimate import Estimate
+from gradnb.show.figures import as_declared, figure_specs, find_figures, run_figures, set_parameters
+from gradnb.show.plots.traces import STYLE, label_end, palette, plot_sharpness, plot_trace, save_figure, style
 from gradnb.runs import Spec, Store
-from gradnb.traces import Trace
+from gradnb.ground.traces import Trace
 
 PARAMETERS = 'size: str = "smoke"  # how long\nseed: int = 0  # of the weights\nstore: str = ""\nout: str = ""'
 SPECS = "from gradnb import GD, Spec\nspecs = {'a': Spec('digits-50', 'fc-tanh:width=4', 'mse', GD(.05), 3, seed=seed)}"

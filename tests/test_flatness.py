@@ -9,23 +9,23 @@ from torch import nn
 
 from gradnb.data import load_dataset
 from gradnb.data.dataset import Dataset
-from gradnb.estimators.minibatch import MiniBatch
-from gradnb.flatness.audit import AUDITED, invariance_audit
-from gradnb.flatness.ball import Ball, worst
-from gradnb.flatness.centre import MEASURES, Centre, logit_normalised, measure_flatness
-from gradnb.flatness.directions import filter_normalised
-from gradnb.flatness.keskar import keskar_sharpness
-from gradnb.flatness.landscape import Plane, filter_plane, interpolate, iterates_plane, surface
-from gradnb.flatness.reparametrise import TRANSFORMS, alpha_rescale, hidden_layers, layer_rescale, rescale_units
+from gradnb.move.estimators.minibatch import MiniBatch
+from gradnb.measure.flatness.audit import AUDITED, invariance_audit
+from gradnb.measure.flatness.ball import Ball, worst
+from gradnb.measure.flatness.centre import MEASURES, Centre, logit_normalised, measure_flatness
+from gradnb.measure.flatness.directions import filter_normalised
+from gradnb.measure.flatness.keskar import keskar_sharpness
+from gradnb.measure.flatness.landscape import Plane, filter_plane, interpolate, iterates_plane, surface
+from gradnb.measure.flatness.reparametrise import TRANSFORMS, alpha_rescale, hidden_layers, layer_rescale, rescale_units
 from gradnb.models import build_model
-from gradnb.probes import PROBES
+from gradnb.measure.probes.view import PROBES
 from gradnb.problem import Problem, Quadratic
-from gradnb.roles import Batch
-from gradnb.rules.gd import GD
+from gradnb.ground.roles import Batch
+from gradnb.move.rules.gd import GD
 from gradnb.runs import Spec, Store
-from gradnb.steppers import Descent
-from gradnb.streams import Stream
-from gradnb.training import train
+from gradnb.move.steppers import Descent
+from gradnb.ground.streams import Stream
+from gradnb.runs.training import train
 
 F64 = torch.float64
 

@@ -8,20 +8,20 @@ import torch
 from scipy.integrate import solve_ivp
 
 from gradnb.data import load_dataset
-from gradnb.flows.central import CentralFlow
-from gradnb.flows.gradient import GradientFlow
-from gradnb.flows.integrators import RK4, Chebyshev, DormandPrince
-from gradnb.laws import check_stepper
+from gradnb.move.flows.central import CentralFlow
+from gradnb.move.flows.gradient import GradientFlow
+from gradnb.move.flows.integrators import RK4, Chebyshev, DormandPrince
+from gradnb.runs.laws import check_stepper
 from gradnb.models import build_model
-from gradnb.probes import PROBES
+from gradnb.measure.probes.view import PROBES
 from gradnb.problem import Problem, Quadratic
-from gradnb.roles import FLOWS, RULES
-from gradnb.rules.gd import GD
-from gradnb.rules.momentum import Momentum
+from gradnb.ground.roles import FLOWS, RULES
+from gradnb.move.rules.gd import GD
+from gradnb.move.rules.momentum import Momentum
 from gradnb.runs import Spec, Store
-from gradnb.steppers import Descent, trajectory
-from gradnb.streams import Stream
-from gradnb.training import train
+from gradnb.move.steppers import Descent, trajectory
+from gradnb.ground.streams import Stream
+from gradnb.runs.training import train
 
 METHODS = [RK4(), RK4(2.), RK4(.5, .1), DormandPrince(), DormandPrince(1e-3), Chebyshev(), Chebyshev(1e-6, 20)]
 
@@ -132,7 +132,7 @@ def test_small_steps_of_descent_approach_the_flow():
 def test_a_flow_is_no_rule():
     assert "gradientflow" in FLOWS and "gradientflow" not in RULES and "gd" not in FLOWS
     with pytest.raises(ValueError, match="all examples"):
-        from gradnb.estimators.minibatch import MiniBatch
+        from gradnb.move.estimators.minibatch import MiniBatch
         Spec("chebyshev-3-20", "regression", "mse", GradientFlow(.1), 5, MiniBatch(4))
 
 

@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradnb.data import Dataset
-from gradnb.layers import Convolution, Layer, Linear
+from gradnb.problem.layers import Convolution, Layer, Linear
 from gradnb.models import build_model
 from gradnb.problem import Problem, Quadratic
-from gradnb.roles import Batch
-from gradnb.streams import Stream
+from gradnb.ground.roles import Batch
+from gradnb.ground.streams import Stream
 
 
 def draw(*shape, seed=0):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.sparse.linalg import LinearOperator, eigsh
 from gradnb.linalg import Eigs, hutchinson, lanczos, lobpcg, power_iteration
-from gradnb.streams import Stream
+from gradnb.ground.streams import Stream
 
 F64 = torch.float64
 SPECTRA = {

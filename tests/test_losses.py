@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, hessian, jvp, vmap
-from gradnb.losses import LOSSES, accuracy, ce, linear_hinge, mse, resolve_loss, unit_mse
+from gradnb.models.losses import LOSSES, accuracy, ce, linear_hinge, mse, resolve_loss, unit_mse
 
 
 def batch(b, o, dtype=torch.float64, seed=0):

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from gradnb import Batch, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, build_model, load_dataset, train, trajectory
-from gradnb.laws import check_stepper
+from gradnb.runs.laws import check_stepper
 
 DIGITS = load_dataset("digits-200")
 

@@ -8,28 +8,28 @@ from torch import nn
 
 from gradnb.data import Dataset, load_dataset
 from gradnb.data.variations import corrupt_labels, duplicate, imbalance
-from gradnb.designs import Design, exact_variance, whole_counts
-from gradnb.estimators.clustering import GradientClustering
-from gradnb.estimators.importance import ImportanceSampling
-from gradnb.estimators.minibatch import FullBatch, MiniBatch
-from gradnb.estimators.sam import SAM
-from gradnb.estimators.strata import Strata, Stratified
-from gradnb.estimators.svrg import SVRG
-from gradnb.laws import check_probe, proving_ground
-from gradnb.noise.batchsize import inner_product_test, norm_test, orthogonality_test
-from gradnb.noise.comparing import bias_check, step_cost
-from gradnb.noise.compat import faghri2020
-from gradnb.noise.coordinates import Moments, coordinate_normalized_variance, coordinate_variance, gsnr, stopping_evidence
-from gradnb.noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale, normalized_variance, signal_to_noise
-from gradnb.probes import PROBES, View
+from gradnb.problem.designs import Design, exact_variance, whole_counts
+from gradnb.move.estimators.clustering import GradientClustering
+from gradnb.move.estimators.importance import ImportanceSampling
+from gradnb.move.estimators.minibatch import FullBatch, MiniBatch
+from gradnb.move.estimators.sam import SAM
+from gradnb.move.estimators.strata import Strata, Stratified
+from gradnb.move.estimators.svrg import SVRG
+from gradnb.runs.laws import check_probe, proving_ground
+from gradnb.measure.noise.batchsize import inner_product_test, norm_test, orthogonality_test
+from gradnb.measure.noise.comparing import bias_check, step_cost
+from gradnb.measure.noise.compat import faghri2020
+from gradnb.measure.noise.coordinates import Moments, coordinate_normalized_variance, coordinate_variance, gsnr, stopping_evidence
+from gradnb.measure.noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale, normalized_variance, signal_to_noise
+from gradnb.measure.probes.view import PROBES, View
 from gradnb.problem import Problem
-from gradnb.roles import Batch, draw
-from gradnb.rules.adam import Adam
-from gradnb.rules.momentum import Momentum
-from gradnb.steppers import Descent, trajectory
-from gradnb.streams import Stream
-from gradnb.training import train
-from gradnb.trees import flatten, unflatten
+from gradnb.ground.roles import Batch, draw
+from gradnb.move.rules.adam import Adam
+from gradnb.move.rules.momentum import Momentum
+from gradnb.move.steppers import Descent, trajectory
+from gradnb.ground.streams import Stream
+from gradnb.runs.training import train
+from gradnb.ground.trees import flatten, unflatten
 
 
 def randn(*shape, seed=0):

@@ -9,14 +9,14 @@ from torch import nn
 
 from gradnb import optim
 from gradnb.data import load_dataset
-from gradnb.estimated import Estimated
-from gradnb.estimators.minibatch import FullBatch, MiniBatch
-from gradnb.estimators.sam import SAM
+from gradnb.move.faces.estimated import Estimated
+from gradnb.move.estimators.minibatch import FullBatch, MiniBatch
+from gradnb.move.estimators.sam import SAM
 from gradnb.models import build_model
 from gradnb.problem import Problem
-from gradnb.rules.fromtorch import FromTorch
-from gradnb.rules.lamb import LAMB
-from gradnb.steppers import Descent, trajectory
+from gradnb.move.rules.fromtorch import FromTorch
+from gradnb.move.rules.lamb import LAMB
+from gradnb.move.steppers import Descent, trajectory
 
 
 def start(dtype=torch.float64):

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from gradnb import optim
 from gradnb.data import load_dataset
-from gradnb.estimators.minibatch import MiniBatch
-from gradnb.inits import agd_init
-from gradnb.layout import Layout
+from gradnb.move.estimators.minibatch import MiniBatch
+from gradnb.models.inits import agd_init
+from gradnb.ground.layout import Layout
 from gradnb.models import build_model
 from gradnb.problem import Problem
-from gradnb.roles import RULES, Rule
-from gradnb.rules.agd import AutomaticGradientDescent
-from gradnb.rules.fromtorch import FromTorch
-from gradnb.rules.lamb import LAMB
-from gradnb.steppers import Descent, trajectory
-from gradnb.streams import Stream
+from gradnb.ground.roles import RULES, Rule
+from gradnb.move.rules.agd import AutomaticGradientDescent
+from gradnb.move.rules.fromtorch import FromTorch
+from gradnb.move.rules.lamb import LAMB
+from gradnb.move.steppers import Descent, trajectory
+from gradnb.ground.streams import Stream
 
 FACES = {name: cls for name, cls in vars(optim).items() if isinstance(cls, type) and issubclass(cls, optim.Face) and cls is not optim.Face}
 CASES = [("GD", dict(lr=.1)), ("Momentum", dict(lr=.05, nesterov=True)), ("Adam", {}), ("RMSProp", {}), ("LAMB", dict(lr=.01)),

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from gradnb import Descent, MiniBatch, Problem, load_dataset, optim, trajectory
-from gradnb.estimated import Estimated
-from gradnb.network import drawing
-from gradnb.rules.kfac import KFAC
-from gradnb.streams import Stream
+from gradnb.move.faces.estimated import Estimated
+from gradnb.problem.network import drawing
+from gradnb.move.rules.kfac import KFAC
+from gradnb.ground.streams import Stream
 
 DIGITS = load_dataset("digits-60")
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from gradnb import Store
-from gradnb.parallel import all_sum, from_first, rank, split
+from gradnb.problem.parallel import all_sum, from_first, rank, split
 
 GRADNB = str(Path(sys.executable).with_name("gradnb"))
 SCRIPT = textwrap.dedent("""
     import sys, torch
     from torch import nn
     from gradnb import Batch, Descent, MiniBatch, Momentum, PROBES, Problem, build_model, load_dataset, train
-    from gradnb.network import drawing
-    from gradnb.parallel import rank, split, together
-    from gradnb.rules.kfac import KFAC
-    from gradnb.streams import Stream
+    from gradnb.problem.network import drawing
+    from gradnb.problem.parallel import rank, split, together
+    from gradnb.move.rules.kfac import KFAC
+    from gradnb.ground.streams import Stream
 
     data, out = load_dataset("digits-90"), {}
     with drawing(Stream(0), torch.device("cpu")):

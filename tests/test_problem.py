@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from gradnb import GD, Batch, Dataset, Descent, Problem, Stream, build_model, load_dataset, sharpness, train
-from gradnb.likelihood import sample_targets
-from gradnb.network import drawing
-from gradnb.probes import PROBES
+from gradnb.problem.likelihood import sample_targets
+from gradnb.problem.network import drawing
+from gradnb.measure.probes.view import PROBES
 
 weight_norm = torch.nn.utils.weight_norm      # by a hook, in a plain Linear
 
@@ -348,7 +348,7 @@ def test_memory_that_will_not_fit_is_refused_with_the_chunk_that_does(monkeypatc
     problem = make(chunk=None)
     held = problem.graph_bytes
     assert held > 8 * (64 + 6 + 10)                              # at least the inputs and every layer's output, in float64
-    monkeypatch.setattr("gradnb.problem.problem.free_memory", lambda device: 30 * held)
+    monkeypatch.setattr("gradnb.problem.risk.free_memory", lambda device: 30 * held)
     with pytest.raises(MemoryError, match=r"60 examples.*chunk_size=24 or fewer"): problem.at(problem.theta0).grad
     assert make(chunk=24).at(problem.theta0).grad.isfinite().all()
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from gradnb.inits import agd_init, unit_of
-from gradnb.layout import Layout
-from gradnb.rules.agd import AutomaticGradientDescent
-from gradnb.streams import Stream
+from gradnb.models.inits import agd_init, unit_of
+from gradnb.ground.layout import Layout
+from gradnb.move.rules.agd import AutomaticGradientDescent
+from gradnb.ground.streams import Stream
 
 SHAPES = {"conv": (6, 3, 3, 2), "in": (20, 30), "words": (12, 5), "out": (4, 20)}
 ROLES = {"conv": "conv", "in": "matrix", "words": "embedding", "out": "matrix"}

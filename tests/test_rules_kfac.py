@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradnb import Descent, MiniBatch, Momentum, PROBES, Problem, Stream, View, load_dataset, trajectory
-from gradnb.laws import check_rule, check_stepper
-from gradnb.network import drawing
-from gradnb.rules.kfac import KFAC, estimate_factors, estimate_moments, positions
-from gradnb.rules.schedule import Cosine, Scheduled
+from gradnb.runs.laws import check_rule, check_stepper
+from gradnb.problem.network import drawing
+from gradnb.move.rules.kfac import KFAC, estimate_factors, estimate_moments, positions
+from gradnb.move.rules.schedule import Cosine, Scheduled
 
 DIGITS = load_dataset("digits-40")
 

@@ -7,25 +7,25 @@ import pytest
 import torch
 
 from gradnb.data import load_dataset
-from gradnb.estimators.minibatch import FullBatch, MiniBatch
-from gradnb.estimators.sam import SAM
-from gradnb.laws import check_rule, check_stepper
+from gradnb.move.estimators.minibatch import FullBatch, MiniBatch
+from gradnb.move.estimators.sam import SAM
+from gradnb.runs.laws import check_rule, check_stepper
 from gradnb.models import build_model
 from gradnb.problem import Problem
-from gradnb.roles import RULES
-from gradnb.rules.adam import Adam
-from gradnb.rules.agd import AutomaticGradientDescent
-from gradnb.rules.fromtorch import FromTorch
-from gradnb.rules.gd import GD
-from gradnb.rules.groups import Groups
-from gradnb.rules.kfac import KFAC
-from gradnb.rules.lamb import LAMB
-from gradnb.rules.lars import LARS
-from gradnb.rules.momentum import Momentum
-from gradnb.rules.rmsprop import RMSProp
-from gradnb.rules.schedule import Cosine, Scheduled
+from gradnb.ground.roles import RULES
+from gradnb.move.rules.adam import Adam
+from gradnb.move.rules.agd import AutomaticGradientDescent
+from gradnb.move.rules.fromtorch import FromTorch
+from gradnb.move.rules.gd import GD
+from gradnb.move.rules.groups import Groups
+from gradnb.move.rules.kfac import KFAC
+from gradnb.move.rules.lamb import LAMB
+from gradnb.move.rules.lars import LARS
+from gradnb.move.rules.momentum import Momentum
+from gradnb.move.rules.rmsprop import RMSProp
+from gradnb.move.rules.schedule import Cosine, Scheduled
 from gradnb.runs import Spec, Store
-from gradnb.steppers import Descent, trajectory
+from gradnb.move.steppers import Descent, trajectory
 
 OURS = [LAMB(.01), LAMB.cybertronai(.01, weight_decay=.1), LAMB.timm(.01), LAMB.pytorch_optimizer(.01, weight_decay=.1),
         LAMB(.01, adapt="matrices", weight_decay=.1), LAMB(.01, decay="l2", weight_decay=.1, ratio_high=1., grad_averaging=False),
@@ -92,7 +92,7 @@ def test_every_group_is_moved_by_its_own_rule_alone(problem):
 def test_a_stored_run_goes_on_bit_for_bit(rule, tmp_path, monkeypatch):
     spec = Spec("digits-100", "fc-tanh:width=8,depth=1", "ce", rule, 12, MiniBatch(16))
     whole = Store(tmp_path / "a").run(spec, progress=False).theta
-    from gradnb import steppers
+    from gradnb.move import steppers
     step, left = steppers.Descent.step, [7]
 
     def stop(self, *args):

@@ -9,8 +9,8 @@ import pytorch_optimizer as po
 import torch
 from torch import nn
 
-from gradnb.rules.lamb import LAMB
-from gradnb.rules.lars import LARS
+from gradnb.move.rules.lamb import LAMB
+from gradnb.move.rules.lars import LARS
 
 
 def timm_optimizer(name):

@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from gradnb.data import load_dataset
-from gradnb.estimators.minibatch import MiniBatch
-from gradnb.laws import check_probe
+from gradnb.move.estimators.minibatch import MiniBatch
+from gradnb.runs.laws import check_probe
 from gradnb.models import build_model
-from gradnb.probes import PROBES
+from gradnb.measure.probes.view import PROBES
 from gradnb.problem import Problem
-from gradnb.rules.agd import AutomaticGradientDescent
-from gradnb.rules.gd import GD
-from gradnb.rules.lamb import LAMB
-from gradnb.rules.schedule import Piecewise, Scheduled
-from gradnb.steppers import Descent, trajectory
-from gradnb.training import train
+from gradnb.move.rules.agd import AutomaticGradientDescent
+from gradnb.move.rules.gd import GD
+from gradnb.move.rules.lamb import LAMB
+from gradnb.move.rules.schedule import Piecewise, Scheduled
+from gradnb.move.steppers import Descent, trajectory
+from gradnb.runs.training import train
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from gradnb.data import load_dataset
-from gradnb.estimators.minibatch import FullBatch, MiniBatch
-from gradnb.estimators.sam import ASAM, SAM
-from gradnb.laws import check_estimator, check_stepper
+from gradnb.move.estimators.minibatch import FullBatch, MiniBatch
+from gradnb.move.estimators.sam import ASAM, SAM
+from gradnb.runs.laws import check_estimator, check_stepper
 from gradnb.models import build_model
 from gradnb.problem import Problem
-from gradnb.roles import ESTIMATORS
-from gradnb.rules.gd import GD
-from gradnb.rules.momentum import Momentum
+from gradnb.ground.roles import ESTIMATORS
+from gradnb.move.rules.gd import GD
+from gradnb.move.rules.momentum import Momentum
 from gradnb.runs import Spec
-from gradnb.steppers import Descent, trajectory
+from gradnb.move.steppers import Descent, trajectory
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from hypothesis import given, settings, strategies as st
 
 from gradnb import GD, Adam, Cosine, FromTorch, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
 from gradnb.runs import Recorder
-from gradnb.tracefiles import read_trace
-from gradnb.traces import as_row
+from gradnb.runs.tracefiles import read_trace
+from gradnb.ground.traces import as_row
 
 SPEC = Spec("digits-200", "fc-tanh:width=10", "mse", Momentum(0.02), 400, MiniBatch(20), ("sharpness:every=20", "train:every=50"))
 CHILD = """

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gradnb import GD, Spec, Store
-from gradnb.exports import export_runs
-from gradnb.originals import import_runs, load_foreign, read_edge, read_tail
+from gradnb.runs.exports import export_runs
+from gradnb.runs.originals import import_runs, load_foreign, read_edge, read_tail
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ import pytest
 from gradnb import PROBES, MiniBatch, Momentum, Probe, Spec, Store
 from gradnb.bench.runs import Fault, struck
 from gradnb.runs import Lock, Recorder
-from gradnb.tracefiles import read_trace
-from gradnb.traces import as_row
+from gradnb.runs.tracefiles import read_trace
+from gradnb.ground.traces import as_row
 
 POINTS = 240
 SPEC = Spec("digits-60", "fc-tanh:width=3", "mse", Momentum(0.02), 7, MiniBatch(10), ("sharpness:every=3", "kill test/λ"))

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from gradnb import GD, Adam, FromTorch, FullBatch, Groups, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
-from gradnb.sweeps.engines import Pool, plugins
-from gradnb.sweeps.grid import grid
-from gradnb.sweeps.sweep import sweep
+from gradnb.runs.sweeps.engines import Pool, plugins
+from gradnb.runs.sweeps.grid import grid
+from gradnb.runs.sweeps.many import sweep
 
 SPEC = Spec("digits-100", "fc-tanh:width=6", "mse", GD(0.05), 20, probes=("train:every=10",))
 
@@ -161,8 +161,8 @@ def test_a_process_that_dies_alone_is_tried_once_more(tmp_path, flaky, times, st
 SCRIPT = """
 import sys
 from gradnb import Spec
-from gradnb.sweeps.grid import grid
-from gradnb.sweeps.sweep import sweep
+from gradnb.runs.sweeps.grid import grid
+from gradnb.runs.sweeps.many import sweep
 
 if __name__ == "__main__":
     specs = grid(Spec.from_json(sys.argv[2]), seed=range(int(sys.argv[3])))

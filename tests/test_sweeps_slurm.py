@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from gradnb import GD, Run, Spec, Store
-from gradnb.sweeps.grid import grid
-from gradnb.sweeps.slurm import Slurm
-from gradnb.sweeps.sweep import sweep
+from gradnb.runs.sweeps.grid import grid
+from gradnb.runs.sweeps.slurm import Slurm
+from gradnb.runs.sweeps.many import sweep
 from slurm_node import missing, one_node_slurm
 
 pytest.importorskip("submitit", reason="needs submitit: pip install 'gradnb[slurm]'")

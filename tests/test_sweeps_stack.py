@@ -7,10 +7,10 @@ import torch
 
 from gradnb import (GD, MODELS, PROBES, Adam, Cosine, FromTorch, FullBatch, MiniBatch, Momentum, Piecewise, Probe, RMSProp, Run, Scheduled,
                     Spec, Store)
-from gradnb.sweeps import stack
-from gradnb.sweeps.grid import grid
-from gradnb.sweeps.stack import pick, row, stacks
-from gradnb.sweeps.sweep import sweep
+from gradnb.runs.sweeps import stack
+from gradnb.runs.sweeps.grid import grid
+from gradnb.runs.sweeps.stack import pick, row, stacks
+from gradnb.runs.sweeps.many import sweep
 
 SPEC = Spec("digits-100", "fc-tanh:width=8", "ce", GD(0.2), 40, MiniBatch(10), ("sharpness:every=20", "test:every=15"), dtype="float64")
 RULES = [GD(0.1), GD(0.3), Momentum(0.1), Momentum(0.1, 0.8, True), Adam(0.01), Adam(0.02), RMSProp(0.003),

@@ -4,10 +4,10 @@ import pytest
 import torch
 from scipy import stats
 
-from gradnb.estimate import Estimate
-from gradnb.streams import Stream
-from gradnb.tail.controls import CONTROLS, control_row, flipped_signs, gaussian_surrogate, gaussian_verdict, independent_gaussian, permuted_columns
-from gradnb.tail.stable import stable_sample
+from gradnb.ground.estimate import Estimate
+from gradnb.ground.streams import Stream
+from gradnb.measure.tail.controls import CONTROLS, control_row, flipped_signs, gaussian_surrogate, gaussian_verdict, independent_gaussian, permuted_columns
+from gradnb.measure.tail.stable import stable_sample
 
 
 def draws(*shape, seed=0, dtype=torch.float64):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from scipy.signal import lfilter
 
-from gradnb.streams import Stream
-from gradnb.tail import compare_tails, magnitudes, tail_index
-from gradnb.tail.compat import largest_divisor, original_index, original_noise_index, original_order_index
-from gradnb.tail.estimators import METHODS, MOHAMMADI, k_plot, m_profile
-from gradnb.tail.magnitudes import BINS, Magnitudes, TailRefusal, bin_edges, count_logs, histogram, log_sum
-from gradnb.tail.methods import Histograms, fit_stable, hill_k
-from gradnb.tail.stable import stable_sample
+from gradnb.ground.streams import Stream
+from gradnb.measure.tail import compare_tails, magnitudes, tail_index
+from gradnb.measure.tail.compat import largest_divisor, original_index, original_noise_index, original_order_index
+from gradnb.measure.tail.estimators import METHODS, MOHAMMADI, k_plot, m_profile
+from gradnb.measure.tail.magnitudes import BINS, Magnitudes, TailRefusal, bin_edges, count_logs, histogram, log_sum
+from gradnb.measure.tail.methods import Histograms, fit_stable, hill_k
+from gradnb.measure.tail.stable import stable_sample
 
 
 def draws(alpha, *shape, seed=0, dtype=torch.float32):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from scipy import stats
 
-from gradnb.streams import Stream
-from gradnb.tail.controls import gaussian_surrogate
-from gradnb.tail.fit import LAWS, LONG, Fit, Sample, as_columns, compare_laws, fit_law, ks_distance, ks_test, simulate
-from gradnb.tail.magnitudes import TailRefusal
-from gradnb.tail.stable import stable_logpdf, stable_sample
-from gradnb.tail.verdict import ANDERSON_5, anderson_darling, gaussianity, profile_change, verdict
+from gradnb.ground.streams import Stream
+from gradnb.measure.tail.controls import gaussian_surrogate
+from gradnb.measure.tail.fit import LAWS, LONG, Fit, Sample, as_columns, compare_laws, fit_law, ks_distance, ks_test, simulate
+from gradnb.measure.tail.magnitudes import TailRefusal
+from gradnb.measure.tail.stable import stable_logpdf, stable_sample
+from gradnb.measure.tail.verdict import ANDERSON_5, anderson_darling, gaussianity, profile_change, verdict
 
 SHAPES = {"gaussian": (), "laplace": (), "student": (3.,), "stable": (1.6,), "mixture": (4., .2)}
 STABLE = LAWS["stable"]

@@ -7,21 +7,21 @@ import pytest
 import torch
 
 from gradnb.data import Dataset, load_dataset
-from gradnb.estimators.minibatch import FullBatch, MiniBatch
-from gradnb.laws import check_probe
+from gradnb.move.estimators.minibatch import FullBatch, MiniBatch
+from gradnb.runs.laws import check_probe
 from gradnb.models import build_model
-from gradnb.probes import PROBES, View
+from gradnb.measure.probes.view import PROBES, View
 from gradnb.problem import Problem, Quadratic
-from gradnb.roles import Batch, Estimator
-from gradnb.rules.gd import GD
-from gradnb.steppers import Descent, trajectory
-from gradnb.streams import Stream
-from gradnb.tail.compat import original_noise_index
-from gradnb.tail.estimators import tail_index
-from gradnb.tail.magnitudes import TailRefusal
-from gradnb.tail.noise import alive, gradient_draws, iterate_differences, noise_index, noise_norms, on_split, paired_noise, partition_grads
-from gradnb.tail.stable import stable_sample
-from gradnb.training import train
+from gradnb.ground.roles import Batch, Estimator
+from gradnb.move.rules.gd import GD
+from gradnb.move.steppers import Descent, trajectory
+from gradnb.ground.streams import Stream
+from gradnb.measure.tail.compat import original_noise_index
+from gradnb.measure.tail.estimators import tail_index
+from gradnb.measure.tail.magnitudes import TailRefusal
+from gradnb.measure.tail.noise import alive, gradient_draws, iterate_differences, noise_index, noise_norms, on_split, paired_noise, partition_grads
+from gradnb.measure.tail.stable import stable_sample
+from gradnb.runs.training import train
 
 
 @pytest.fixture(scope="module")

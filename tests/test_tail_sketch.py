@@ -4,14 +4,14 @@ import math
 import pytest
 import torch
 
-from gradnb.layout import Layout
-from gradnb.streams import Stream
-from gradnb.tail import TailSketch, compare_tails, tail_index
-from gradnb.tail.estimators import METHODS, MOHAMMADI, geometric_scale
-from gradnb.tail.magnitudes import Magnitudes, TailRefusal
-from gradnb.tail.sketch import layer_groups
-from gradnb.tail.stable import stable_sample
-from gradnb.trees import flatten, leaves, unflatten
+from gradnb.ground.layout import Layout
+from gradnb.ground.streams import Stream
+from gradnb.measure.tail import TailSketch, compare_tails, tail_index
+from gradnb.measure.tail.estimators import METHODS, MOHAMMADI, geometric_scale
+from gradnb.measure.tail.magnitudes import Magnitudes, TailRefusal
+from gradnb.measure.tail.sketch import layer_groups
+from gradnb.measure.tail.stable import stable_sample
+from gradnb.ground.trees import flatten, leaves, unflatten
 
 GROUPS = {"all": slice(None), "head": slice(0, 7), "odd": torch.arange(1, 30, 2)}
 MS = (1, 2, 4)

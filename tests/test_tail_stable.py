@@ -7,8 +7,8 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import kstest, levy_stable
 
-from gradnb.streams import Stream
-from gradnb.tail.stable import stable_cdf, stable_density, stable_logpdf, stable_sample
+from gradnb.ground.streams import Stream
+from gradnb.measure.tail.stable import stable_cdf, stable_density, stable_logpdf, stable_sample
 
 ALPHAS = [0.5, 0.6, 0.77, 0.95, 1.0, 1.05, 1.3, 1.62, 1.85, 1.97, 1.999, 2.0]
 

@@ -7,26 +7,26 @@ import torch
 
 from gradnb import Descent, Problem, Rule, Stream
 from gradnb.data import Dataset
-from gradnb.estimators.minibatch import MiniBatch
-from gradnb.estimators.sam import ASAM, SAM
-from gradnb.probes import PROBES, View
+from gradnb.move.estimators.minibatch import MiniBatch
+from gradnb.move.estimators.sam import ASAM, SAM
+from gradnb.measure.probes.view import PROBES, View
 from gradnb.problem import Quadratic
-from gradnb.roles import Batch, State, draw
-from gradnb.rules.adam import Adam, AdamState
-from gradnb.rules.agd import AutomaticGradientDescent
-from gradnb.rules.fromtorch import FromTorch
-from gradnb.rules.gd import GD
-from gradnb.rules.kfac import KFAC
-from gradnb.rules.lamb import LAMB
-from gradnb.rules.lars import LARS
-from gradnb.rules.momentum import Momentum
-from gradnb.rules.rmsprop import RMSProp
-from gradnb.rules.schedule import Piecewise, Scheduled
-from gradnb.steppers import trajectory
-from gradnb.thresholds.directions import batch_sharpness, critical_sharpness, directional_sharpness, interaction_sharpness, ratio_of_means
-from gradnb.thresholds.metrics import METRICS, Preconditioned, metric_of, preconditioned_sharpness, threshold
-from gradnb.thresholds.updates import UpdateMap, arnoldi, update_radius
-from gradnb.training import train
+from gradnb.ground.roles import Batch, State, draw
+from gradnb.move.rules.adam import Adam, AdamState
+from gradnb.move.rules.agd import AutomaticGradientDescent
+from gradnb.move.rules.fromtorch import FromTorch
+from gradnb.move.rules.gd import GD
+from gradnb.move.rules.kfac import KFAC
+from gradnb.move.rules.lamb import LAMB
+from gradnb.move.rules.lars import LARS
+from gradnb.move.rules.momentum import Momentum
+from gradnb.move.rules.rmsprop import RMSProp
+from gradnb.move.rules.schedule import Piecewise, Scheduled
+from gradnb.move.steppers import trajectory
+from gradnb.measure.thresholds.directions import batch_sharpness, critical_sharpness, directional_sharpness, interaction_sharpness, ratio_of_means
+from gradnb.measure.thresholds.metrics import METRICS, Preconditioned, metric_of, preconditioned_sharpness, threshold
+from gradnb.measure.thresholds.updates import UpdateMap, arnoldi, update_radius
+from gradnb.runs.training import train
 
 DOUBLE = torch.float64
 

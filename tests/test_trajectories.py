@@ -7,16 +7,16 @@ import torch
 
 from gradnb.cli import main
 from gradnb.data import load_dataset
-from gradnb.flows.gradient import GradientFlow
-from gradnb.flows.integrators import DormandPrince
+from gradnb.move.flows.gradient import GradientFlow
+from gradnb.move.flows.integrators import DormandPrince
 from gradnb.models import build_model
 from gradnb.problem import Problem
-from gradnb.rules.gd import GD
+from gradnb.move.rules.gd import GD
 from gradnb.runs import Store
-from gradnb.selfstabilization import self_stabilization
-from gradnb.steppers import Descent, trajectory
-from gradnb.streams import Stream
-from gradnb.trajectories import Projection, first_crossing, projected_distance
+from gradnb.measure.selfstabilization import self_stabilization
+from gradnb.move.steppers import Descent, trajectory
+from gradnb.ground.streams import Stream
+from gradnb.measure.trajectories import Projection, first_crossing, projected_distance
 
 
 @pytest.mark.parametrize("groups, size", [(1, 8), (4, 8), (3, 30)])

@@ -1,4 +1,4 @@
-"gradnb from a terminal."
+"What one types."
 from gradnb.cli.command import main
 
 __all__ = ["main"]

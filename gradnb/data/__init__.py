@@ -1,4 +1,4 @@
-"Which examples does a run see?"
+"What is learned from."
 from gradnb.data.dataset import Dataset
 from gradnb.data.sources import SOURCES, data_root, load_dataset
 

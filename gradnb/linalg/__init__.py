@@ -1,4 +1,4 @@
-"What can be said about a matrix that we can only multiply by, and how sure is it?"
+"What can be said of a matrix that one can only multiply by, and how sure it is."
 from gradnb.linalg.basis import Eigs, Sketch
 from gradnb.linalg.iterations import lobpcg, power_iteration
 from gradnb.linalg.krylov import lanczos

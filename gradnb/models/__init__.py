@@ -1,4 +1,4 @@
-"Which networks can a run train, and from which weights does it start?"
+"What learns: architectures of the source studies, first weights, losses."
 from gradnb.models.build import ACTIVATIONS, MODELS, build_model
 
 __all__ = ["ACTIVATIONS", "MODELS", "build_model"]

@@ -1,6 +1,6 @@
-"What is minimised, and what are its derivatives?"
+"What is minimised, what goes through its layers, and its derivatives."
 from gradnb.problem.point import Point
-from gradnb.problem.problem import Evaluation, Problem
+from gradnb.problem.risk import Evaluation, Problem
 from gradnb.problem.quadratic import Bowl, Quadratic
 
 __all__ = ["Bowl", "Evaluation", "Point", "Problem", "Quadratic"]

@@ -1,7 +1,7 @@
-"Runs: what they depend on, how they are written, and where they are kept."
-from gradnb.files import replace_file
-from gradnb.roles import ESTIMATORS, KINDS, RULES, kind
-from gradnb.rules.fromtorch import optimizer_class
+"A run, what it may rely on, how it is kept, and a thousand of them."
+from gradnb.ground.files import replace_file
+from gradnb.ground.roles import ESTIMATORS, KINDS, RULES, kind
+from gradnb.move.rules.fromtorch import optimizer_class
 from gradnb.runs.record import Lock, Recorder
 from gradnb.runs.run import Run
 from gradnb.runs.spec import Imported, Spec, decode, encode

@@ -1,0 +1,1 @@
+"What is measured, without disturbing: noise, curvature, tails, thresholds, flatness, and probes of them."

@@ -1,0 +1,1 @@
+"How parameters move: gradient estimators, rules, steppers, flows, and rules as torch optimizers."
