@@ -12,7 +12,7 @@ from statistics import median
 import numpy as np
 import pytest
 
-from gradnb.bench.explorers import CANVAS, CHROMIUM, FIVE, chromium, in_kernel, jupyterlab, latencies, open_notebook
+from gradnb.bench.explore import CANVAS, CHROMIUM, FIVE, chromium, in_kernel, jupyterlab, latencies, open_notebook
 from gradnb.show.explorers.explorer import Explorer
 from gradnb.show.explorers.series import Line, Panel
 
