@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from gradnb.bench.explore import CANVAS, CHROMIUM, FIVE, chromium, in_kernel, jupyterlab, latencies, open_notebook
+from gradnb.show.explorers.canvas import STATIC
 from gradnb.show.explorers.explorer import Explorer
 from gradnb.show.explorers.series import Line, Panel
+from gradnb.show.plots.ticks import log_ticks, tick_label
 
 pytest.importorskip("playwright", reason="playwright is not installed (pip install 'gradnb[dev]')")
 if not CHROMIUM:
@@ -152,6 +154,41 @@ def test_page_zooms_toggles_and_hides(alone):
     assert pixels(page, "loss") == before
     page.get_by_role("button", name="logarithmic step axis").click()
     assert pixels(page, "rise") != whole
+
+
+class Ranges(Explorer):
+    "One logarithmic panel for each range."
+    ranges = (.1, .2), (15, 2000), (12, 30), (1e-30, 1e10), (1000.001, 1000.002), (1e-38, 1e38), (3., 3.)
+
+    def panels(self, look):
+        x = np.arange(50)
+        lines = [Line(x, np.geomspace(*r, 50), key="a") for r in self.ranges]
+        return [Panel(f"{r}", (line,), ylog=True) for r, line in zip(self.ranges, lines)] + [
+            Panel("mixed", (Line(x, np.where(x % 3, x * .1, -1.), key="a"),), ylog=True),
+            Panel("diverged", (Line(x, np.where(x < 40, 10. ** x, np.inf), key="a"),), ylog=True),
+            Panel("negative", (Line(x, -1. - x, key="a"),), ylog=True)]
+
+
+def test_logarithmic_axes_of_any_range(page, alone):
+    page.add_init_script("""window.texts = []; const fill = CanvasRenderingContext2D.prototype.fillText;
+        CanvasRenderingContext2D.prototype.fillText = function (t, ...at) { texts.push(t); return fill.call(this, t, ...at); };""")
+    texts = {*alone(Ranges()).evaluate("texts")}           # an error in the page fails the test
+    assert {"0.12", "0.2", "30", "300", "15", "25", "1e-30", "1e10", "990", "1e-40", "1e40", "2.98", "0.5", "1e20"} <= texts
+
+
+def test_both_languages_have_the_same_ticks(page):
+    source = (STATIC / "canvas.js").read_text().replace("export default", "return")
+    draws, cases = np.random.default_rng(0), []
+    while len(cases) < 4000:
+        low = 10 ** draws.uniform(-300, 300)
+        high, most = low * 10 ** 10 ** draws.uniform(-9, 1.9), int(draws.integers(3, 10))
+        if np.isfinite(high): cases.append((low, high, most))
+    theirs = page.evaluate("""([source, cases]) => { const { logTicks, tickLabel } = new Function("uPlot", source)({});
+        return cases.map((c) => logTicks(...c)).map((t) => [t, t.map(tickLabel)]); }""", [source, cases])
+    for case, (ticks, labels) in zip(cases, theirs):
+        ours = log_ticks(*case)
+        assert ([*map(float, ticks)], labels) == (ours, [*map(tick_label, ours)]), case
+        assert 0 < len(ours) <= case[2] and ours == sorted(set(ours)) and case[0] <= ours[0] and ours[-1] <= case[1], case
 
 
 def test_page_steps_on_a_logarithmic_slider(alone):
