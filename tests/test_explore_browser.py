@@ -297,6 +297,38 @@ def test_lab_slider_moves_without_the_kernel(notebook):
     page.get_by_text("lives in this session only").wait_for()
 
 
+def test_lab_every_shared_field_goes_both_ways(notebook):
+    "What a cell sets is seen in the browser; what is pressed there is read in a cell."
+    page = notebook("N = 100" + FIVE, "explorer")
+    key = page.locator(".gradnb-legend button").first
+    pressed = "(name) => document.querySelector(`[aria-label='${name}']`).getAttribute('aria-pressed')"
+    log = lambda name: page.evaluate(pressed, name)
+    assert (log("logarithmic step axis"), key.get_attribute("aria-pressed")) == ("false", "true")
+    whole = pixels(page, "sharpness")
+    in_kernel(page, f"explorer.set(step=40, log=('step',), hidden=({key.inner_text()!r},))")
+    page.wait_for_function(f"({pressed})('logarithmic step axis') === 'true'")
+    page.wait_for_function(f"() => document.querySelector('{CANVAS}').dataset.step === '40'")
+    assert key.get_attribute("aria-pressed") == "false"
+    whole = changed(page, "sharpness", whole)
+    in_kernel(page, "explorer.set(window=(10., 60.))")
+    changed(page, "sharpness", whole)
+    in_kernel(page, "explorer.set(step=None, window=None, log=(), hidden=())")
+    page.wait_for_function(f"({pressed})('logarithmic step axis') === 'false'")
+    page.wait_for_function(f"() => document.querySelector('{CANVAS}').dataset.step === '99'")
+    assert key.get_attribute("aria-pressed") == "true"
+
+    page.get_by_role("button", name="logarithmic step axis").click()
+    key.click()
+    page.locator("[data-panel=sharpness] .gradnb-host").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("+")
+    page.wait_for_function(f"() => document.querySelector('{CANVAS}').dataset.step === '0'")
+    read = "import json; print(json.dumps([explorer.look.step, explorer.look.log, explorer.look.hidden, explorer.look.window]))"
+    heard = lambda: json.loads(in_kernel(page, read))
+    step, logs, hidden, window = next(look for look in iter(heard, None) if look[3])        # the kernel hears of it in its own time
+    assert (step, logs, hidden) == (0, ["step"], [key.inner_text()]) and 0 < window[0] < window[1] < 99
+
+
 RUNS = """
 import warnings; warnings.simplefilter("ignore")
 from gradnb import GD, Momentum, Spec, Store

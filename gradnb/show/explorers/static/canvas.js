@@ -360,6 +360,7 @@ class Board {                                                      // all panels
     on("change:step", () => this.place());
     on("change:window", () => this.rewindow());
     on("change:hidden", () => { this.hidden = new Set(model.get("hidden")); this.redraw(); });
+    on("change:log", () => this.relog());
     on("change:message", () => this.say());
     on("msg:custom", (content, buffers) => this.receive(content, buffers ?? []));
     this.resized = new ResizeObserver(() => this.plots.forEach((p) => p.resize()));      // of every panel, also of one that comes later
@@ -498,8 +499,9 @@ class Board {                                                      // all panels
   }
 
   place() {                                                        // the kernel, or another view, has set the step
-    if (this.quiet || !this.stops || this.model.get("step") < 0) return;
-    this.setStep(this.model.get("step"));
+    if (this.quiet || !this.stops) return;
+    const step = this.model.get("step"), [first, width, count] = this.stops;
+    this.setStep(step < 0 ? first + width * (count - 1) : step);
   }
 
   setStep(value) {
@@ -559,12 +561,16 @@ class Board {                                                      // all panels
   toggleLog(name) {
     const log = new Set(this.model.get("log")), on = !log.has(name);
     on ? log.add(name) : log.delete(name);
-    for (const p of this.head.panels) { if (p.name === name) p.ylog = on; if (name === "step" && p.linked) p.xlog = on; }
     this.set({ log: [...log] });
+    return on;
+  }
+
+  relog() {                                                        // the axes that are logarithmic are others
+    const log = new Set(this.model.get("log"));
+    for (const p of this.head.panels) { p.ylog = log.has(p.name); if (p.linked) p.xlog = log.has("step"); }
     this.plots.forEach((p) => p.set(p.panel));
     this.redraw();
-    if (name === "step") this.refine();
-    return on;
+    this.refine();
   }
 
   key(e, plot) {
