@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from random import Random
+from threading import Thread
 
 import pytest
 import torch
@@ -172,6 +173,31 @@ def test_a_probe_that_ends_the_program_or_hangs_stops_only_its_own_run(tmp_path,
     assert "SystemExit: 3" in frame.outcome[0] and "timeout=3 seconds" in frame.outcome[1]
     assert Store(tmp_path / "store").open(specs[1]).traces["loss"].steps.tolist() == list(range(6))
     assert sweep(specs, tmp_path / "store", progress=False).status.tolist() == ["finished"] * 3
+
+
+@pytest.mark.slow
+def test_a_run_that_hangs_is_not_put_back_for_ever(tmp_path, flaky, monkeypatch):
+    "What Slurm sends before the time limit: an element that has measured something goes back into the queue, one that has not gives its run up."
+    from gradnb.runs.sweeps import slurm
+    requeued, root = [], tmp_path / "store"
+    monkeypatch.setattr(slurm, "requeue", lambda: requeued.append(1))
+    specs = [flaky(tmp_path / "hangs", how="hang", times=9), SPEC]
+    worker = slurm.Worker(str(root), plugins=plugins())
+    element = slurm.Element(worker, str(tmp_path / "report"), [[s.to_json()] for s in specs], patience=0.0)
+    for time_ in range(2):
+        wait = Thread(target=lambda: (wait_for(lambda: len(list((tmp_path / "hangs").iterdir())) > time_), os.kill(os.getpid(), signal.SIGUSR2)))
+        wait.start()
+        with pytest.raises(SystemExit): element()
+        wait.join()
+        assert len(requeued) == time_ + 1
+    assert [line for line in slurm.reported(tmp_path / "report")] == [[slurm.HANGS]]
+    element()
+    assert slurm.reported(tmp_path / "report") == [[slurm.HANGS], [None]] and len(requeued) == 2
+
+
+def wait_for(true, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline: time.sleep(0.05)
 
 
 DEAF = """
