@@ -18,7 +18,7 @@ from ..move.estimators.minibatch import FullBatch
 from ..ground.files import parse_json
 from ..models import build_model
 from ..problem import Problem
-from ..ground.roles import KINDS, Estimator, Rule, Stepper, check_number
+from ..ground.roles import KINDS, Estimator, Rule, Stepper, check_number, later
 from ..move.rules.fromtorch import optimizer_class
 from ..move.steppers import Descent
 from .training import Watching, check_probes
@@ -161,6 +161,7 @@ class Spec(Identity):
     chunk_size: int | None = None   # examples worked on at a time
     loss_goal: float | None = None  # stop when the training loss is below
     acc_goal: float | None = None   # stop when the training accuracy is at least this
+    goal_every: int = later(10, since=2)    # steps between looks at the goals
 
     def __post_init__(self):
         object.__setattr__(self, "probes", (self.probes,) if isinstance(self.probes, str) else tuple(self.probes))
@@ -170,6 +171,7 @@ class Spec(Identity):
         if not isinstance(self.estimator, Estimator) or isinstance(self.estimator, type): raise TypeError(f"a spec needs an estimator, got {self.estimator!r:.200}.")
         check_number("a run", "steps", self.steps, 0, whole=True)
         check_number("a run", "seed", self.seed, -inf, whole=True)
+        check_number("a run", "goal_every", self.goal_every, 1, whole=True)
         if self.dtype not in ("float32", "float64"): raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}.")
         if isinstance(self.rule, Stepper) and self.estimator != FullBatch():
             raise ValueError(f"a flow follows the gradient of all examples; leave out the estimator {self.estimator!r}.")
@@ -187,7 +189,7 @@ class Spec(Identity):
         stepper = self.rule if isinstance(self.rule, Stepper) else Descent(self.rule, self.estimator)
         stepper.init(problem, problem.theta0)                     # refuses a batch or a network that it cannot take
         probes = check_probes(self.probes)
-        Watching(problem, stepper, self.steps, probes, self.seed, self.loss_goal, self.acc_goal)     # refuses goals that are never met
+        Watching(problem, stepper, self.steps, probes, self.seed, self.loss_goal, self.acc_goal, self.goal_every)     # refuses goals that are never met
         return problem, stepper, probes
 
 # %% ../../nbs/08_runs/04_spec.ipynb #imported
