@@ -30,7 +30,8 @@ def encode(obj):
             other = f"give it a name of its own, for {KINDS[name].__module__} has one too" if name in KINDS else "put @kind above its class"
             raise TypeError(f"{name} cannot be part of a spec; {other}.")
         as_float = lambda f, v: float(v) if "float" in str(f.type) and isinstance(v, int) and not isinstance(v, bool) else v
-        return {"kind": name} | {f.name: encode(as_float(f, getattr(obj, f.name))) for f in fields(obj)}
+        kept = [f for f in fields(obj) if not (f.metadata.get("later") and getattr(obj, f.name) == f.default)]
+        return {"kind": name} | {f.name: encode(as_float(f, getattr(obj, f.name))) for f in kept}
     if isinstance(obj, type) and issubclass(obj, torch.optim.Optimizer) and getattr(torch.optim, obj.__name__, None) is obj:
         return {"kind": "optimizer", "name": obj.__name__}
     if isinstance(obj, (list, tuple)): return [encode(v) for v in obj]
@@ -105,11 +106,13 @@ class Spec(Identity):
     chunk_size: int | None = None   # examples worked on at a time
     loss_goal: float | None = None  # stop when the training loss is below
     acc_goal: float | None = None   # stop when the training accuracy is at least this
+    goal_every: int = field(default=10, metadata={"later": True})    # steps between looks at the goals
 
     def __post_init__(self):
         object.__setattr__(self, "probes", (self.probes,) if isinstance(self.probes, str) else tuple(self.probes))
         check_number("a run", "steps", self.steps, 0, whole=True)
         check_number("a run", "seed", self.seed, -inf, whole=True)
+        check_number("a run", "goal_every", self.goal_every, 1, whole=True)
         if self.dtype not in ("float32", "float64"): raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}.")
         if isinstance(self.rule, Stepper) and self.estimator != FullBatch():
             raise ValueError(f"a flow follows the gradient of all examples; leave out the estimator {self.estimator!r}.")
@@ -127,7 +130,7 @@ class Spec(Identity):
         stepper = self.rule if isinstance(self.rule, Stepper) else Descent(self.rule, self.estimator)
         stepper.init(problem, problem.theta0)                     # refuses a batch or a network that it cannot take
         probes = check_probes(self.probes)
-        Watching(problem, stepper, self.steps, probes, self.seed, self.loss_goal, self.acc_goal)     # refuses goals that are never met
+        Watching(problem, stepper, self.steps, probes, self.seed, self.loss_goal, self.acc_goal, self.goal_every)     # refuses goals that are never met
         return problem, stepper, probes
 
 # %% ../../nbs/08_runs/04_spec.ipynb #imported
