@@ -211,7 +211,8 @@ class Risk:
     def evaluate(self, theta: Tensor, split: str = "train") -> Evaluation:
         "Loss and accuracy over the whole train or test split."
         if split not in ("train", "test"): raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
-        d, size = self.dataset, self.chunk_size or self.n
+        d, batched = self.dataset, split == "test" and self.buffers and not self.network.is_frozen
+        size = self.chunk_size or (1000 if batched else self.n)      # batch statistics of the test set: as Cohen et al. (2021) take them
         x, y = (d.x, d.y) if split == "train" else (d.x_test, d.y_test)
         n, mine = len(x), self.part(len(x))
         x, y = x[mine.start:mine.stop], y[mine.start:mine.stop]
