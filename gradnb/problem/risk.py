@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from ..data import Dataset
-from .graphs import free_memory, kinks_of, saved_bytes
+from .graphs import free_memory, kinks_of, saved_bytes, wrong_slopes
 from .layers import LayerIO, capture, verify
 from ..ground.layout import Layout
 from .likelihood import sample_targets
 from ..models.losses import LOSSES, accuracy, resolve_loss
-from .network import Network, twice_differentiable
+from .network import Network, drawing, refuse, scattered, twice_differentiable
 from .forms import Graph, cuts
 from .point import Point
 from ..ground.streams import Stream
@@ -42,7 +42,7 @@ class Problem:
     share = 0, 1    # (k, m): the k-th of m equal parts of every batch is worked on here, and `reduce` adds the parts up
 
     def __init__(self,
-        module: nn.Module,         # the network; its parameters give θ₀, device and dtype, and are copied
+        module: nn.Module,         # the network; its parameters give θ₀, device and dtype; it is copied, in its present mode
         loss: str | Callable,      # "ce", "mse", "linear_hinge", or per-example: (outputs, targets) → (b,)
         dataset: Dataset,          # training and test examples
         chunk_size: int | None = None,  # examples worked on at a time; None: all at once
@@ -52,7 +52,8 @@ class Problem:
                             "some of an endless stream, Dataset(x, y, x_test, y_test, classes), or measure its gradients as they "
                             "come: grad_variance(draws).")
         if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-        self.layout, self.chunk_size = Layout.of(module), chunk_size
+        refuse(module)
+        self.given, self.layout, self.chunk_size = module, Layout.of(module), chunk_size     # given: left alone
         params = dict(module.named_parameters())
         kinds = {(v.dtype, v.device) for v in params.values()}
         if len(kinds) > 1: raise TypeError(f"all parameters must share one dtype and device, got {sorted(map(str, kinds))}.")
@@ -60,6 +61,11 @@ class Problem:
         self.theta0 = self.layout.join(params[k].detach() for k in self.layout.names)
         self.per_example, self.dataset = resolve_loss(loss), dataset.to(self.device, self.dtype)
         self.network = self._try_out(module)
+
+    def __repr__(self) -> str:
+        loss = getattr(self.per_example, "__name__", type(self.per_example).__name__)
+        chunks = f", chunk_size={self.chunk_size}" if self.chunk_size else ""
+        return f"{type(self).__name__}({type(self.module).__name__} in {self.network.mode}, {loss}, {self.dataset.name!r}: n={self.n}, p={self.p}{chunks})"
 
     @property
     def module(self) -> nn.Module: return self.network.module
@@ -87,13 +93,27 @@ class Problem:
         if self.per_example in LOSSES.values() and classes and out.shape[-1] < classes:
             raise ValueError(f"the network has {out.shape[-1]} outputs, and dataset {self.dataset.name!r} has {classes} classes; give its last "
                              f"layer {classes}.")
-        if any(getattr(m, "sparse", False) for m in module.modules()):
-            raise TypeError("the gradient of an nn.Embedding with sparse=True is no dense vector; make it with sparse=False.")
-        losses = self.per_example(out, y)
+        with drawing(Stream() / "trial", x.device) as drew: losses, random = self.per_example(out, y), drew()
+        if random: raise TypeError("the loss draws random numbers, so it is no function of the parameters; let the network draw them.")
         if losses.shape != (len(x),):
             raise TypeError(f"the loss must give one value an example: on {len(x)} examples it gave shape "
                             f"{tuple(losses.shape)}; use reduction='none' and sum over outputs.")
+        self._check_slopes(network, x[:3], y[:3])
         return network
+
+    def _check_slopes(self, network, x, y):
+        "Raise TypeError naming blocks whose gradient is wrong, in float64 where the network can; a gradient and 2 to 4 losses of 3 examples."
+        def wrong(network, dtype):
+            a, b = (t.to(dtype) if t.is_floating_point() else t for t in (x, y))
+            return wrong_slopes(lambda blocks: self.per_example(network(blocks, a), b).sum(), {k: v.to(dtype) for k, v in blocks.items()})
+        gen = (Stream() / "beside").generator()
+        blocks = {k: v + scattered(v, gen) for k, v in self.layout.named(self.theta0).items()}
+        try: names = wrong(network.to(torch.float64), torch.float64)
+        except (RuntimeError, TypeError): names = wrong(network, self.dtype)       # which the network insists on
+        if names:
+            raise TypeError(f"the gradient of {', '.join(map(repr, names[:5]))}{', …' * (len(names) > 5)} is not the slope of the loss: where these move, "
+                            "the loss moves otherwise. Is it used under no_grad, detached, changed by a hook, or behind a backward pass written by hand? "
+                            "requires_grad_(False) leaves a parameter out.")
 
     def check(self, vec: Tensor, what: str = "theta") -> Tensor:
         "A vector (p,) or block (p, k) that fits this problem, or an error that says how it does not."
