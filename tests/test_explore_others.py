@@ -13,7 +13,8 @@ from gradnb.move.estimators.sam import SAM
 from gradnb.move.estimators.svrg import SVRG
 from gradnb.show.explorers.clusters import ClusterExplorer, clusters_over, snapshots
 from gradnb.show.explorers.landscape import LandscapeExplorer
-from gradnb.runs.live import Live, changed_stepper
+from gradnb.runs.live import Live
+from gradnb.runs.trajectory import changed_stepper
 from gradnb.show.explorers.live import LiveExplorer
 from gradnb.show.explorers.tail import TailExplorer
 from gradnb.move.flows.central import CentralFlow

@@ -271,13 +271,19 @@ class Network:
 
     def _forward(self, module, params, x, buffers):
         tensors = {**params, **buffers}
-        if self.fresh: return copied(module, {id(held[key]): tensors.get(name, held[key]) for held, key, name in self.places[module]})(x)
-        swaps = [(held, key, held[key], tensors[name]) for held, key, name in self.places[module] if name in tensors]
+        if self.fresh:
+            own = copied(module, {id(held[key]): tensors.get(name, held[key]) for held, key, name in self.places[module]})
+            out, written = own(x), dict(own.named_buffers())
+            buffers.update((k, written[k]) for k in buffers)
+            return out
+        swaps = [(held, key, held[key], name) for held, key, name in self.places[module] if name in tensors]
         try:
-            for held, key, _, new in swaps: held[key] = new
+            for held, key, _, name in swaps: held[key] = tensors[name]
             return module(x)
         finally:
-            for held, key, old, _ in swaps: held[key] = old
+            for held, key, old, name in swaps:
+                if name in buffers: buffers[name] = held[key]      # as it is after the pass, if the module put another tensor there
+                held[key] = old
 
     def _quiet(self, params, x, buffers):
         if not self.hush: return self._forward(self.module, params, x, buffers)

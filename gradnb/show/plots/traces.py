@@ -14,6 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ...ground.traces import Trace
+from .ticks import log_axes
 
 # %% ../../../nbs/09_show/01_plots/01_traces.ipynb #style
 STYLE = Path(str(files("gradnb.show"))) / "gradnb.mplstyle"
@@ -98,6 +99,7 @@ def save_figure(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    log_axes(fig)
     with style():
         fig.savefig(paths[0])
         fig.savefig(paths[1], metadata={"Date": None})
