@@ -74,9 +74,6 @@ class Problem(Risk):
     def example_grads(self, theta: Tensor, batch=None) -> Tensor:   # (b, p)
         "∇ℓᵢ(θ) of every example of a batch, unweighted, in chunks of at most 32 MB; one by one where the network cannot be mapped."
         (x, y), theta = self._examples(batch), self.check(theta).detach()
-        if self.network.draws:
-            raise TypeError("this network draws for a whole batch at once, outside of Dropout, so a single example has no gradient of its own; "
-                            "draw in training mode only and use problem.frozen(), or measure the noise of whole batches.")
         if not self._mapped: return self._one_by_one(theta, x, y)
         rows = max(1, 2**25 // (self.p * self.theta0.element_size()))
         return vmap(grad(self._one), (None, 0, 0), chunk_size=rows)(theta, x, y)

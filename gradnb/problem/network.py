@@ -159,6 +159,8 @@ class Network:
     hush = False      # are there functions of Dropout to leave out when it is not?
     draws = False     # does it draw even then?
     fresh = False     # does each forward pass need a copy of the module to itself?
+    _draws_still = False    # and in evaluation mode?
+    modal = True      # are its outputs in evaluation mode other ones?
 
     def __init__(self,
         module: nn.Module,            # in training or in evaluation mode, which is kept; it is copied
@@ -221,9 +223,8 @@ class Network:
             out, after, self.hush = run(self.module)
             if self.hush: out, after, self.draws = run(self.module, hush=True)
         self.buffers = {k: v for k, v in start.items() if not torch.equal(v, after[k])}
-        def same(buffers):
-            again = run(self.module, start | buffers, self.hush)[0]
-            return torch.allclose(out, again, *2 * [torch.finfo(out.dtype).eps ** .5 if out.is_floating_point() else 0], equal_nan=True)
+        def close(other): return torch.allclose(out, other, *2 * [torch.finfo(out.dtype).eps ** .5 if out.is_floating_point() else 0], equal_nan=True)
+        def same(buffers): return close(run(self.module, start | buffers, self.hush)[0])
         moved = {k: v + 1 for k, v in self.buffers.items()}
         if not same(moved):
             if same(self.buffers):
@@ -231,6 +232,12 @@ class Network:
                                 "(spectral normalisation?), so its loss is no function of the parameters; use module.eval().")
             raise TypeError("this network answers the same question twice with two answers: it draws random numbers that are not of torch's "
                             "global generator, or keeps something from call to call; draw by torch's functions without generator=, keep nothing.")
+        if not self.buffers or self.draws:
+            still = copied(self.module).eval()
+            self.places[still] = places(still)
+            calm, _, self._draws_still = run(still, hush=True)
+            self.modal = self.noisy or bool(self.buffers) or calm.shape != out.shape or not close(calm)
+            del self.places[still]
         with torch.enable_grad(): self._try_backward({k: v.requires_grad_() for k, v in params.items()}, x[:4])
 
     @contextmanager
@@ -262,7 +269,7 @@ class Network:
             weights = torch.randn(out.shape, generator=(Stream() / "outputs").generator()).to(out)
             try: return [g.nan_to_num() for g in torch.autograd.grad((out * weights).sum(), list(params.values()), materialize_grads=True)]
             except RuntimeError as e:
-                if "use_reentrant" not in str(e): raise TypeError(f"this network has no gradient: {e}") from e
+                if "use_reentrant" not in str(e): raise TypeError(f"torch finds no gradient of this network: {e}") from e
                 raise TypeError("this network uses torch.utils.checkpoint with use_reentrant=True, through which no gradient of a chosen tensor "
                                 "can be taken; pass use_reentrant=False.") from e
         quick = slopes()
@@ -318,7 +325,8 @@ class Network:
     ) -> "Network":
         "This network in evaluation mode."
         other = self._with(lambda m: copied(m, {id(p): p for p in m.parameters()}).eval())
-        other.loud, other.noisy, other.is_frozen, other.buffers = other.module, False, True, dict(buffers or self.buffers)
+        other.loud, other.noisy, other.draws, other.is_frozen = other.module, False, self._draws_still, True
+        other.buffers = dict(buffers or self.buffers)
         own = dict(other.module.named_buffers())
         for name, b in other.buffers.items(): own[name].copy_(b)     # for who calls one of its layers alone
         return other
