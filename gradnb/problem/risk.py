@@ -46,7 +46,7 @@ class Risk:
                             "some of an endless stream, Dataset(x, y, x_test, y_test, classes), or measure its gradients as they "
                             "come: grad_variance(draws).")
         if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-        self.layout, self.chunk_size = Layout.of(module), chunk_size
+        self.layout, self.chunk_size, self._checked = Layout.of(module), chunk_size, {}    # shared with copies
         params = dict(module.named_parameters())
         kinds = {(v.dtype, v.device) for v in params.values()}
         if len(kinds) > 1: raise TypeError(f"all parameters must share one dtype and device, got {sorted(map(str, kinds))}.")
