@@ -6,8 +6,9 @@
 __all__ = ['Problem']
 
 # %% ../../nbs/05_problem/10_derivatives.ipynb #imports
+import warnings
 from collections.abc import Iterator
-from copy import deepcopy
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Callable
@@ -21,7 +22,7 @@ from .likelihood import sample_targets
 from .network import twice_differentiable
 from .point import Point
 from .risk import Risk
-from .seconds import own_functions, plain_operations, wrong_rows, wrong_slopes
+from .seconds import own_functions, plain_operations, wrong_jacobian, wrong_rows
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/10_derivatives.ipynb #problem
@@ -34,10 +35,14 @@ class Problem(Risk):
         with plain: return Graph.of(places, self.layout, theta, lambda blocks: self.piece(blocks, x, y, weight, n, noise))
 
     def _in_double(self) -> "Problem":
-        "This problem in float64, on three examples and without noise."
-        x, y, *_ = self._few(3)
-        few = replace(self.dataset, x=x, y=y, x_test=x, y_test=y, augment=None).to(self.device, torch.float64)
-        return Problem(deepcopy(self.module).double(), lambda *two: self.per_example(*two), few)
+        "This problem in float64, on three examples and without noise; itself, where its network insists on its own precision."
+        if self.dtype == torch.float64: return self
+        (x, y, *_), other = self._few(3), copy(self)
+        few = replace(self.dataset, x=x, y=y, x_test=x, y_test=y, augment=None)
+        other.dataset, other.network, other.theta0 = few.to(self.device, torch.float64), self.network.to(torch.float64), self.theta0.double()
+        try: other.piece(other.theta0, *other._few(3))
+        except (RuntimeError, TypeError): return self
+        return other
 
     def check_products(self, linear: bool = False):
         """Raises TypeError where torch's second derivatives of this network are wrong, and names the blocks; `linear`: those that
@@ -53,18 +58,17 @@ class Problem(Risk):
     @twice_differentiable()
     @torch.enable_grad()
     def _wrong_products(self, linear: bool) -> str:
-        try: twin = self if self.dtype == torch.float64 else self._in_double()
-        except (RuntimeError, TypeError, ValueError): twin = self
+        twin = self._in_double()
         few = twin._few(3)
         theta = lambda k: twin._beside(f"products {k}")
         if linear:
-            if not all(wrong_slopes(lambda theta: twin.outputs(theta, few[0]), theta(k), Stream(k) / "slopes") for k in range(3)): return ""
+            if not all(wrong_jacobian(lambda theta: twin.outputs(theta, few[0]), theta(k), Stream(k) / "slopes") for k in range(3)): return ""
             where = "products with its Jacobian are not those of its backward pass"
         else:
             found = None
             for k in range(3):
                 rows = wrong_rows(lambda theta: twin.gradient_graph(theta, *few).grad, twin.layout, theta(k), Stream(k) / "rows")
-                if twin.dtype != torch.float64: rows = {k: v for k, v in rows.items() if not k}
+                if twin is self and self.dtype != torch.float64: rows = {k: v for k, v in rows.items() if not k}
                 found = rows if found is None else {k: v for k, v in found.items() if k in rows}
                 if not found: return ""
             named = ", ".join(f"{k!r} ({v:.0%} off)" for k, v in found.items() if k)
@@ -89,7 +93,7 @@ class Problem(Risk):
 
     def check_memory(self, batch=None):
         "Raises MemoryError where the graph of a chunk would not fit, with the chunk size that does."
-        rows = len(self.part(self.n if batch is None else len(batch.idx)))
+        rows = len(self.part(self.rows(batch)))
         rows = rows if self.chunk_size is None else min(rows, self.chunk_size)
         need, free = rows * self.graph_bytes, free_memory(self.device)
         if need > free:
@@ -115,11 +119,30 @@ class Problem(Risk):
 
     @twice_differentiable()      # torch's fused attention cannot be mapped over examples either
     def example_grads(self, theta: Tensor, batch=None) -> Tensor:   # (b, p)
-        "∇ℓᵢ(θ) of every example of a batch, unweighted, in chunks of at most 32 MB."
-        x, y = self._examples(batch)
-        one = lambda theta, x, y: self.per_example(self.outputs(theta, x[None]), y[None]).squeeze(0)
+        "∇ℓᵢ(θ) of every example of a batch, unweighted, in chunks of at most 32 MB; one by one where the network cannot be mapped."
+        (x, y), theta = self._examples(batch), self.check(theta).detach()
+        if not self._mapped: return self._one_by_one(theta, x, y)
         rows = max(1, 2**25 // (self.p * self.theta0.element_size()))
-        return vmap(grad(one), (None, 0, 0), chunk_size=rows)(self.check(theta).detach(), x, y)
+        return vmap(grad(self._one), (None, 0, 0), chunk_size=rows)(theta, x, y)
+
+    def _one(self, theta, x, y): return self.per_example(self.outputs(theta, x[None]), y[None]).squeeze(0)
+
+    def _one_by_one(self, theta, x, y):
+        theta, total = theta.clone().requires_grad_(), theta.new_empty(len(x), self.p)
+        for i, row in enumerate(total):
+            with torch.enable_grad(): row.copy_(torch.autograd.grad(self._one(theta, x[i], y[i]), theta, materialize_grads=True)[0])
+        return total
+
+    @cached_property
+    def _mapped(self) -> bool:
+        "Can the gradient be mapped over examples? A recurrent layer of torch's, or one with checkpoints, cannot; that is said once."
+        x, y, *_ = self._few(2)
+        try:
+            vmap(grad(self._one), (None, 0, 0))(self.theta0, x, y)
+            return True
+        except (RuntimeError, TypeError) as e:
+            warnings.warn(f"gradients of single examples are taken one by one, since torch cannot map this network over examples: {str(e).partition('. ')[0]}.", stacklevel=4)
+            return False
 
     def _losses(self, x: Tensor, y: Tensor, labels: Stream | None = None) -> Callable[[Tensor], Tensor]:
         def losses(theta):
