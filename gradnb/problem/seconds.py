@@ -14,7 +14,6 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from .graphs import nodes
-from .network import twice_differentiable
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/09_seconds.ipynb #plain
