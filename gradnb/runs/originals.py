@@ -105,14 +105,14 @@ class Folder:
         what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         self.unread[next(n for n in names if os.path.lexists(self.path / n) and n not in self.unread)] = f"a tensor of {ndim} dimensions was expected, not {what}"
 
-    def rows(self, name: str, width: int) -> list:
-        "The rows of a history, tuples of numbers (or of tensors of one number) behind a step; none where it is something else."
-        found = self.load(name) or []
-        plain = lambda v: isinstance(v, (int, float)) or isinstance(v, Tensor) and v.numel() == 1
-        if not isinstance(found, (list, tuple)) or not all(isinstance(r, (list, tuple)) and len(r) == width and all(map(plain, r)) for r in found):
-            self.unread[name] = f"rows of {width} numbers were expected"
-            return []
-        return [*found]
+    def rows(self, name: str, width: int | None = None) -> list:
+        "What a history lists; with a width, tuples of so many numbers. Nothing where it is something else."
+        if (found := self.load(name)) is None: return []
+        number = lambda v: isinstance(v, (int, float)) or isinstance(v, Tensor) and v.numel() == 1
+        fits = lambda row: width is None or isinstance(row, (list, tuple)) and len(row) == width and all(map(number, row))
+        if isinstance(found, (list, tuple)) and all(map(fits, found)): return [*found]
+        self.unread[name] = "a list was expected" if width is None else f"rows of {width} numbers were expected"
+        return []
 
 def series(steps, *columns, names=("value",)) -> list:
     "(step, answer) pairs; of a step that was written twice the last one counts."
@@ -171,14 +171,14 @@ def read_tail(
     if rows := folder.rows("training_history.hist", 3):
         k, loss, acc = zip(*rows)
         traces["loss"] = series(k, loss, [float(a) / 100 for a in acc], names=("value", "accuracy"))
-    if rows := folder.load("weight_history.hist"): traces["layer_norms"] = series(*zip(*rows), names=("weights", "grads"))
+    if rows := folder.rows("weight_history.hist"): traces["layer_norms"] = series(*zip(*rows), names=("weights", "grads"))
     for split in ("TRAIN", "TEST"):
         if not (rows := folder.rows(f"evaluation_history_{split}.hist", 4)): continue
         k, loss, acc, alpha = zip(*rows)
         traces[split.lower()] = series(k, loss, [float(a) / 100 for a in acc], alpha, names=("loss", "accuracy", "tail_index"))
-        if norms := folder.load(f"noise_norm_history_{split}.hist"):
+        if norms := folder.rows(f"noise_norm_history_{split}.hist"):
             traces[f"noise_norm_{split.lower()}"] = series(k, [v[None] for v in norms])         # (1, P): as arrays
-        if logits := folder.load(f"{split[:2].lower()}_outputs.pyT"):
+        if logits := folder.rows(f"{split[:2].lower()}_outputs.pyT"):
             traces[f"outputs_{split.lower()}"] = [(int(k[-1]), {"logits": torch.cat(list(logits))})]
     if (path / "net.pyT").exists(): folder.unread["net.pyT"] = "a whole pickled network; only its authors' code can build it"
     return Found(Imported("tail-index", path.name, settings), traces, folder.unread, tuple(notes))
