@@ -9,6 +9,7 @@ __all__ = ['check_level', 'in_unit', 'to_unit', 'Estimate']
 from math import frexp, inf, sqrt
 from statistics import NormalDist
 from typing import NamedTuple
+from warnings import warn
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
@@ -32,6 +33,10 @@ def in_unit(
     seen = [t.float() if t.dtype == torch.float16 else t for t in (x, *others)]
     top = max((abs(v).item() for t in seen if t.numel() for v in t.aminmax()), default=0.)
     k = frexp(top)[1] - 1
+    least = torch.finfo(seen[0].dtype).tiny * torch.finfo(seen[0].dtype).eps
+    if 0 < top < 4096 * least:
+        warn(f"the largest of these numbers is {top:.2g}, where {seen[0].dtype} has fewer than 12 bits left, and what follows from them has no more; "
+             "work in larger units or in float64.", RuntimeWarning, stacklevel=3)
     room = -frexp(torch.finfo(seen[0].dtype).tiny)[1] // 6 if room is None else room
     if not 0 < top < inf or abs(k) <= room: return *seen, 1.
     return *(to_unit(t, 2.**k) for t in seen), 2.**k
@@ -83,10 +88,11 @@ class Estimate(NamedTuple):
         level: float = 0.95,  # how often the interval covers the truth
     ) -> "Estimate":
         "The mean of independent draws, with Student's interval. Raises ValueError on fewer than 2, which show no spread."
-        samples = torch.as_tensor(samples, dtype=torch.float64)
+        samples = torch.as_tensor(samples, dtype=None if getattr(samples, "is_floating_point", bool)() else torch.float64)
         if samples.ndim != 1 or len(samples) < 2:
             raise ValueError(f"a mean needs at least 2 draws in a vector to see a spread, got shape {tuple(samples.shape)}.")
         samples, unit = in_unit(samples)
+        samples = samples.double()
         return cls.student(samples.mean().item(), samples.std().item() / sqrt(len(samples)), len(samples) - 1, level).times(unit)
 
     def times(self, *factors: float) -> "Estimate":      # each positive

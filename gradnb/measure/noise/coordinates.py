@@ -145,9 +145,9 @@ def tic_trace(
     spread = Spread.of(draws)
     V, V_out, m, m_out = left_out(spread)
     n, H = spread.n, trace.value
-    C = jackknife(V * (1 - 1 / n) + m, V_out * (1 - 1 / (n - 1)) + m_out).times(spread.unit, spread.unit)
+    C = jackknife(V * (1 - 1 / n) + m, V_out * (1 - 1 / (n - 1)) + m_out)
     value = C.value / H
-    return Estimate.normal(value, abs(value) * ((C.stderr / C.value) ** 2 + (trace.stderr / H) ** 2) ** .5)
+    return Estimate.normal(value, abs(value) * ((C.stderr / C.value) ** 2 + (trace.stderr / H) ** 2) ** .5).times(spread.unit, spread.unit)
 
 def tic_diagonal(
     draws: Tensor | Moments,    # gradients of single examples (n, p), or their moments
@@ -156,5 +156,5 @@ def tic_diagonal(
 ) -> Estimate:
     "Σ_p C_pp / H_pp."
     moments = Moments.of(draws)
-    inside = lambda n, mean, variance, square: (moments.squared(square) / (diagonal + damping)).sum(dtype=torch.float64)
-    return over_groups(inside, moments)
+    inside = lambda n, mean, variance, square: (square / (diagonal + damping)).sum(dtype=torch.float64)
+    return over_groups(inside, moments).times(moments.unit, moments.unit)

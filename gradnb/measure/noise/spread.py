@@ -152,7 +152,7 @@ def noise_scale_of_pairs(
     if small_sq.shape != big_sq.shape or len(small_sq) < 2:
         raise ValueError("noise_scale_of_pairs takes as many small as large batches, 2 or more, got shapes "
                          f"{tuple(small_sq.shape)} and {tuple(big_sq.shape)}.")
-    a, b, _ = in_unit(*(v.double().cpu() for v in (small_sq, big_sq)))
+    a, b = (v.double().cpu() for v in in_unit(small_sq, big_sq)[:2])
     noise, signal = (a - b) / (1 / small - 1 / big), (big * b - small * a) / (big - small)
     ratio = lambda u, v: u / v.clamp_min(1e-300)
     out = lambda v: (v.sum() - v) / (len(v) - 1)
