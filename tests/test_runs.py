@@ -113,7 +113,7 @@ def test_specs_come_back(spec):
 
 def test_every_field_has_a_say_in_the_hash():
     changed = dict(dataset="digits", model="fc-relu", loss="ce", rule=GD(0.02), steps=1, estimator=MiniBatch(21), probes=(), seed=1,
-                   dtype="float64", chunk_size=7, loss_goal=0.1, acc_goal=0.5)
+                   dtype="float64", chunk_size=7, loss_goal=0.1, acc_goal=0.5, goal_every=7)
     from dataclasses import fields, replace
     assert changed.keys() == {f.name for f in fields(Spec)}
     assert len({SPEC.hash, *(replace(SPEC, **{k: v}).hash for k, v in changed.items())}) == len(changed) + 1
