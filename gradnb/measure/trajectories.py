@@ -7,6 +7,7 @@ __all__ = ['Projection', 'projected_distance', 'first_crossing']
 
 # %% ../../nbs/07_measure/07_trajectories.ipynb #imports
 from dataclasses import dataclass
+from math import gcd
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ class Projection:
     "A random linear map of p numbers to `size` that keeps squared lengths in expectation (Kane & Nelson 2014)."
     size: int                                     # m: numbers kept
     stream: Stream = Stream() / "projection"      # of hashes and signs
-    groups: int = 4                               # r: non-zeros a column; size must be a multiple
+    groups: int | None = None                     # r: non-zeros a column; size must be a multiple; None: 4, 2 or 1, the first that fits
 
     def __post_init__(self):
         check_range(self, "size", 1)
+        if self.groups is None: object.__setattr__(self, "groups", gcd(self.size, 4))
         check_range(self, "groups", 1)
         if self.size % self.groups:
             raise ValueError(f"Projection needs a size that is a multiple of groups={self.groups}, got size={self.size}.")
