@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gradnb import (Batch, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, build_model, check_problem, load_dataset,
+from gradnb import (Batch, Dataset, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, build_model, check_problem, load_dataset,
                     train, trajectory)
 from gradnb.problem.network import drawing
 from gradnb.runs.laws import check_stepper
@@ -539,5 +539,50 @@ def test_the_last_straw_is_named_by_check_problem():
     for cls, says in ((Writing, "writes into the module it was made of: a.bias"), (Moving, "moves the global generator of torch"),
                       (Forgetful, "do not average to its gradient in 'a.weight'")):
         with pytest.raises(RuntimeError, match=says): check_problem(cls(made(Base), "ce", DIGITS))
-    with pytest.raises(RuntimeError, match="product that is not"): check_problem(made(Implicit), "ce", DIGITS)
+    class Scaled(Problem):
+        def hvp(self, theta, v, batch=None): return 1.1 * super().hvp(theta, v, batch)
+    with pytest.raises(RuntimeError, match="product that is not the slope of its gradient"): check_problem(Scaled(made(Base), "ce", DIGITS))
+    with pytest.raises(TypeError, match="no differences of the gradient"): check_problem(made(Implicit), "ce", DIGITS)
     with pytest.raises(TypeError, match="comes with its loss and data"): check_problem(made(Base))
+
+
+class Pooled(nn.Module):
+    def __init__(self): super().__init__(); self.bag, self.o = nn.EmbeddingBag(5, 4), nn.Linear(4, 3)
+    def forward(self, x): return self.o(self.bag(x).tanh())
+
+
+class BiasAlone(Base):
+    def __init__(self): super().__init__(); self.shift = nn.Parameter(torch.zeros(12))
+    def block(self, h): return F.layer_norm(self.b(h), (12,), weight=None, bias=self.shift)
+
+
+def test_operations_without_second_derivatives_are_named():
+    words = torch.randint(5, (20, 6), generator=Stream(3).generator())
+    for module, data, says in ((made(Pooled), Dataset(words, words[:, 0] % 3, words, words[:, 0] % 3, 3, words=5), "no second derivative of embedding_bag"),
+                               (made(BiasAlone), DIGITS, "add the bias to what it returns")):
+        problem = Problem(module, "ce", data)
+        assert problem.grad_and_loss(problem.theta0)[0].isfinite().all()
+        with pytest.raises(TypeError, match=says): problem.hvp(problem.theta0, problem.theta0)
+
+
+class Packed(nn.Module):
+    "Numbers of words and floats in one tensor."
+    def __init__(self, batchnorm=False):
+        super().__init__()
+        self.e, self.norm, self.o = nn.Embedding(5, 4), nn.BatchNorm1d(7) if batchnorm else nn.Identity(), nn.Linear(7, 3)
+    def forward(self, x): return self.o(self.norm(torch.cat([self.e(x[:, 0].long()), x[:, 1:]], 1)))
+
+
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_numbers_of_words_among_floats_stay_what_they_are(batchnorm):
+    x = torch.cat([torch.arange(20)[:, None] % 5, draw(20, 3)], 1)
+    problem = Problem(made(Packed, batchnorm), "ce", Dataset(x, torch.arange(20) % 3, x, torch.arange(20) % 3, 3))
+    assert problem.coupled == batchnorm
+    if not batchnorm: torch.testing.assert_close(problem.example_grads(problem.theta0).mean(0), problem.grad_and_loss(problem.theta0)[0])
+
+
+@pytest.mark.parametrize("batch", [torch.arange(3), [0, 1], range(3), 5])
+@pytest.mark.parametrize("ask", ["grad_and_loss", "loss", "example_grads"])
+def test_a_batch_is_a_batch(ask, batch):
+    problem = Problem(made(Base), "ce", DIGITS)
+    with pytest.raises(TypeError, match=rf"got {type(batch).__name__}; write Batch"): getattr(problem, ask)(problem.theta0, batch)

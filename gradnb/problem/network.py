@@ -60,6 +60,9 @@ def twice_differentiable():
     try:
         with sdpa_kernel(SDPBackend.MATH): yield
     except RuntimeError as e:
+        if "Expected a proper Tensor but got None" in str(e):
+            raise TypeError("torch has no second derivative of a normalisation with a bias and without a weight (F.layer_norm(…, weight=None, "
+                            "bias=b)); add the bias to what it returns.") from e
         if not (found := re.match(r"(?:the )?derivative for '?(?:aten::)?_?(\w+?)(_backward)?'? is not implemented", str(e))): raise
         raise TypeError(f"torch has no second derivative of {found[1]}, which this network uses; put another operation in its place.") from e
 
