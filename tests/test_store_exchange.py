@@ -1,4 +1,5 @@
 "Runs leave for other tools as they were measured, and the original programs' files come in without anything of them being executed."
+import argparse
 import json
 import os
 import pickle
@@ -254,7 +255,7 @@ def test_what_a_newer_version_began_is_not_written_over(old):
     assert (run.path / "manifest.json").read_text() == text
 
 
-STRANGE = {
+ODD = {
     "lr of 400 digits": PLAIN | {"rule": {"kind": "GD", "lr": 10**400}},
     "seed of 400 digits": PLAIN | {"seed": 10**400},
     "betas": PLAIN | {"rule": {"kind": "FromTorch", "cls": {"kind": "optimizer", "name": "Adam"}, "lr": 0.1, "hyper": {"betas": [0.9]}}},
@@ -276,9 +277,9 @@ MANIFESTS = [{"step": [1]}, {"step": "many"}, {"seconds": "5"}, {"seconds": 10**
              {"status": 5}, {"status": "sleeping"}, {"status": None}, {"run": "f" * 16}, {"damaged": 3, "status": "finished"}, {"stretches": [1]}, {"torch": 2}]
 
 
-@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("name", ODD)
 def test_one_strange_run_spoils_nothing(old, name):
-    before, run = old.frame("sharpness"), stranger(old, STRANGE[name])
+    before, run = old.frame("sharpness"), stranger(old, ODD[name])
     spoils_nothing(old, run, before)
 
 
@@ -318,3 +319,66 @@ def spoils_nothing(store, run, before):
         assert set(explorer.found("")[0]) >= {*others} and len(explorer.panels(explorer.look)) > 1
         names = [p.name for p in explorer.panels(replace(explorer.look, where="rule=GD", runs=(others[0][:8],)))]
         assert names[:2] == ["loss", "sharpness"]
+
+
+def bomb(depth):
+    "Lists that each hold the last one twice."
+    v = [1.0]
+    for _ in range(depth): v = [v, v]
+    return v
+
+
+def cyclic():
+    v = [1.0]
+    v.append(v)
+    return v
+
+
+STRANGE = {
+    "nested": lambda: bomb(60), "cyclic": cyclic, "complex": lambda: torch.ones(4, dtype=torch.complex64), "sparse": lambda: torch.eye(4).to_sparse(),
+    "meta": lambda: torch.ones(4, device="meta"), "quantised": lambda: torch.quantize_per_tensor(torch.ones(4), .1, 0, torch.quint8),
+    "empty": lambda: torch.empty(0), "empty rows": lambda: torch.empty(4, 0), "number": lambda: torch.tensor(1.), "float": lambda: 3.0, "none": lambda: None,
+    "words": lambda: ["a", "b"], "dict": lambda: {"a": 1}, "3-d": lambda: torch.ones(2, 2, 2), "bool": lambda: torch.ones(4, dtype=torch.bool),
+    "bfloat16": lambda: torch.ones(4, dtype=torch.bfloat16), "int8": lambda: torch.ones(4, dtype=torch.int8), "ragged": lambda: [[1, 2.0], [3]],
+    "rows of tensors": lambda: [[0, torch.ones(3), torch.ones(3)]], "infinite": lambda: torch.full((4,), float("inf")), "namespace": lambda: argparse.Namespace(x=bomb(60)),
+    "steps": lambda: [[float("nan"), 1.0, 2.0]], "large": lambda: [[10**30, 1.0, 2.0]]}
+EDGE_FILES = "train_loss_final", "train_acc_final", "test_loss", "eigs_final", "iterates_final", "times_final", "snapshot_final"
+TAIL_FILES = ("training_history.hist", "weight_history.hist", "evaluation_history_TRAIN.hist", "evaluation_history_TEST.hist", "noise_norm_history_TEST.hist", "te_outputs.pyT",
+              "args.info")
+
+
+FIRST = {"nested", "complex", "sparse", "meta", "quantised", "empty", "namespace"}
+
+
+@pytest.mark.parametrize("what", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in STRANGE])
+@pytest.mark.filterwarnings("ignore")
+def test_one_strange_folder_is_a_line_and_the_rest_is_imported(tmp_path, what):
+    "Each file in turn is strange, and good ones stand beside it; every warning names the folder."
+    edge = tmp_path / "cifar10-5k" / "fc-tanh" / "seed_0" / "mse" / "gd"
+    def write(folder):
+        folder.mkdir(parents=True)
+        for name in ("train_loss", "train_acc", "test_loss", "test_acc"): torch.save(torch.rand(9), folder / f"{name}_final")
+        torch.save(torch.rand(4, 2), folder / "eigs_final")
+    write(edge / "lr_0.1")
+    for i, file in enumerate(EDGE_FILES):
+        write(edge / f"lr_0.2{i}")
+        torch.save(STRANGE[what](), edge / f"lr_0.2{i}" / file)
+    for i, file in enumerate(TAIL_FILES):
+        folder = tmp_path / f"2_0010_{i:02d}_mnist_NLL_fc"
+        folder.mkdir()
+        torch.save([[k, 2.3, 10. * k] for k in range(3)], folder / "training_history.hist")
+        torch.save([[4, 0.7, 81.0, 1.2]], folder / "evaluation_history_TEST.hist")
+        torch.save(STRANGE[what](), folder / file)
+    (edge / "lr_nan").mkdir()
+    torch.save(torch.rand(9), edge / "lr_nan" / "train_loss_final")
+    with pytest.warns(RuntimeWarning) as said: runs = import_runs(tmp_path, Store(tmp_path / "runs"))
+    assert any(f"{edge / 'lr_nan'} is left out" in str(w.message) for w in said)
+    assert all(str(w.message).startswith(str(tmp_path)) for w in said)
+    assert any(r.spec.source.endswith("lr_0.1") for r in runs) and len(runs) >= 10
+    for r in runs: r.frame(), r.spec.fields
+    assert len(Store(tmp_path / "runs").list()) == len(runs)
+
+
+def test_the_time_between_eigenvalues_is_a_number_of_steps(tmp_path):
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="eig_freq"): import_runs(tmp_path, Store(tmp_path / "runs"), wrong)
