@@ -32,7 +32,7 @@ def lobpcg(
     while True:
         theta, Y = B.ritz()
         X = Y[:j]
-        R, r = B.residuals(theta[:j], X)
+        R, r = B.residuals(theta[:j, None] * X, X)
         open, allowed = open_pairs(theta, r, r, k, tol, torch.finfo(rows.dtype).eps)
         done = B.m == p or not open.any()
         if done or n == max_iters: return B.eigs(theta[:k], X[:k], r[:k], r[:k].clamp_min(allowed), bool(done))
@@ -58,7 +58,7 @@ def power_iteration(
     if not B.add(rows): B.add_random(stream)
     while True:
         theta, Y = B.ritz()
-        r = B.residuals(theta, Y)[1]
+        r = B.residuals(theta[:, None] * Y, Y)[1]
         done = r[0] <= max(tol, 10 * torch.finfo(rows.dtype).eps) * theta[0].abs()
         if done or B.products >= max_matvecs: return B.eigs(theta, Y, r, r, bool(done))
         B.m = 0

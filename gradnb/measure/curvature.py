@@ -40,10 +40,9 @@ def sharpness(
     if point.problem.kinks:
         warnings.warn(f"the loss has kinks ({', '.join(point.problem.kinks)}); its Hessian is that of the smooth piece around θ.", stacklevel=2)
     noise = torch.randn(point.problem.p, generator=stream.generator(), dtype=torch.float64).to(point.theta)
-    fresh, sketch, start = unit(point.grad) + 0.1 * unit(noise), None, warm
+    fresh, sketch, start = unit(point.grad) + unit(noise), None, warm
     if warm is None: start = fresh
-    elif isinstance(warm, Tensor): start = torch.column_stack([warm, fresh])
-    else:
+    elif not isinstance(warm, Tensor):
         sketch = Sketch(warm[0], warm[1].T.contiguous().T)       # strides decide roundings, and a resumed run has others
         start = sketch.vectors[:, :k].clone()
         start[:, -1] += 0.3 * unit(sketch.vectors[:, k:].sum(1)) + 0.3 * unit(point.grad) + 0.1 * unit(noise)
