@@ -114,12 +114,17 @@ def _ceiling(
         h = x * 2. ** torch.linspace(-5, 0, 21, dtype=F.dtype)
     return top, top + x
 
-def _rise(T: Tensor, F: Tensor, a: int, ceiling: Tensor, k: int) -> Tensor:
-    "How far the k largest eigenvalues may lie above their Ritz values, if nothing outside of the first a rows exceeds the ceiling."
-    one = lambda n: ceiling * torch.eye(n, dtype=F.dtype)
-    rest = one(F.shape[1]) - F[a:].T @ torch.linalg.solve(one(len(T) - a) - T[a:, a:], F[a:])
-    M = torch.cat([torch.cat([T, F], 1), torch.cat([F.T, (rest + rest.T) / 2], 1)])
-    return (torch.linalg.eigvalsh(M)[-k:] - torch.linalg.eigvalsh(T)[-k:]).flip(0).clamp_min(0)
+def _below(theta: Tensor, x: Tensor) -> Tensor:
+    "How far below x these lie, at least a rounding."
+    return (x - theta).clamp_min(torch.finfo(theta.dtype).eps * theta.abs().max().clamp_min(torch.finfo(theta.dtype).tiny))
+
+def _rise(T: Tensor, F: Tensor, a: int, ceiling: Tensor, k: int, left: int) -> Tensor:
+    "How far the k largest eigenvalues may lie above their Ritz values, if nothing outside of the first a rows exceeds the ceiling; `left` dimensions are unseen."
+    theta, Y = torch.linalg.eigh(T[a:, a:])
+    half = Y.T @ F[a:] / _below(theta, ceiling).sqrt()[:, None]
+    M = torch.cat([torch.cat([T, F], 1), torch.cat([F.T, ceiling * torch.eye(F.shape[1], dtype=F.dtype) - half.T @ half], 1)])
+    bounds = torch.cat([torch.linalg.eigvalsh(M), ceiling.expand(min(k, max(left - F.shape[1], 0)))]).sort().values      # and what F does not touch
+    return (bounds[-k:] - torch.linalg.eigvalsh(T)[-k:]).flip(0).clamp_min(0)
 
 def certify(
     B: Basis,                 # that holds what a search has found, at least k rows
@@ -137,12 +142,13 @@ def certify(
         theta, Y = B.ritz()
         allowed = max(tol, 10 * eps) * theta.abs().max()
         if B.m == p: return allowed.expand(k), True
-        error = rest = theta.new_full((k,), inf)
-        top = ceiling = theta.new_tensor(inf)
-        if a is not None:
-            F = _factor(B.outside(), eps * theta.abs().max())
+        if a is None:
+            error = rest = theta.new_full((k,), inf)
+            top, ceiling = theta[-1], 2 * theta.abs().max()
+        elif (B.m - a) % (1 + B.m // 24) == 0 or B.m == B.limit or B.products >= budget:      # a look costs more in a large basis
+            F = _factor(B.outside(), 10 * eps * theta.abs().max())
             top, ceiling = _ceiling(B.T[a:B.m, a:B.m], F[a:], p - a)
-            error, rest = (_rise(B.T[:B.m, :B.m], F, a, x, k) for x in (ceiling, torch.minimum(ceiling, top + allowed / 4)))
+            error, rest = (_rise(B.T[:B.m, :B.m], F, a, x, k, p - B.m) for x in (ceiling, torch.minimum(ceiling, top + allowed / 4)))
         open = (rest > allowed) & (theta[:k] + rest > least)
         r = B.residuals(theta[:k, None] * Y[:k], Y[:k])[1]
         if vectors: open |= r > allowed
@@ -159,8 +165,8 @@ def certify(
             y = Y[int((r if missed else torch.where(open, rest, -1)).argmax()), None]
             W = B.residuals(y @ B.T[:B.m, :B.m], y)[0]
         else:                                                          # the residual of (A − ceiling) y = b, as if it were to be solved
-            K = B.T[a:B.m, a:B.m]
-            y = torch.cat([K.new_zeros(a), torch.linalg.solve(K - ceiling * torch.eye(len(K), dtype=K.dtype), torch.eye(len(K), 1, dtype=K.dtype)[:, 0])])[None]
+            ritz, Z = torch.linalg.eigh(B.T[a:B.m, a:B.m])
+            y = torch.cat([Z.new_zeros(a), Z @ (Z[0] / _below(ritz, ceiling))])[None]
             W = B.residuals((y := y / y.norm()) @ B.T[:B.m, :B.m], y)[0]
         if W is None or not B.add(W): B.add_random(stream)
 
