@@ -12,9 +12,11 @@ from statistics import median
 import numpy as np
 import pytest
 
-from gradnb.bench.explorers import CANVAS, CHROMIUM, FIVE, chromium, in_kernel, jupyterlab, latencies, open_notebook
+from gradnb.bench.explore import CANVAS, CHROMIUM, FIVE, chromium, in_kernel, jupyterlab, latencies, open_notebook
+from gradnb.show.explorers.canvas import STATIC
 from gradnb.show.explorers.explorer import Explorer
 from gradnb.show.explorers.series import Line, Panel
+from gradnb.show.plots.ticks import log_ticks, tick_label
 
 pytest.importorskip("playwright", reason="playwright is not installed (pip install 'gradnb[dev]')")
 if not CHROMIUM:
@@ -54,8 +56,8 @@ def shoot(page, name):
 
 
 def harmless(text):
-    "What JupyterLab itself writes: files that it probes for."
-    return "Failed to load resource" in text or "/api/" in text or "/lab/" in text
+    "What JupyterLab itself writes: files that it probes for, a debugger that it loses with a kernel."
+    return "Failed to load resource" in text or "/api/" in text or "/lab/" in text or "debugger state" in text
 
 
 # --- pages by themselves --------------------------------------------------------------------------------------------
@@ -152,6 +154,41 @@ def test_page_zooms_toggles_and_hides(alone):
     assert pixels(page, "loss") == before
     page.get_by_role("button", name="logarithmic step axis").click()
     assert pixels(page, "rise") != whole
+
+
+class Ranges(Explorer):
+    "One logarithmic panel for each range."
+    ranges = (.1, .2), (15, 2000), (12, 30), (1e-30, 1e10), (1000.001, 1000.002), (1e-38, 1e38), (3., 3.)
+
+    def panels(self, look):
+        x = np.arange(50)
+        lines = [Line(x, np.geomspace(*r, 50), key="a") for r in self.ranges]
+        return [Panel(f"{r}", (line,), ylog=True) for r, line in zip(self.ranges, lines)] + [
+            Panel("mixed", (Line(x, np.where(x % 3, x * .1, -1.), key="a"),), ylog=True),
+            Panel("diverged", (Line(x, np.where(x < 40, 10. ** x, np.inf), key="a"),), ylog=True),
+            Panel("negative", (Line(x, -1. - x, key="a"),), ylog=True)]
+
+
+def test_logarithmic_axes_of_any_range(page, alone):
+    page.add_init_script("""window.texts = []; const fill = CanvasRenderingContext2D.prototype.fillText;
+        CanvasRenderingContext2D.prototype.fillText = function (t, ...at) { texts.push(t); return fill.call(this, t, ...at); };""")
+    texts = {*alone(Ranges()).evaluate("texts")}           # an error in the page fails the test
+    assert {"0.12", "0.2", "30", "300", "15", "25", "1e-30", "1e10", "990", "1e-40", "1e40", "2.98", "0.5", "1e20"} <= texts
+
+
+def test_both_languages_have_the_same_ticks(page):
+    source = (STATIC / "canvas.js").read_text().replace("export default", "return")
+    draws, cases = np.random.default_rng(0), []
+    while len(cases) < 4000:
+        low = 10 ** draws.uniform(-300, 300)
+        high, most = low * 10 ** 10 ** draws.uniform(-9, 1.9), int(draws.integers(3, 10))
+        if np.isfinite(high): cases.append((low, high, most))
+    theirs = page.evaluate("""([source, cases]) => { const { logTicks, tickLabel } = new Function("uPlot", source)({});
+        return cases.map((c) => logTicks(...c)).map((t) => [t, t.map(tickLabel)]); }""", [source, cases])
+    for case, (ticks, labels) in zip(cases, theirs):
+        ours = log_ticks(*case)
+        assert ([*map(float, ticks)], labels) == (ours, [*map(tick_label, ours)]), case
+        assert 0 < len(ours) <= case[2] and ours == sorted(set(ours)) and case[0] <= ours[0] and ours[-1] <= case[1], case
 
 
 def test_page_steps_on_a_logarithmic_slider(alone):
@@ -260,6 +297,38 @@ def test_lab_slider_moves_without_the_kernel(notebook):
     page.get_by_text("lives in this session only").wait_for()
 
 
+def test_lab_every_shared_field_goes_both_ways(notebook):
+    "What a cell sets is seen in the browser; what is pressed there is read in a cell."
+    page = notebook("N = 100" + FIVE, "explorer")
+    key = page.locator(".gradnb-legend button").first
+    pressed = "(name) => document.querySelector(`[aria-label='${name}']`).getAttribute('aria-pressed')"
+    log = lambda name: page.evaluate(pressed, name)
+    assert (log("logarithmic step axis"), key.get_attribute("aria-pressed")) == ("false", "true")
+    whole = pixels(page, "sharpness")
+    in_kernel(page, f"explorer.set(step=40, log=('step',), hidden=({key.inner_text()!r},))")
+    page.wait_for_function(f"({pressed})('logarithmic step axis') === 'true'")
+    page.wait_for_function(f"() => document.querySelector('{CANVAS}').dataset.step === '40'")
+    assert key.get_attribute("aria-pressed") == "false"
+    whole = changed(page, "sharpness", whole)
+    in_kernel(page, "explorer.set(window=(10., 60.))")
+    changed(page, "sharpness", whole)
+    in_kernel(page, "explorer.set(step=None, window=None, log=(), hidden=())")
+    page.wait_for_function(f"({pressed})('logarithmic step axis') === 'false'")
+    page.wait_for_function(f"() => document.querySelector('{CANVAS}').dataset.step === '99'")
+    assert key.get_attribute("aria-pressed") == "true"
+
+    page.get_by_role("button", name="logarithmic step axis").click()
+    key.click()
+    page.locator("[data-panel=sharpness] .gradnb-host").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("+")
+    page.wait_for_function(f"() => document.querySelector('{CANVAS}').dataset.step === '0'")
+    read = "import json; print(json.dumps([explorer.look.step, explorer.look.log, explorer.look.hidden, explorer.look.window]))"
+    heard = lambda: json.loads(in_kernel(page, read))
+    step, logs, hidden, window = next(look for look in iter(heard, None) if look[3])        # the kernel hears of it in its own time
+    assert (step, logs, hidden) == (0, ["step"], [key.inner_text()]) and 0 < window[0] < window[1] < 99
+
+
 RUNS = """
 import warnings; warnings.simplefilter("ignore")
 from gradnb import GD, Momentum, Spec, Store
@@ -337,13 +406,41 @@ def test_lab_run_explorer(notebook, tmp_path, request):
     assert "Error" not in in_kernel(page, "explorer.set(smooth=0.); print('fine')")
 
 
-def test_lab_saved_notebook_shows_a_picture(notebook, lab, request):
-    "What a front end without widgets shows."
+def test_lab_saved_notebook_shows_a_picture(notebook, lab):
+    "What a front end without widgets shows, and JupyterLab too once the kernel is gone."
     page = notebook("N = 100" + FIVE, "explorer")
+    still = page.locator(".jp-RenderedImage img")
+    assert still.count() == 1 and not still.is_visible()                  # the widget itself is there
     page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.context.save(); }")
     saved = json.loads(next(lab[1].glob("test_lab_saved*.ipynb")).read_text())
-    data = saved["cells"][1]["outputs"][0]["data"]
-    assert data["image/png"].startswith("iVBOR") and "application/vnd.jupyter.widget-view+json" in data
+    widget, picture = (output["data"] for output in saved["cells"][1]["outputs"])
+    assert "application/vnd.jupyter.widget-view+json" in widget and picture["image/png"].startswith("iVBOR")
+    page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.sessionContext.shutdown(); }")
+    page.reload()
+    still.wait_for()
+
+
+AGAIN = """async (times) => {
+    const { content } = window.jupyterapp.shell.currentWidget;
+    content.activeCellIndex = 1;
+    for (let i = 0; i < times; i++) await window.jupyterapp.commands.execute("notebook:run-cell");
+}"""
+OPEN = "import threading, ipywidgets; print(threading.active_count(), len(ipywidgets.Widget._active_widgets if hasattr(ipywidgets.Widget, '_active_widgets') else ipywidgets.widgets.widget._instances))"
+
+
+@pytest.mark.parametrize("make", ["RunExplorer(store, follow=.2)", "LiveExplorer(problem, Descent(GD(.1)))"])
+def test_lab_cell_run_again_closes_what_it_showed(notebook, tmp_path, make):
+    "Threads and widgets do not pile up, and the trainer of an explorer that is gone stops."
+    page = notebook(RUNS.replace("STORE", str(tmp_path / "runs")) + """
+from gradnb import Descent, LiveExplorer, Problem, build_model, load_dataset
+data = load_dataset("digits-50")
+problem, made = Problem(build_model("fc-tanh:width=4", data), "mse", data), []
+""", f"made.append({make}); made[-1].refresh(); getattr(made[-1], 'run', int)(); made[-1]")
+    page.evaluate(AGAIN, 1)
+    before = in_kernel(page, OPEN)
+    page.evaluate(AGAIN, 6)
+    assert in_kernel(page, "print(len(made), sum(e._box is not None for e in made), sum(getattr(e, 'running', False) for e in made[:-1]))") == "8 1 0"
+    assert in_kernel(page, OPEN) == before
 
 
 # --- the notebooks in nbs/explore, their explorers moved by hand ------------------------------------------------------

@@ -1,4 +1,6 @@
 "Derivatives of every model and loss against the dense Hessian and finite differences; chunks, weights, dtypes, devices."
+import subprocess
+import sys
 import warnings
 from copy import deepcopy
 
@@ -7,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from gradnb import GD, Batch, Dataset, Descent, Problem, Stream, build_model, load_dataset, sharpness, train
+from gradnb.problem.graphs import free_memory
 from gradnb.problem.likelihood import sample_targets
 from gradnb.problem.network import drawing
 from gradnb.measure.probes.view import PROBES
@@ -256,11 +259,6 @@ class Shared(torch.nn.Linear):
     def forward(self, x): return super().forward(x).tanh() @ self.weight                               # used twice in a module
 
 
-class Blind(torch.nn.Sequential):
-    @torch.no_grad()
-    def forward(self, x): return super().forward(x)
-
-
 class Borrowing(torch.nn.Sequential):
     def forward(self, x): return self[1](self[0](x)) + x.flatten(1) @ self[1].weight.T                  # used outside of its own
 
@@ -271,7 +269,7 @@ class Attending(torch.nn.Module):
 
 
 @pytest.mark.parametrize("odd", [lambda: Shared(64, 4), lambda: torch.nn.PReLU(64), Attending, lambda: Borrowing(torch.nn.Flatten(), torch.nn.Linear(64, 3)),
-                                 lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(64, 3)), lambda: torch.nn.Bilinear(64, 64, 2), lambda: torch.nn.GRUCell(64, 3), lambda: Blind(torch.nn.Linear(64, 3)),
+                                 lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(64, 3)), lambda: torch.nn.Bilinear(64, 64, 2), lambda: torch.nn.GRUCell(64, 3),
                                  lambda: weight_norm(torch.nn.Linear(64, 3)), lambda: hooked(torch.nn.Linear(64, 3), lambda m, _, y: y.square())])
 def test_quadratic_forms_of_other_modules(odd):
     class Odd(torch.nn.Module):
@@ -348,7 +346,7 @@ def test_memory_that_will_not_fit_is_refused_with_the_chunk_that_does(monkeypatc
     problem = make(chunk=None)
     held = problem.graph_bytes
     assert held > 8 * (64 + 6 + 10)                              # at least the inputs and every layer's output, in float64
-    monkeypatch.setattr("gradnb.problem.risk.free_memory", lambda device: 30 * held)
+    monkeypatch.setattr("gradnb.problem.derivatives.free_memory", lambda device: 30 * held)
     with pytest.raises(MemoryError, match=r"60 examples.*chunk_size=24 or fewer"): problem.at(problem.theta0).grad
     assert make(chunk=24).at(problem.theta0).grad.isfinite().all()
 
@@ -381,3 +379,203 @@ def test_the_layer_whose_gradient_is_not_finite_is_named():
     theta = problem.theta0.clone()
     theta[-1] = torch.inf
     with pytest.raises(ValueError, match=r"theta is not finite in 3\.bias;"): sharpness(problem, theta)
+
+
+# --- products that torch has wrong -----------------------------------------------------------------------------------
+
+class Hidden(torch.autograd.Function):
+    "A sine whose backward keeps its cosine out of torch's sight."
+    @staticmethod
+    def forward(ctx, x): ctx.slope = x.detach().cos(); return x.sin()
+    @staticmethod
+    def backward(ctx, g): return g * ctx.slope
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): ctx.save_for_backward(x); return x.sin()
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return g * ctx.saved_tensors[0].cos()
+
+
+class Open(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): ctx.save_for_backward(x); return x.sin()
+    @staticmethod
+    def backward(ctx, g): return g * ctx.saved_tensors[0].cos()
+
+
+class Through(torch.nn.Module):
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, x): return self.f(x)
+
+
+def between(f, norm=lambda m: m):
+    with drawing(Stream(7), torch.device("cpu")):
+        return torch.nn.Sequential(torch.nn.Flatten(), norm(torch.nn.Linear(64, 4)), Through(f), norm(torch.nn.Linear(4, 10)))
+
+
+def differences(problem, theta, v, h=1e-5):
+    g = lambda t: problem.grad_and_loss(t)[0]
+    return (g(theta + h * v) - g(theta - h * v)) / (2 * h)
+
+
+WEIGHT_NORMS = [weight_norm, torch.nn.utils.parametrizations.weight_norm, lambda m: torch.nn.utils.parametrizations.weight_norm(m, dim=1),
+                lambda m: torch.nn.utils.parametrizations.weight_norm(m, dim=None)]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("norm", WEIGHT_NORMS)
+def test_weight_normalised_layers_have_their_second_derivatives(norm, frozen):
+    net = torch.nn.Sequential(between(torch.tanh, norm), torch.nn.BatchNorm1d(10)).double()
+    problem = Problem(net, "ce", load_dataset("digits-60"))
+    if frozen: problem = problem.frozen()
+    theta = problem.theta0 + 0.1 * draw(problem.p)
+    V = draw(problem.p, 2)
+    want = torch.stack([differences(problem, theta, v) for v in V.T], 1)
+    assert (problem.hvp(theta, V) - want).norm() <= 1e-6 * want.norm()
+    torch.testing.assert_close(problem.at(theta).quadratic(V[:, 0]), V[:, 0] @ problem.hvp(theta, V[:, 0]), rtol=1e-10, atol=0)
+    if not frozen: return                                      # torch's batch_norm is differentiated twice
+    third = (problem.hvp(theta + 1e-5 * V[:, 1], V[:, 0]) - problem.hvp(theta - 1e-5 * V[:, 1], V[:, 0])) / 2e-5
+    torch.testing.assert_close(problem.curvature_grad(theta, V[:, 1], V[:, 0]) @ V[:, 0], third @ V[:, 0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("f, linear", [(Once.apply, True), (Hidden.apply, False)])
+def test_functions_whose_second_derivative_is_wrong_are_named_with_their_blocks(f, linear, dtype):
+    problem = Problem(between(f).to(dtype), "ce", load_dataset("digits-60"))
+    point, v = problem.at(problem.theta0), draw(problem.p, like=problem.theta0)
+    for product in (point.hvp, point.quadratic, lambda v: point.curvature_grad(v, v), lambda v: sharpness(point), lambda v: problem.frozen().hvp(problem.theta0, v)):
+        with pytest.raises(TypeError, match=f"'1.weight' .*{'Once' if linear else 'Hidden'}"): product(v)
+    if linear:
+        with pytest.raises(TypeError, match="Jacobian.*Once"): point.ggn(v)
+    else: assert torch.isfinite(point.ggn(v)).all()            # which needs the first derivative alone
+    assert torch.isfinite(point.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("f", [Open.apply, torch.relu, torch.nn.functional.hardtanh, torch.abs, torch.sign, torch.nn.functional.gelu])
+def test_right_ones_are_not_accused(f, dtype):
+    problem = Problem(between(f).to(dtype), "ce", load_dataset("digits-60"))
+    for p in (problem, problem.frozen()): p.check_products(), p.check_products(linear=True)
+
+
+def test_the_check_is_made_once_for_each_mode_and_is_not_counted():
+    problem = Problem(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 10)), "ce", load_dataset("digits-60"))
+    asked, wrong = [], type(problem)._wrong_products
+    class Watched(type(problem)):
+        def _wrong_products(self, linear): asked.append((linear, self.network.is_frozen)); return wrong(self, linear)
+    problem.__class__ = Watched
+    counted = sharpness(problem, problem.theta0, max_matvecs=5)
+    for _ in range(3): problem.frozen().hvp(problem.theta0, problem.theta0); problem.hvp(problem.theta0, problem.theta0)
+    assert asked == [(False, False), (False, True)] and counted.matvecs <= 5
+
+
+def test_a_network_that_computes_in_single_precision_alone_is_held_to_symmetry():
+    class Single(torch.nn.Module):
+        def __init__(self, f): super().__init__(); self.net = between(f)
+        def forward(self, x): return self.net(x.float())
+    def fits(f): return Problem(Single(f), "ce", load_dataset("digits-60"))
+    fits(torch.tanh).check_products(), fits(torch.relu).check_products()
+    with pytest.raises(TypeError, match="not symmetric.*Once"): fits(Once.apply).check_products()
+
+
+# --- whoever calls, and whatever is called -----------------------------------------------------------------------------
+
+def test_products_do_not_ask_for_grad_mode():
+    problem = make()
+    theta, v = problem.theta0, draw(problem.p)
+    products = ("hvp", "ggn", "fisher", "quadratic")
+    want = [getattr(problem.at(theta), name)(v) for name in products]
+    with torch.no_grad():
+        point = problem.at(theta)
+        for _ in range(3):
+            for name, w in zip(products, want):
+                got = getattr(point, name)(v)
+                assert torch.equal(got, w) and not got.requires_grad and not torch.is_grad_enabled()
+        assert torch.equal(point.curvature_grad(v, v), problem.curvature_grad(theta, v, v))
+
+
+@pytest.mark.parametrize("how", ["whole", "layer", "in place"])
+def test_compiled_modules_have_all_derivatives(how):
+    net = between(torch.tanh).double()
+    plain, compiled = Problem(net, "ce", load_dataset("digits-20")), deepcopy(net)
+    if how == "whole": compiled = torch.compile(compiled, backend="aot_eager")
+    elif how == "layer": compiled[1] = torch.compile(compiled[1], backend="aot_eager")
+    else: compiled.compile(backend="aot_eager")
+    problem, theta, v = Problem(compiled, "ce", load_dataset("digits-20")), plain.theta0, draw(plain.p)
+    assert torch.equal(problem.theta0, theta)
+    for q in (lambda p: p.hvp(theta, v), lambda p: p.at(theta).ggn(v), lambda p: p.example_grads(theta), lambda p: p.curvature_grad(theta, v, v),
+              lambda p: next(p.layer_io(theta)).sq_norms(), lambda p: p.frozen().hvp(theta, v)):
+        torch.testing.assert_close(q(problem), q(plain), rtol=1e-12, atol=1e-14)
+
+
+class Physics(torch.nn.Module):
+    "u and its Laplacian in the inputs, by torch.func in the forward pass."
+    def __init__(self): super().__init__(); self.net = torch.nn.Sequential(torch.nn.Linear(2, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1))
+    def forward(self, x):
+        u = lambda z: self.net(z).squeeze(-1)
+        return torch.stack([torch.func.vmap(lambda z: torch.func.hessian(u)(z).trace())(x), u(x)], 1)
+
+
+def test_networks_that_differentiate_in_their_forward_pass():
+    x, y = draw(12, 2), draw(12, 2, name="y")
+    with drawing(Stream(1), torch.device("cpu")): net = Physics().double()
+    problem = Problem(net, "mse", Dataset(x, y, x, y))
+    theta, v = problem.theta0, draw(problem.p)
+    (a, b), (c, d) = ((m.weight.detach(), m.bias.detach()) for m in (net.net[0], net.net[2]))
+    t = (x @ a.T + b).tanh()
+    laplacian = (-2 * t * (1 - t.square()) * a.square().sum(1)) @ c[0]             # tanh'' = −2 tanh (1 − tanh²)
+    torch.testing.assert_close(problem.outputs(theta, x), torch.stack([laplacian, t @ c[0] + d], 1), rtol=1e-10, atol=1e-12)
+    want = differences(problem, theta, v)
+    assert (problem.hvp(theta, v) - want).norm() <= 1e-6 * want.norm() and problem.graph_bytes > 0
+    torch.testing.assert_close(problem.example_grads(theta).mean(0), problem.grad_and_loss(theta)[0])
+
+
+def system(tmp_path, groups="0::/job/step", files=(), address="unlimited"):
+    "A file system that tells of 64 GB free, and of what else is given."
+    for name, text in {"proc/meminfo": "MemTotal: 99999999 kB\nMemAvailable: 67108864 kB\n", "proc/self/cgroup": groups + "\n",
+                       "proc/self/status": "Name:\tpython\nVmSize:\t 2097152 kB\nVmRSS:\t 1048576 kB\n",
+                       "proc/self/limits": f"Limit  Soft Limit  Hard Limit  Units\nMax address space         {address}   unlimited  bytes\n", **dict(files)}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+G = 2**30
+V2 = lambda place, most, now, cache=0: {f"sys/fs/cgroup/{place}memory.max": str(most), f"sys/fs/cgroup/{place}memory.current": str(now),
+                                        f"sys/fs/cgroup/{place}memory.stat": f"anon 5\ninactive_file {cache}\n"}
+V1 = lambda place, most, now: {f"sys/fs/cgroup/memory/{place}memory.limit_in_bytes": str(most), f"sys/fs/cgroup/memory/{place}memory.usage_in_bytes": str(now)}
+
+
+@pytest.mark.parametrize("groups, files, address, slurm, free", [
+    ("0::/", {}, "unlimited", {}, 64),                                                    # the machine alone
+    ("0::/job/step", V2("job/step/", 8 * G, 3 * G), "unlimited", {}, 5),
+    ("0::/job/step", V2("job/step/", 8 * G, 3 * G, 2 * G), "unlimited", {}, 7),           # of which 2 GB are pages that can go
+    ("0::/job/step", V2("job/step/", "max", 3 * G) | V2("job/", 6 * G, 4 * G), "unlimited", {}, 2),     # the group above
+    ("0::/elsewhere", V2("", 4 * G, 1 * G), "unlimited", {}, 3),                          # a container sees its own group as the top
+    ("5:cpu:/x\n4:memory:/slurm/job_7\n0::/", V1("slurm/job_7/", 2**63 - 4096, G) | V1("slurm/", 9 * G, 5 * G), "unlimited", {}, 4),
+    ("4:cpu,memory:/docker/a", V1("", 3 * G, G), "unlimited", {}, 2),
+    ("0::/", {}, str(12 * G), {}, 10),                                                    # ulimit -v, of which 2 GB are mapped
+    ("0::/", {}, "unlimited", {"SLURM_MEM_PER_NODE": "8192"}, 7), ("0::/", {}, "unlimited", {"SLURM_MEM_PER_NODE": "0"}, 64),
+    ("0::/", {}, "unlimited", {"SLURM_MEM_PER_CPU": "2048", "SLURM_CPUS_ON_NODE": "4"}, 7),
+    ("0::/job/step", V2("job/step/", 2 * G, 3 * G), "unlimited", {}, 0)])
+def test_memory_that_is_free_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch, groups, files, address, slurm, free):
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"): monkeypatch.delenv(name, raising=False)
+    for name, value in slurm.items(): monkeypatch.setenv(name, value)
+    assert free_memory(torch.device("cpu"), system(tmp_path, groups, files, address)) == free * G
+
+
+@pytest.mark.slow
+def test_a_limit_of_this_process_is_seen():
+    code = ("import resource, torch; from gradnb.problem.graphs import free_memory, fields, Path\n"
+            "used = 1024 * fields(Path('/'), 'proc/self/status')['VmSize']; resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, -1))\n"
+            "print(free_memory(torch.device('cpu')))")
+    free = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 2**27 < free <= 2**28
+
+
+def test_nothing_that_tells_means_that_nothing_is_known(tmp_path, monkeypatch):
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"): monkeypatch.delenv(name, raising=False)
+    assert free_memory(torch.device("cpu"), tmp_path) == float("inf")

@@ -156,7 +156,7 @@ class Interrupt:
     def __exit__(self, *exc): sys.settrace(None)
 
     def trace(self, frame, event, arg):
-        if not any(part in frame.f_code.co_filename for part in ("gradnb/training", "gradnb/runs/", "gradnb/trace", "gradnb/files", "gradnb/steppers")):
+        if not any(part in frame.f_code.co_filename for part in ("gradnb/runs/", "gradnb/ground/traces", "gradnb/ground/files", "gradnb/move/steppers")):
             return None
         if event == "line":
             self.count += 1

@@ -10,6 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 from ..linalg import Eigs, Sketch, lanczos
+from ..problem.designs import NotFinite
 from ..problem import Point
 from ..ground.roles import check_number
 from ..ground.streams import Stream
@@ -31,13 +32,15 @@ def sharpness(
     "The k largest (algebraic) eigenvalues of the Hessian of the training loss. Raises ValueError where θ or ∇L is not finite."
     if which not in ("largest", "smallest"): raise ValueError(f"which is 'largest' or 'smallest', got {which!r}.")
     check_number("sharpness", "tol", tol, 0)
+    if not hasattr(problem, "at") and not isinstance(problem, Point):
+        raise TypeError(f"sharpness takes a Problem and θ, got {type(problem).__name__}; write p = Problem(net, loss, data) and sharpness(p, p.theta0).")
     point = problem if isinstance(problem, Point) else problem.at(theta, batch)
     if point.theta.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"eigenvalues need float32 or float64, and this problem is {point.theta.dtype}; build it from module.float().")
     for what, vec in (("theta", point.theta.detach()), ("the gradient", point.grad)):
         if not torch.isfinite(vec).all():
             bad = [n for n, b in point.problem.layout.named(vec).items() if not torch.isfinite(b).all()]
-            raise ValueError(f"{what} is not finite in {', '.join(bad[:4])}; there is no Hessian here. If the run has diverged, look at an earlier step.")
+            raise NotFinite(f"{what} is not finite in {', '.join(bad[:4])}; there is no Hessian here. If the run has diverged, look at an earlier step.")
     if point.problem.kinks:
         warnings.warn(f"the loss has kinks ({', '.join(point.problem.kinks)}); its Hessian is that of the smooth piece around θ.", stacklevel=2)
     noise = torch.randn(point.problem.p, generator=stream.generator(), dtype=torch.float64).to(point.theta)

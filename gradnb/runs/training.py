@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from torch import Tensor
 from tqdm.auto import tqdm
-from ..measure.probes.view import PROBES, Probe, View
-from ..ground.roles import Rule, State, Stepper
+from ..measure.probes.view import PROBES, Probe, View, evaluation
+from ..problem.designs import NotFinite
+from ..ground.roles import Rule, State, Stepper, check_number
 from ..move.steppers import trajectory
 from ..ground.streams import Stream
 from ..ground.traces import Trace, as_row
@@ -32,16 +33,17 @@ class Traces(dict):
 
 # %% ../../nbs/08_runs/01_training.ipynb #goal
 def goal_reached(
-    problem, state: State,
+    view: View,
     loss_goal: float | None,   # stop when the training loss is below
     acc_goal: float | None,    # stop when the training accuracy is at least this
 ) -> Outcome | None:
-    "The outcome, once the training set meets a goal."
-    loss, acc = problem.evaluate(state.theta)
+    "The outcome, once the training set meets a goal; its loss and accuracy are those of probe `train`."
+    found = evaluation(view, "train")
+    loss, acc = found["loss"], found["accuracy"]
     if loss_goal is not None and loss < loss_goal:
-        return Outcome("goal", state.step, f"training loss {loss:.4g} < {loss_goal:g} at step {state.step}")
+        return Outcome("goal", view.step, f"training loss {loss:.4g} < {loss_goal:g} at step {view.step}")
     if acc_goal is not None and acc >= acc_goal:
-        return Outcome("goal", state.step, f"training accuracy {acc:.4g} ≥ {acc_goal:g} at step {state.step}")
+        return Outcome("goal", view.step, f"training accuracy {acc:.4g} ≥ {acc_goal:g} at step {view.step}")
 
 # %% ../../nbs/08_runs/01_training.ipynb #watching
 @dataclass
@@ -58,6 +60,7 @@ class Watching:
     memory: dict = field(default_factory=dict)    # the probes', by name
 
     def __post_init__(self):
+        check_number("a run", "goal_every", self.goal_every, 1, whole=True)
         if self.acc_goal is None: return
         if not 0 <= self.acc_goal <= 1: raise ValueError(f"acc_goal is a share of the examples, in [0, 1], got {self.acc_goal:g}.")
         if self.problem.dataset.classes is None:
@@ -87,11 +90,10 @@ class Watching:
             return Outcome("diverged", k, f"the loss is {loss} at step {k} of {self.stepper!r}; lower the learning rate")
         if not self.wants(k): return None
         shared, seen = {}, state._replace(theta=state.theta.clone())
-        met = goal_reached(self.problem.frozen(state.buffers), state, self.loss_goal, self.acc_goal) if self.goals(k) else None
+        view = lambda stream=Stream(), memory=None: View(self.problem, self.stepper, seen, stream, memory, shared)
+        met = goal_reached(view(), self.loss_goal, self.acc_goal) if self.goals(k) else None
         for p in self.probes:
-            if met or p.due(k):
-                stream = Stream(self.seed) / "probe" / p.name / k
-                keep(p.name, k, p.measure(View(self.problem, self.stepper, seen, stream, self.memory.setdefault(p.name, {}), shared)))
+            if met or p.due(k): keep(p.name, k, p.measure(view(Stream(self.seed) / "probe" / p.name / k, self.memory.setdefault(p.name, {}))))
         return met or (Outcome("finished", k, f"finished {k} steps") if k >= self.steps else None)
 
 # %% ../../nbs/08_runs/01_training.ipynb #train
@@ -121,26 +123,30 @@ def train(
     resumable = None if state is None else (state, watching.remembered())
     bar = tqdm(total=steps, initial=state.step if state else 0, desc="train", unit="step", delay=1, leave=None, disable=not progress)
 
+    k = state.step if state else 0                         # the step that is being made, or looked at
     def keep(name, step, row):
         traces[name].append(step, row)
         if record is not None: record.append(name, step, row)
 
     try:
         for state in trajectory(problem, stepper, theta, seed, state):
-            resumable = state, watching.remembered()      # at once: an interrupt must not part them
+            resumable, k = (state, watching.remembered()), state.step      # at once: an interrupt must not part them
             if record is not None: record.checkpoint(*resumable)
             loss = float(state.loss)
             if outcome := watching.look(state.step, loss, state, keep):
                 traces.outcome = outcome
                 break
+            k += 1
             bar.update()
             bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
     except KeyboardInterrupt:
         traces.outcome = Outcome("interrupted", state.step if state else 0, f"interrupted at step {state.step if state else 0}")
     except Exception as e:
-        e.state, e.traces = state, traces
-        e.add_note(f"at step {state.step if state else 0}; what was measured until then is this error's .traces")
-        raise
+        if not isinstance(e, NotFinite) or not k:
+            e.state, e.traces = state, traces
+            e.add_note(f"at step {state.step if state else 0}; what was measured until then is this error's .traces")
+            raise
+        traces.outcome = Outcome("diverged", k, f"{e} (at step {k})")         # the loss may be finite where a gradient is not
     finally: bar.close()
     if record is not None and resumable: record.checkpoint(*resumable, last=True)     # whoever resumes measures this step again
     if traces.outcome.kind in ("diverged", "interrupted"): warnings.warn(traces.outcome.message, RuntimeWarning, stacklevel=2)

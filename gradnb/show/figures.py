@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'find_figures', 'tagged', 'known_parameters', 'as_declared', 'set_parameters', 'figure_specs', 'Snapshot',
-           'read_runs', 'execute', 'explain', 'FigureResult', 'make_figure', 'run_figures']
+           'read_runs', 'execute', 'kernel_in', 'explain', 'FigureResult', 'make_figure', 'writable', 'run_figures']
 
 # %% ../../nbs/09_show/03_figures.ipynb #imports
 import ast
 import logging
+import os
 import re
 import time
 import traceback
@@ -22,8 +23,10 @@ from typing import Any, NamedTuple
 import nbformat
 from tqdm.auto import tqdm
 from .claims import Claim, claims_table, load_claims
+from ..ground.processes import safe_environment
 from ..ground.registry import literal, unknown
 from ..runs import Spec, Store
+from ..runs.spec import usable
 from ..ground.traces import Trace
 
 # %% ../../nbs/09_show/03_figures.ipynb #find
@@ -72,7 +75,7 @@ def as_declared(
     value: Any,       # text is read as a literal unless a str is declared
 ) -> Any:
     "A parameter's value in its declared type. Raises TypeError, naming the parameter, where it does not fit."
-    if kind == "str": return str(value)
+    if kind == "str": return None if value is None else str(value)
     value = literal(value) if isinstance(value, str) else value
     fits = {"int": int, "float": (int, float), "bool": bool, "list": (list, tuple), "dict": dict}.get(kind)
     if fits and (not isinstance(value, fits) or kind != "bool" and isinstance(value, bool)):
@@ -137,23 +140,36 @@ def execute(
     "Execute a figure notebook in a kernel of its own, and write it with its outputs and as a page."
     import papermill   # takes over a second
     from nbconvert import HTMLExporter
-    done = folder / path.name
-    go = lambda: papermill.execute_notebook(
-        str(path), str(done), params, kernel_name="python3", cwd=str(folder), progress_bar=False,
-        execution_timeout=timeout, extra_arguments=["--log-level=50", "--matplotlib=inline"])
+    done, goto = folder / path.name, f"import os; os.chdir({str(folder.resolve())!r})"
+    def go():
+        with TemporaryDirectory(prefix="gradnb-") as empty:
+            papermill.execute_notebook(
+                str(path), str(done), params, kernel_name="python3", kernel_manager_class=kernel_in(empty), progress_bar=False, execution_timeout=timeout,
+                extra_arguments=["--log-level=50", "--matplotlib=inline", "--InteractiveShellApp.ignore_cwd=True", f"--IPKernelApp.exec_lines={goto}"])
     try: go()
     except RuntimeError as e:
         if isinstance(e, papermill.PapermillExecutionError) or "ernel" not in str(e): raise
         go()
     logging.getLogger("traitlets").setLevel(logging.ERROR)     # pictures without a description are no news
-    page, _ = HTMLExporter(exclude_input=True, exclude_output_prompt=True).from_filename(str(done))
+    page, _ = HTMLExporter(exclude_input=True, exclude_output_prompt=True, extra_template_basedirs=[]).from_filename(str(done))
     done.with_suffix(".html").write_text(page, "utf-8")
+
+def kernel_in(
+    folder: str,   # where kernels start
+) -> type:         # for nbclient
+    "A manager of kernels that import nothing from a working folder."
+    from jupyter_client.manager import AsyncKernelManager
+    class Kernel(AsyncKernelManager):
+        async def start_kernel(self, **options):
+            return await super().start_kernel(**options | {"cwd": folder, "env": safe_environment()})
+    return Kernel
 
 def explain(
     error: BaseException,
     notebook: Path,        # as far as it was executed
 ) -> str:                  # lines of text
     "What went wrong and where: the cell and the last frames of the notebook's own error, or ours."
+    if isinstance(error, OSError): return f"{type(error).__name__}: {error}"
     if not hasattr(error, "cell_index"):
         return "".join(traceback.format_exception(error, limit=-3, chain=False)).rstrip()
     cells = nbformat.read(notebook, as_version=4).cells
@@ -206,6 +222,13 @@ def make_figure(
     return tuple(load_claims(wanted[-1]))
 
 # %% ../../nbs/09_show/03_figures.ipynb #run
+def writable(folder: Path):
+    "Raises OSError, naming the folder and the remedy, where nothing can be written to it, or it cannot be made."
+    if "\0" in str(folder): raise OSError(f"{str(folder)!r} is no name of a folder; name another.")
+    there = next(f for f in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(f))
+    why = "is no folder" if not there.is_dir() else "may not be written to" if not os.access(there, os.W_OK | os.X_OK) else None
+    if why: raise OSError(f"nothing can be written to {folder}: {there} {why}; name another folder.")
+
 def run_figures(
     names: Sequence[str] | None = None,      # which; None: all
     out: str | Path = "figures",             # each figure gets a folder of its name there
@@ -221,7 +244,9 @@ def run_figures(
     known, store, results = find_figures(folder), Store(store), []
     for name in names or ():
         if name not in known: raise unknown("figure", name, known)
+    usable(device)
     settings = {name: set_parameters(known[name], size, params or {}) for name in dict.fromkeys(names or known)}
+    for place in (*(Path(out) / name for name in settings), *([] if store.root.is_dir() else [store.root])): writable(place)
     for name, set_ in settings.items():
         began, claims, error = time.monotonic(), (), ""
         try: claims = make_figure(known[name], Path(out) / name, set_, store, device, progress, timeout)

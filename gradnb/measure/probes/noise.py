@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['named_estimator', 'state_of', 'age', 'estimates', 'titled', 'single_examples', 'mini_batch', 'closed_form',
-           'grad_variance_probe', 'update_variance_probe', 'published_variance_probe', 'some_examples',
-           'noise_scale_probe', 'batch_tests_probe', 'gradient_moments_probe', 'tic_probe', 'freshness_probe',
+           'grad_variance_probe', 'update_variance_probe', 'published_variance_probe', 'freshness_probe',
            'clusters_probe']
 
 # %% ../../../nbs/07_measure/09_probes/02_noise.ipynb #imports
@@ -15,14 +14,12 @@ import torch
 from torch import Tensor
 from ...problem.designs import Design, Exact, exact_variance
 from ...ground.estimate import Estimate
-from ...linalg import hutchinson
-from ..noise.batchsize import cabs, inner_product_test, norm_test, orthogonality_test
-from ..noise.compat import faghri2020
-from ..noise.coordinates import Moments, coordinate_normalized_variance, gsnr, stopping_evidence, tic_trace
-from ..noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale, normalized_variance
-from .view import PROBES, Probe, View
-from ...ground.roles import Batch, ESTIMATORS, Estimator, draw, learning_rate
+from ...ground.roles import ESTIMATORS, Estimator, draw
 from ...ground.trees import flatten, unflatten
+from ..noise.compat import faghri2020
+from ..noise.coordinates import coordinate_normalized_variance
+from ..noise.spread import Spread, grad_norm_sq, grad_variance, normalized_variance
+from .view import PROBES, Probe, View
 
 # %% ../../../nbs/07_measure/09_probes/02_noise.ipynb #state
 def named_estimator(
@@ -152,76 +149,6 @@ def published_variance_probe(
         ours = dict(unbiased=found.value, unbiased_stderr=found.stderr, masked=masked, whole=normalized_variance(second).value)
         return faghri2020(first, second, eps)._asdict() | ours
     return Probe(titled(name, "published_variance", of), every, measure)
-
-# %% ../../../nbs/07_measure/09_probes/02_noise.ipynb #scale
-def some_examples(view: View, examples: int) -> Batch | None:
-    "A batch without replacement, or None for all. Raises ValueError where there are fewer."
-    if not examples: return None
-    if not 2 <= examples <= view.problem.n:
-        raise ValueError(f"examples is 0 for all, or 2 … {view.problem.n}, got {examples!r}.")
-    return Batch(torch.randperm(view.problem.n, generator=(view.stream / "examples").generator())[:examples])
-
-@PROBES.add("noise_scale")
-def noise_scale_probe(
-    examples: int = 0,   # whose gradients; 0: all
-    every: int = 100,    # steps between measurements
-) -> Probe:
-    "Tr Σ/‖∇L‖² (McCandlish et al. 2018), in examples; columns value, stderr, low, high, variance and norm_sq, the two parts."
-    def measure(view):
-        batch = some_examples(view, examples)
-        if batch is None:
-            (V, *_), G = single_examples(view)
-            return Estimate.normal(V / G, 0.)._asdict() | dict(variance=V, norm_sq=G)
-        spread = Spread.at(view.problem, view.theta, batch)
-        return noise_scale(spread)._asdict() | dict(variance=grad_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
-    return Probe(f"noise_scale of {examples}" if examples else "noise_scale", every, measure)
-
-@PROBES.add("batch_tests")
-def batch_tests_probe(
-    examples: int = 128,     # the batch that is tested
-    every: int = 100,        # steps between measurements
-    intervals: bool = True,  # standard errors of all, at one more pass; False: of the norm test alone
-) -> Probe:
-    "Norm, inner product and orthogonality test, and the batch size coupled to the rule's lr; each with its stderr."
-    def measure(view):
-        batch = some_examples(view, examples)
-        spread = Spread.at(view.problem, view.theta, batch, turned=intervals)
-        found = dict(norm=norm_test(spread), inner_product=inner_product_test(spread), orthogonality=orthogonality_test(spread),
-                     cabs=cabs(spread, _losses(view, batch), lr) if (lr := learning_rate(view.stepper, view.step)) else Estimate.normal(nan, nan))
-        return {f"{k}{end}": v for k, e in found.items() for end, v in (("", e.value), ("_stderr", e.stderr))}
-    return Probe("batch_tests", every, measure)
-
-@torch.no_grad()
-def _losses(view: View, batch: Batch | None) -> Tensor:
-    problem = view.problem
-    return torch.cat([problem.per_example(problem.outputs(view.theta, x), y) for x, y, *_ in problem.chunks(batch)])
-
-# %% ../../../nbs/07_measure/09_probes/02_noise.ipynb #moments
-@PROBES.add("gradient_moments")
-def gradient_moments_probe(
-    examples: int = 0,   # whose gradients; 0: all
-    every: int = 100,    # steps between measurements
-) -> Probe:
-    "Means over parameters: gsnr, stopping evidence and normalised variance of single examples, with stderr and masked share."
-    def measure(view):
-        moments = Moments.at(view.problem, view.theta, some_examples(view, examples))
-        found = dict(gsnr=gsnr(moments), evidence=stopping_evidence(moments), normalized=coordinate_normalized_variance(moments))
-        return {f"{k}{end}": v for k, (e, masked) in found.items()
-                for end, v in (("", e.value), ("_stderr", e.stderr), ("_masked", masked))}
-    return Probe("gradient_moments", every, measure)
-
-@PROBES.add("tic")
-def tic_probe(
-    examples: int = 0,   # whose gradients; 0: all
-    samples: int = 32,   # Hessian products for the trace
-    every: int = 100,    # steps between measurements
-) -> Probe:
-    "Tr C/Tr H, Takeuchi's criterion as Thomas et al. (2020) take it; columns value, stderr, low and high."
-    def measure(view):
-        p = view.problem
-        trace = hutchinson(view.point.hvp, p.p, samples, view.stream / "trace", p.dtype, p.device)
-        return tic_trace(Spread.at(view.problem, view.theta, some_examples(view, examples)), trace)
-    return Probe("tic", every, measure)
 
 # %% ../../../nbs/07_measure/09_probes/02_noise.ipynb #fresh
 @PROBES.add("freshness")

@@ -12,7 +12,8 @@ import ipywidgets
 import numpy as np
 from .drawing import Look
 from .explorer import Explorer
-from ...runs.live import Live, Trajectory
+from ...runs.live import Live
+from ...runs.trajectory import Trajectory
 from .series import STEPS, Line, Panel
 from .lines import AXES, frame_lines, plain_threshold, positive, quantities, trace_lines
 from ...move.flows.central import CentralFlow

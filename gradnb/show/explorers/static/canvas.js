@@ -1,5 +1,5 @@
 // Linked panels on canvases. uPlot draws axes and keeps scales; lines, bands, pictures and words are drawn here.
-// A scene is a block of bytes: length of a JSON head, the head, then float32 numbers and pixels (gradnb.explore.series.pack).
+// A scene is a block of bytes: length of a JSON head, the head, then float32 numbers and pixels (gradnb.show.explorers.series.pack).
 
 const LIGHT = { text: "#222", grid: "#e3e3e3", grey: "#737373", back: "#fff" }, DARK = { text: "#e0e0e0", grid: "#3a3a3a", grey: "#a0a0a0", back: "#111" };
 const ON_LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B3A000"];
@@ -48,7 +48,33 @@ function readScene(view) {
   return scene.head;
 }
 
-const decades = (u, ticks) => (ticks.length > 30 ? ticks.map((v) => (Number.isInteger(+Math.log10(v).toFixed(9)) ? v : null)) : ticks);    // of a long logarithmic axis
+const TICKS = [[[1, 2, 5], 1], [[1, 3], 1], ...[1, 2, 3, 5, 10, 20, 30, 50, 100, 200].map((every) => [[1], every])];
+
+function logTicks(low, high, most) {                               // the rule of gradnb.show.plots.ticks
+  if (!(low > 0 && low < high && high < Infinity)) return [];
+  let found = [];
+  for (const [mantissas, every] of TICKS) {
+    found = [];
+    for (let e = Math.floor(Math.log10(low)) - 1; e <= Math.ceil(Math.log10(high)); e++) {
+      if (e % every === 0) for (const m of mantissas) { const v = +`${m}e${e}`; if (low <= v && v <= high) found.push(v); }
+    }
+    if (found.length <= most) break;
+  }
+  return found.length > 2 || high >= 10 * low ? found : evenTicks(low, high, most);
+}
+
+function evenTicks(low, high, most) {
+  if (high - low < 1e-12 * high) return [low];
+  const least = Math.floor(Math.log10((high - low) / most));
+  for (const e of [least, least + 1, least + 2]) for (const m of [1, 2, 5]) {
+    const step = +`${m}e${e}`, from = Math.floor(low / step), to = Math.ceil(high / step), found = [];
+    if (to - from > most + 2) continue;
+    for (let k = from; k <= to; k++) { const v = +`${k * m}e${e}`; if (low <= v && v <= high) found.push(v); }
+    if (found.length <= most) return found;
+  }
+}
+
+const tickLabel = (v) => (v >= 1e-3 && v < 1e5 ? String(v) : v.toExponential().replace("e+", "e"));
 
 const upTo = (x, value) => {                                       // index of the last entry ≤ value, -1 where there is none
   let low = 0, high = x.length;
@@ -146,16 +172,17 @@ class Plot {                                                       // one panel
     if (!this.plot) {
       this.made = this.kind();
       const theme = () => board.theme, font = "11px system-ui, sans-serif";
-      const axis = (label, log, more) => ({
+      const axis = (label, log, room, more) => ({
         show: panel.axes, label, labelSize: label ? 16 : 0, labelFont: font, labelGap: 0, font, stroke: () => theme().text, gap: 3,
-        grid: { stroke: () => theme().grid, width: 1, ...(log && { filter: decades }) }, ticks: { stroke: () => theme().grid, width: 1, size: 4 },
-        values: (u, ticks) => ticks.map((v) => (v == null || (log && !Number.isInteger(+Math.log10(v).toFixed(9)) && ticks.length > 9) ? "" : brief(v))), ...more });
+        grid: { stroke: () => theme().grid, width: 1 }, ticks: { stroke: () => theme().grid, width: 1, size: 4 },
+        values: (u, ticks) => ticks.map(log ? tickLabel : brief), filter: (u, ticks) => ticks,
+        ...(log && { incrs: (u, i, low, high) => [Math.max(high - low, 5)], splits: (u, i, low, high) => logTicks(low, high, Math.max(3, Math.floor(room(u) / devicePixelRatio))) }), ...more });
       const scale = (name, log) => ({ time: false, distr: log ? 3 : 1, range: () => this.limits[name] });
       this.plot = new uPlot({
         width: Math.max(host.clientWidth, 120), height: board.height, legend: { show: false }, pxAlign: 1,
         cursor: { points: { show: false }, y: panel.axes, drag: { x: panel.axes, y: false, setScale: false } },
         scales: { x: scale("x", panel.xlog), y: scale("y", panel.ylog) },
-        axes: [axis(panel.xlabel, panel.xlog, { size: 24 }), axis(panel.ylabel, panel.ylog, { size: 52, show: panel.axes && panel.yaxis })],
+        axes: [axis(panel.xlabel, panel.xlog, (u) => u.bbox.width / 55, { size: 24 }), axis(panel.ylabel, panel.ylog, (u) => u.bbox.height / 24, { size: 52, show: panel.axes && panel.yaxis })],
         series: [{}, { paths: () => null, points: { show: false } }],
         hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.select(u)], setCursor: [(u) => this.hover(u)] },
       }, data, host);
@@ -333,6 +360,7 @@ class Board {                                                      // all panels
     on("change:step", () => this.place());
     on("change:window", () => this.rewindow());
     on("change:hidden", () => { this.hidden = new Set(model.get("hidden")); this.redraw(); });
+    on("change:log", () => this.relog());
     on("change:message", () => this.say());
     on("msg:custom", (content, buffers) => this.receive(content, buffers ?? []));
     this.resized = new ResizeObserver(() => this.plots.forEach((p) => p.resize()));      // of every panel, also of one that comes later
@@ -471,8 +499,9 @@ class Board {                                                      // all panels
   }
 
   place() {                                                        // the kernel, or another view, has set the step
-    if (this.quiet || !this.stops || this.model.get("step") < 0) return;
-    this.setStep(this.model.get("step"));
+    if (this.quiet || !this.stops) return;
+    const step = this.model.get("step"), [first, width, count] = this.stops;
+    this.setStep(step < 0 ? first + width * (count - 1) : step);
   }
 
   setStep(value) {
@@ -532,12 +561,16 @@ class Board {                                                      // all panels
   toggleLog(name) {
     const log = new Set(this.model.get("log")), on = !log.has(name);
     on ? log.add(name) : log.delete(name);
-    for (const p of this.head.panels) { if (p.name === name) p.ylog = on; if (name === "step" && p.linked) p.xlog = on; }
     this.set({ log: [...log] });
+    return on;
+  }
+
+  relog() {                                                        // the axes that are logarithmic are others
+    const log = new Set(this.model.get("log"));
+    for (const p of this.head.panels) { p.ylog = log.has(p.name); if (p.linked) p.xlog = log.has("step"); }
     this.plots.forEach((p) => p.set(p.panel));
     this.redraw();
-    if (name === "step") this.refine();
-    return on;
+    this.refine();
   }
 
   key(e, plot) {
@@ -578,6 +611,7 @@ class Board {                                                      // all panels
 const view = (b) => (b instanceof DataView ? b : new DataView(b.buffer ?? b, b.byteOffset ?? 0, b.byteLength));
 
 export default {
+  logTicks, tickLabel,
   render({ model, el }) {
     const board = new Board(model, el);
     return () => board.close();
