@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gradnb import (Batch, Dataset, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, build_model, check_problem, load_dataset,
-                    train, trajectory)
+from gradnb import (Batch, Dataset, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, build_model, check_problem, grad_variance,
+                    load_dataset, sharpness, train, trajectory)
 from gradnb.problem.network import drawing
 from gradnb.runs.laws import check_stepper
 
@@ -586,3 +586,10 @@ def test_numbers_of_words_among_floats_stay_what_they_are(batchnorm):
 def test_a_batch_is_a_batch(ask, batch):
     problem = Problem(made(Base), "ce", DIGITS)
     with pytest.raises(TypeError, match=rf"got {type(batch).__name__}; write Batch"): getattr(problem, ask)(problem.theta0, batch)
+
+
+@pytest.mark.parametrize("ask, says", [
+    (lambda m: sharpness(m, "ce", DIGITS), r"takes a Problem and θ, got Base; write p = Problem\("),
+    (lambda m: grad_variance([torch.ones(3), torch.zeros(3)]), r"got a list; write torch.stack")])
+def test_what_is_asked_of_the_wrong_thing_says_how_to_ask(ask, says):
+    with pytest.raises(TypeError, match=says): ask(made(Base))

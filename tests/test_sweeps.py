@@ -219,7 +219,7 @@ def test_a_process_that_hears_nothing_is_ended(tmp_path, monkeypatch):
     import deaf_probe  # noqa: F401
     from gradnb import PROBES
     specs = [replace(SPEC, probes=("deaf",)), SPEC]
-    try: frame = sweep(specs, tmp_path / "store", Pool(2, timeout=0.5), progress=False)
+    try: frame = sweep(specs, tmp_path / "store", Pool(2, timeout=20), progress=False)
     finally: del PROBES["deaf"], sys.modules["deaf_probe"]
     assert frame.status.tolist() == ["unfinished", "finished"] and "past a time limit" in frame.outcome[0]
 

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['proving_ground', 'law', 'Watch', 'same', 'stored', 'precise', 'off_blocks', 'check_derivatives', 'check_problem',
-           'check_rule', 'check_estimator', 'bias', 'check_stepper', 'check_probe']
+           'check_rule', 'check_estimator', 'bias', 'check_stepper', 'numbers', 'check_statistic', 'check_probe']
 
 # %% ../../nbs/08_runs/02_laws.ipynb #imports
 import json
 import random
+from collections.abc import Callable
 from copy import copy, deepcopy
+from math import frexp
+from warnings import catch_warnings, simplefilter
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from ..move.estimators.minibatch import MiniBatch
@@ -239,6 +243,48 @@ def check_stepper(
         law(same(other.theta, state.theta), stepper, "moved θ in prepare; only step may.")
         ahead = stepper.prepare(problem, stepper.step(problem, stored(state, like)), stream / (k + 1))
         law(same(ahead, states[k + 1]), stepper, f"continues differently from its stored state at step {k}.")
+
+# %% ../../nbs/08_runs/02_laws.ipynb #statistic
+def numbers(
+    found,          # what a statistic returned: a number, a tensor, an Estimate, nested tuples, dicts and tables of them
+) -> np.ndarray:    # (k,), float64
+    "All numbers of an answer, in order."
+    if isinstance(found, pd.DataFrame): found = dict(found.select_dtypes("number").items())
+    if isinstance(found, dict): found = tuple(found.values())
+    if isinstance(found, tuple): return np.concatenate([np.empty(0), *map(numbers, found)])
+    return np.asarray(found.detach().cpu() if isinstance(found, Tensor) else found, dtype=np.float64).reshape(-1)
+
+def check_statistic(
+    statistic: Callable,             # (n, p) → a number, a tensor, an Estimate, or tuples, dicts and tables of them
+    power: int = 0,                  # of its units in those of the draws: 2 for a variance, 0 for a ratio
+    draws: Tensor | None = None,     # float64; None: 400 × 4 of Student's t with 3 degrees of freedom around a mean
+    rtol: float = 1e-6,              # agreement asked for, relative
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),     # of draws that it takes
+):
+    "Raise RuntimeError naming the law that a statistic breaks, or whatever it raises."
+    if draws is None:
+        gen = (Stream(0) / "laws").generator()
+        normal = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64)
+        draws = .3 + normal(400, 4) / (normal(400, 4, 3).square().mean(2)).sqrt()
+    times = lambda x, k: x * 2.**(k // 2) * 2.**(k - k // 2)      # 2^k alone may be too large
+    for dtype in dtypes:
+        x, room = draws.to(dtype), torch.finfo(dtype)
+        low, high = (x.abs()[x != 0].min().item(), x.abs().max().item())
+        first, last = frexp(room.tiny)[1] - frexp(low)[1] + 1, frexp(room.max)[1] - frexp(high)[1] - 1
+        base = numbers(statistic(x))
+        for k in (first, first // 2, last // 2, last):
+            got = numbers(statistic(times(x, k)))
+            with np.errstate(all="ignore"): want = np.ldexp(base, k * power)
+            close = got.shape == want.shape and np.isclose(got, want, rtol=rtol, atol=rtol * np.abs(want[np.isfinite(want)]).max(initial=0), equal_nan=True).all()
+            law(close, statistic, f"gives {got[:6]} for draws of {dtype} times 2^{k} where {want[:6]} is right: it has the units of the draws to the power "
+                f"{power}; divide by a power of two before squaring, and compare with nothing that has other units.")
+        lost = times(x, frexp(room.tiny * room.eps)[1] - frexp(high)[1] + 2)      # the largest is a few times the smallest number that there is
+        try:
+            with catch_warnings(record=True) as said:
+                simplefilter("always")
+                said = bool(np.isnan(numbers(statistic(lost))).any() or said)
+        except ValueError: said = True
+        law(said, statistic, f"says nothing of draws so small that {dtype} has lost their digits; warn, raise ValueError, or answer nan.")
 
 # %% ../../nbs/08_runs/02_laws.ipynb #probe
 def check_probe(

@@ -121,7 +121,7 @@ class Run:
     ) -> pd.DataFrame:
         "Traces as a table. In the wide one a column is called by its trace, or trace.column where there are several."
         if name is not None: return self.trace(name).frame()
-        called = lambda t, c: t if c == "value" else f"{t}.{c}"
+        called = lambda t, c: t if c == "value" else c if c == f"{t}.step" else f"{t}.{c}"
         frames = [t.frame().set_index("step").rename(columns=lambda c: called(name, c)) for name, t in self.traces.items()]
         wide = pd.concat(frames, axis=1).sort_index() if frames else pd.DataFrame(index=pd.Index([], dtype=np.int64, name="step"))
         return wide.reset_index()
