@@ -6,6 +6,7 @@ import pickle
 import platform
 import shutil
 import struct
+import warnings
 import zipfile
 from dataclasses import replace
 from hashlib import sha256
@@ -17,7 +18,11 @@ import pytest
 import torch
 
 from gradnb import GD, Run, Spec, Store
+from gradnb.cli.runs import summary
+from gradnb.show.explorers.runs import RunExplorer
 from gradnb.ground.files import seal
+from gradnb.ground.traces import as_row
+from gradnb.runs import Recorder
 from gradnb.runs.exports import export_runs
 from gradnb.runs.originals import import_runs, load_foreign, read_edge, read_tail
 
@@ -232,6 +237,92 @@ def test_a_spec_that_lacks_a_newer_field_keeps_its_name(old, gone):
                                                                          ({"probes": []} if "probes" in gone else {}))).hash
 
 
+@pytest.mark.parametrize("change", [{"schema": 99}, {"schema": 3}, {"goal_of_tomorrow": 3}, {"rule": PLAIN["rule"] | {"weight": 1.0}},
+                                    {"schema": 7, "rule": {"kind": "OfTomorrow"}, "steps": {"kind": "Until"}}])
+def test_a_spec_of_a_newer_version_is_said_to_be_that(old, change):
+    run = stranger(old, PLAIN | change)
+    with pytest.raises(ValueError, match="newer"): run.spec
+    assert run.damage() == {}
+    row = old.table().set_index("run").loc[run.hash]
+    assert row["status"] == "newer" and "newer" in row["message"] and len(old.table()) == 6
+    assert "  newer " in summary(run) and "damaged" not in summary(run)
+
+
+def test_what_a_newer_version_began_is_not_written_over(old):
+    run = old.open(BROKEN)
+    about = {k: v for k, v in run.manifest.items() if k != "rows"} | {"schema": 99, "status": "paused by the scheduler"}
+    (run.path / "manifest.json").write_text(text := seal(about))
+    assert old.table().set_index("run").loc[BROKEN, "status"] == "newer"
+    with pytest.raises(RuntimeError, match="newer gradnb"): old.run(run.spec, progress=False)
+    assert (run.path / "manifest.json").read_text() == text
+
+
+ODD = {
+    "lr of 400 digits": PLAIN | {"rule": {"kind": "GD", "lr": 10**400}},
+    "seed of 400 digits": PLAIN | {"seed": 10**400},
+    "betas": PLAIN | {"rule": {"kind": "FromTorch", "cls": {"kind": "optimizer", "name": "Adam"}, "lr": 0.1, "hyper": {"betas": [0.9]}}},
+    "fused with foreach": PLAIN | {"rule": {"kind": "FromTorch", "cls": {"kind": "optimizer", "name": "Adam"}, "lr": 0.1, "hyper": {"fused": True, "foreach": True}}},
+    "no settings": {"kind": "Imported", "origin": "a", "source": "b", "settings": None},
+    "settings that are no names": {"kind": "Imported", "origin": ["a"], "source": "b", "settings": [1]},
+    "settings in settings": {"kind": "Imported", "origin": "a", "source": "b", "settings": {"rule": {"lr": [{"x": [1]}, None]}, "seed": {"kind": "GD", "lr": 1.0}}},
+    "status among the settings": {"kind": "Imported", "origin": "a", "source": "b", "settings": {"status": "finished", "message": 5, "run": [1], "rule.lr": "fast"}},
+    "words and numbers": PLAIN | {"model": 5, "dataset": None, "probes": [3]},
+    "a rule that is none": PLAIN | {"rule": "GD"},
+    "a rule that is an estimator": PLAIN | {"rule": {"kind": "FullBatch"}},
+    "a kind that is a list": PLAIN | {"rule": {"kind": ["GD"]}},
+    "an unknown kind": PLAIN | {"rule": {"kind": "Mine", "lr": 0.1}},
+    "deep": '{"kind":"Spec","rule":' + "[" * 900 + "]" * 900 + "}",
+    "deeper": "[" * 10**5, "no JSON": "{", "empty": "", "no text": b"\xff\xfe\x00", "a number beyond floats": '{"kind":"Imported","origin":"a","settings":{"lr":1e999},"source":"b"}',
+    "half a surrogate": '{"kind":"Imported","origin":"\\ud800","settings":{"rule.lr":"\\udfff"},"source":"b"}',
+}
+MANIFESTS = [{"step": [1]}, {"step": "many"}, {"seconds": "5"}, {"seconds": 10**400}, {"message": {"a": 1}}, {"rows": 5}, {"rows": {"loss": "21"}}, {"rows": [1]},
+             {"status": 5}, {"status": "sleeping"}, {"status": None}, {"run": "f" * 16}, {"damaged": 3, "status": "finished"}, {"stretches": [1]}, {"torch": 2}]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_one_strange_run_spoils_nothing(old, name):
+    before, run = old.frame("sharpness"), stranger(old, ODD[name])
+    spoils_nothing(old, run, before)
+
+
+@pytest.mark.parametrize("about", [*MANIFESTS, None, "[]", "{", b"\xff", '{"crc32":1}', "[" * 10**5])
+def test_one_strange_manifest_spoils_nothing(old, about):
+    run, before = old.open("81c5f7a720e730d8"), old.frame("sharpness", rule="GD")
+    file = run.path / "manifest.json"
+    if about is None: file.unlink(), file.mkdir()
+    elif isinstance(about, dict): file.write_text(seal({k: v for k, v in run.manifest.items()} | about))
+    else: file.write_bytes(about if isinstance(about, bytes) else about.encode())
+    spoils_nothing(old, run, before)
+    assert old.table().set_index("run").loc[run.hash, "status"] == "damaged"
+
+
+@pytest.mark.parametrize("name", ["spec.json", "manifest.json", "traces", "checkpoint.safetensors"])
+def test_missing_files_spoil_nothing(old, name):
+    run, before = old.open("81c5f7a720e730d8"), old.frame("sharpness", rule="GD")
+    shutil.rmtree(run.path / name) if name == "traces" else (run.path / name).unlink()
+    spoils_nothing(old, run, before)
+    assert old.table().set_index("run").loc[run.hash, "status"] == {"spec.json": "damaged", "manifest.json": "unfinished"}.get(name, "finished")
+
+
+def spoils_nothing(store, run, before):
+    "Everything that looks at many runs looks at this one, too, and at the others as before."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        row = store.table().set_index("run").loc[run.hash]
+        assert row["status"] in ("damaged", "newer", "unreadable", "interrupted", "finished", "unfinished")
+        if row["status"] in ("damaged", "newer", "unreadable"): assert len(row["message"]) > 10
+        others = before["run"].unique()
+        frame = store.frame("sharpness")
+        assert frame[frame["run"].isin(others)][["step", "value"]].to_numpy().tolist() == before[["step", "value"]].to_numpy().tolist()
+        assert len(store.frame()) and len(store.table(rule="GD")) == len(store.list(rule="GD")) >= 1
+        assert {r.hash for r in store.list(rule__lr=lambda lr: lr < 0.05)} - {run.hash} <= {"81c5f7a720e730d8", "c1561c506b5e3893", "74bcdcb9d2a137e6", BROKEN}
+        assert run.hash in summary(run) and run.hash in repr(run)
+        explorer = RunExplorer(store, follow=0)
+        assert set(explorer.found("")[0]) >= {*others} and len(explorer.panels(explorer.look)) > 1
+        names = [p.name for p in explorer.panels(replace(explorer.look, where="rule=GD", runs=(others[0][:8],)))]
+        assert names[:2] == ["loss", "sharpness"]
+
+
 def bomb(depth):
     "Lists that each hold the last one twice."
     v = [1.0]
@@ -293,3 +384,58 @@ def test_one_strange_folder_is_a_line_and_the_rest_is_imported(tmp_path, what):
 def test_the_time_between_eigenvalues_is_a_number_of_steps(tmp_path):
     for wrong in (0, -1, 1.5):
         with pytest.raises(ValueError, match="eig_freq"): import_runs(tmp_path, Store(tmp_path / "runs"), wrong)
+
+
+@pytest.mark.parametrize("entries", [1, 3, 40])
+@pytest.mark.parametrize("rows", [5, 2500])
+def test_a_threshold_for_every_entry_of_a_vector_is_drawn(tmp_path, rows, entries):
+    spec = Spec("digits-60", "fc-tanh:width=3", "mse", GD(0.05), rows)
+    recorder = Recorder(tmp_path / spec.hash)
+    value, edge = np.random.default_rng(0).random((2, rows, 3))
+    edge = np.resize(edge, (rows, entries))
+    for k in range(rows): recorder.append("sharpness", k, as_row({"value": value[k], "threshold": edge[k], "gaussian": value[k]}))
+    recorder.close()
+    (tmp_path / spec.hash / "spec.json").write_text(spec.to_json())
+    panel = next(p for p in RunExplorer(tmp_path, follow=0).panels(RunExplorer(tmp_path, follow=0).look) if p.name == "sharpness")
+    for line in panel.items: assert np.shape(line.y) == np.shape(line.x) == (rows,)
+    drawn = [line.y for line in panel.items if line.label == "threshold"]
+    np.testing.assert_array_equal(drawn, edge.T[:16])
+    assert RunExplorer(tmp_path, follow=0).figure() is not None
+
+
+def test_the_index_says_what_the_files_say_and_may_be_lost(old, monkeypatch):
+    names, looks = ("sharpness", "loss", "train", None), lambda: (old.table(), *map(old.frame, names))
+    plain = looks()
+    assert not list(old.root.glob(".index*"))                    # few runs need none
+    monkeypatch.setattr("gradnb.runs.store.FRESH", 1)
+    def same(but=()):
+        for seen, right in zip(looks(), plain): pd.testing.assert_frame_equal(seen[~seen["run"].isin(but)].reset_index(drop=True), right[~right["run"].isin(but)][seen.columns].reset_index(drop=True), check_dtype=not but, check_categorical=not but)
+    same()
+    files = sorted(old.root.glob(".index*"))
+    assert len(files) == 1 + len(names)
+    with monkeypatch.context() as m:                             # nothing of a run that is done is read again
+        m.setattr("gradnb.runs.store.Run", lambda path: Run(path) if path.name == BROKEN else pytest.fail(f"{path} is read again"))
+        same()
+    for file in files:                                           # torn, tampered with, of nobody
+        whole = file.read_bytes()
+        for text in (whole[:-7], whole[:len(whole) // 2], whole.replace(b"0", b"1", 3), whole[:60] + b"7" + whole[61:], b"", b"\xff" * 99, b"{}"):
+            file.write_bytes(text)
+            same()
+        file.unlink()
+        file.mkdir()
+        same()
+        file.rmdir()
+    same()
+    run = old.open("5037e2b0730c5bad")
+    text = (run.path / "manifest.json").read_text()
+    (run.path / "manifest.json").write_text(seal(run.manifest | {"message": "changed", "rows": {"loss": 20, "sharpness": 3}}))
+    assert old.table().set_index("run").loc[run.hash, "message"] == "changed"
+    with pytest.warns(RuntimeWarning, match="left out.*21 rows, not 20"): assert run.hash not in set(old.frame("loss")["run"])
+    (run.path / "manifest.json").write_text(text)
+    (arrow := run.path / "traces" / "loss.arrow").write_bytes(arrow.read_bytes()[:-300])
+    with pytest.warns(RuntimeWarning, match="loss.arrow is damaged"): assert run.hash not in set(old.frame("loss")["run"])
+    old.remove(run.hash)
+    same(but=[run.hash])
+    moved = shutil.copytree(old.root, old.root.parent / "moved")                     # an index that came with a store is no authority
+    (moved / BROKEN / "manifest.json").unlink()
+    assert Store(moved).table().set_index("run").loc[BROKEN, "status"] == "unfinished"

@@ -106,9 +106,10 @@ class Trace:
         raise ValueError(f"trace {self.name!r} holds arrays only; see .arrays[step].")
 
     def frame(self) -> pd.DataFrame:
-        "A table with a column `step`; vectors become name.0, name.1, …"
+        "A table with a column `step`; vectors become name.0, name.1, …, and a column that is itself called step becomes TRACE.step."
         flat = {"step": self.steps}
         for c, v in self.columns.items():
+            if c == "step": c = f"{self.name}.step"
             flat |= {c: v} if v.ndim == 1 else {f"{c}.{i}": v[:, i] for i in range(v.shape[1])}
         return pd.DataFrame(flat)
 

@@ -75,7 +75,7 @@ def as_declared(
     value: Any,       # text is read as a literal unless a str is declared
 ) -> Any:
     "A parameter's value in its declared type. Raises TypeError, naming the parameter, where it does not fit."
-    if kind == "str": return str(value)
+    if kind == "str": return None if value is None else str(value)
     value = literal(value) if isinstance(value, str) else value
     fits = {"int": int, "float": (int, float), "bool": bool, "list": (list, tuple), "dict": dict}.get(kind)
     if fits and (not isinstance(value, fits) or kind != "bool" and isinstance(value, bool)):
@@ -224,6 +224,7 @@ def make_figure(
 # %% ../../nbs/09_show/03_figures.ipynb #run
 def writable(folder: Path):
     "Raises OSError, naming the folder and the remedy, where nothing can be written to it, or it cannot be made."
+    if "\0" in str(folder): raise OSError(f"{str(folder)!r} is no name of a folder; name another.")
     there = next(f for f in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(f))
     why = "is no folder" if not there.is_dir() else "may not be written to" if not os.access(there, os.W_OK | os.X_OK) else None
     if why: raise OSError(f"nothing can be written to {folder}: {there} {why}; name another folder.")
