@@ -38,7 +38,7 @@ class Risk:
 
     def __init__(self,
         module: nn.Module,         # the network; its parameters give θ₀, device and dtype; it is copied, in its present mode
-        loss: str | Callable,      # "ce", "mse", "linear_hinge", or per-example: (outputs, targets) → (b,)
+        loss: str | Callable,      # "ce", "mse", …; (outputs, targets) → (b,), or sums and weights (b,) each; torch's averaging losses
         dataset: Dataset,          # training and test examples
         chunk_size: int | None = None,  # examples worked on at a time; None: all at once
     ):

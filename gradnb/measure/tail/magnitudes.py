@@ -88,7 +88,7 @@ def near_one(
     "Draws in a unit in which they can be counted and summed. Raises TailRefusal where many are so small that their dtype has no digits left for them."
     if x.dtype in (torch.float16, torch.bfloat16): x = x.float()
     least = 64 * torch.finfo(x.dtype).tiny * torch.finfo(x.dtype).eps        # from here down fewer than 7 bits
-    if 0 < x.numel() and x.abs().max() < 2.**60 * least and (share := (x.abs() < least).double().mean().item()) > MOST_ZEROS:
+    if x.numel() and 0 < x.abs().max() < 2.**60 * least and (share := (x.abs() < least).double().mean().item()) > MOST_ZEROS:
         raise TailRefusal(f"{share:.1%} of the values are exactly zero or below {least:.1g}, where {x.dtype} has lost their digits; "
                           "scale the loss up before its gradients are taken, or work in float64.")
     return in_unit(x, room=-frexp(torch.finfo(x.dtype).tiny)[1] - 26 if wide else 60)[0]
