@@ -55,20 +55,76 @@ def test_hooks_are_silent_where_they_should_be():
     net = network()
     opt = optim.KFAC(net, .05)
     with torch.no_grad(): net(DIGITS.x.double())
-    net.eval()(DIGITS.x.double())
+    net.eval()(DIGITS.x.double()).sum().backward()
     net.train()
-    with opt.silent(): net(DIGITS.x.double())
-    assert opt._seen is None
-    copy.deepcopy(net)(DIGITS.x.double())
-    assert opt._seen is None
-    net(DIGITS.x.double())
-    assert opt._seen is not None
+    with opt.silent(): net(DIGITS.x.double()).sum().backward()
+    assert not opt._seen
+    copy.deepcopy(net)(DIGITS.x.double()).sum().backward()
+    assert not opt._seen
+    net(100 * DIGITS.x.double())
+    assert not opt._seen                                    # no gradient comes from it
+    net(DIGITS.x.double()).sum().backward()
+    assert len(opt._seen) == 1
     backward(net, opt)
     opt.step()
-    net(DIGITS.x.double())
-    assert opt._seen is None                                # nothing is due at the second step
+    net(DIGITS.x.double()).sum().backward()
+    assert not opt._seen                                    # nothing is due at the second step
     opt.remove_hooks()
-    assert not net._forward_pre_hooks
+    assert not net._forward_hooks
+
+
+@pytest.mark.parametrize("clear", [lambda net, opt: opt.zero_grad(), lambda net, opt: opt.zero_grad(set_to_none=False), lambda net, opt: net.zero_grad()])
+def test_micro_batches_count_as_their_batch(clear):
+    "Halves, with other calls among them, give the factors of the whole; what was cleared does not count."
+    whole, parts = network(), network()
+    x, y = DIGITS.x.double(), DIGITS.y
+    (one, two) = (optim.KFAC(net, .05, every=1, invert=1, fisher="empirical") for net in (whole, parts))
+    for _ in range(3):
+        one.zero_grad()
+        nn.functional.cross_entropy(whole(x), y).backward()
+        one.observe(x, y)
+        one.step()
+        parts(100 * x).sum().backward()
+        clear(parts, two)
+        for half in (slice(0, 30), slice(30, 60)):
+            (nn.functional.cross_entropy(parts(x[half]), y[half]) / 2).backward()
+            parts(3 * x)                                    # looked at, and no more
+        two._seen = [call._replace(targets=y[half]) for call, half in zip(two._seen, (slice(0, 30), slice(30, 60)), strict=True)]
+        two.step()
+    for p, q in zip(whole.parameters(), parts.parameters()): torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+class Masked(nn.Module):
+    "A network of two inputs, one of them a keyword."
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 8), nn.Linear(8, 10)
+    def forward(self, x, mask=None):
+        h = self.first(x.flatten(1)).tanh()
+        return self.last(h if mask is None else h * mask)
+
+
+@pytest.mark.parametrize("call", [lambda net, x: net(x=x), lambda net, x: net(x, torch.ones(8).to(x)), lambda net, x: net(x, mask=torch.ones(8).to(x))])
+def test_the_network_may_be_called_as_it_likes(call):
+    with drawing(Stream(0), torch.device("cpu")): net = Masked().double()
+    twin, x, y = copy.deepcopy(net), DIGITS.x.double(), DIGITS.y
+    one, two = optim.KFAC(net, .05), optim.KFAC(twin, .05)
+    with torch.no_grad(): call(net.eval(), x)
+    net.train()
+    for _ in range(2):
+        for n, o, out in ((net, one, call(net, x)), (twin, two, twin(x))):
+            o.zero_grad()
+            nn.functional.cross_entropy(out, y).backward()
+            o.step()
+    for p, q in zip(net.parameters(), twin.parameters()): torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_weight_normalised_layer(norm):
+    with drawing(Stream(0), torch.device("cpu")): net = nn.Sequential(nn.Flatten(), norm(nn.Linear(64, 5)), nn.Tanh(), nn.Linear(5, 10)).double()
+    opt = optim.KFAC(net, .05)
+    nn.functional.cross_entropy(net(DIGITS.x.double()), DIGITS.y).backward()
+    with pytest.raises(TypeError, match="no factors for layer '1.*its weight is made of"): opt.step()
 
 
 def test_measurements_through_the_networks_module_are_not_seen():
@@ -78,10 +134,10 @@ def test_measurements_through_the_networks_module_are_not_seen():
     problem = Problem(net, "ce", DIGITS.to(dtype=torch.float64))
     for measure in (problem.loss, problem.grad_and_loss, lambda t: problem.hvp(t, t), lambda t: list(problem.layer_io(t)), problem.example_grads):
         measure(problem.theta0)
-        assert opt._seen is None
-    net(DIGITS.x[:7].double())
+        assert not opt._seen
+    net(DIGITS.x[:7].double()).sum().backward()
     problem.grad_and_loss(problem.theta0)
-    assert len(opt._seen[0]) == 7
+    assert [len(call.args[0]) for call in opt._seen] == [7]
 
 
 @pytest.mark.parametrize("fisher", ["true", "empirical"])

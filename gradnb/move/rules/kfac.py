@@ -25,6 +25,7 @@ def positions(
     refuse = lambda why: TypeError(f"K-FAC has no factors for layer {layer.name!r} ({why}); use linear layers and convolutions with "
                                    "groups=1 and zero padding, freeze its parameters, or take another rule.")
     if not layer.calls: raise refuse("it took no part in the loss")
+    if "weight" not in layer.params: raise refuse(f"its weight is made of {', '.join(layer.params)}")
     module, ins, outs = layer.module, [], []
     for call in layer.calls:
         x, d = call.args[0] if call.args else call.kwargs["input"], call.grads[0]
