@@ -39,8 +39,8 @@ def xtrace(
 ) -> Estimate:
     """The trace; Hutch++ (Meyer et al. 2021) made exchangeable. Raises ValueError on fewer than 4 products, or more than p.
 
-    Its 95 % interval rests on the jackknife, and was found to hold in 94 to 100 % of draws, on twenty spectra that decay,
-    end or do neither: `stderr` is one to two times the error that was found, more where a rank is just reached."""
+    Its 95 % interval rests on the jackknife, and was found to hold in 94 to 100 % of 150 draws each, on seven spectra that decay
+    or end, with 8 to 100 products: `stderr` is one to two times the error that was found, four times and more where a rank is just reached."""
     k = products // 2
     if k < 2 or 2 * k > p: raise ValueError(f"xtrace needs from 4 to {p} products for a matrix of size {p}, got {products}; "
                                             "a small matrix is cheaper built whole.")
