@@ -439,3 +439,16 @@ def test_the_index_says_what_the_files_say_and_may_be_lost(old, monkeypatch):
     moved = shutil.copytree(old.root, old.root.parent / "moved")                     # an index that came with a store is no authority
     (moved / BROKEN / "manifest.json").unlink()
     assert Store(moved).table().set_index("run").loc[BROKEN, "status"] == "unfinished"
+
+
+def test_distances_of_imported_iterates_are_those_of_the_parameters(tmp_path):
+    "The original keeps `randn(nproj, p) @ θ`, whose squared lengths are nproj times those of θ."
+    g = torch.Generator().manual_seed(0)
+    path = tmp_path / "cifar10-5k" / "fc-tanh" / "seed_0" / "mse" / "gd" / "lr_0.02"
+    path.mkdir(parents=True)
+    thetas, projectors = torch.randn(3, 50, generator=g), torch.randn(2000, 50, generator=g)
+    for name in ("train_loss", "train_acc"): torch.save(torch.ones(3), path / f"{name}_final")
+    torch.save(torch.stack([projectors.mv(t) for t in thetas]), path / "iterates_final")
+    run, = import_runs(tmp_path, Store(tmp_path / "runs"))
+    kept = torch.stack([torch.as_tensor(run.arrays["iterates"][t]["value"]) for t in range(3)]).float()
+    torch.testing.assert_close(torch.cdist(kept, kept), torch.cdist(thetas, thetas), rtol=.1, atol=1e-3)
