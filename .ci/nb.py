@@ -133,14 +133,6 @@ def execute(path, force):
     return nbformat.reads(nb2str(notebook), as_version=4)
 
 
-def still(output):
-    "Of a widget that brings a picture along, the picture."
-    data = output.get("data", {})
-    if WIDGET in data and "image/png" in data:
-        output.data = {"image/png": data["image/png"]}
-    return output
-
-
 def worth_storing(output):
     "Progress bars and warnings go to stderr, and widget views carry a random model id: neither is stored."
     return output.get("name") != "stderr" and WIDGET not in output.get("data", {})
@@ -168,7 +160,7 @@ def run(path, force):
     notebook = execute(path, force)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in map(still, cell.outputs) if worth_storing(output)]
+            cell.outputs = [output for output in cell.outputs if worth_storing(output)]
     clean_nb(notebook, allowed_cell_metadata_keys=["tags"])
     outputs_fit(notebook)
     save(notebook, path)

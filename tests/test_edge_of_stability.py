@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gradnb.data import load_dataset
+from gradnb.move.estimators.minibatch import MiniBatch
 from gradnb.move.estimators.sam import SAM
 from gradnb.move.flows.gradient import GradientFlow
 from gradnb.move.flows.integrators import Chebyshev
@@ -114,3 +115,50 @@ def test_momentum(degree, rule):
     "Means were 0.944 (Polyak, on chebyshev-5-20, which diverges from the weights here) and 0.963 (Nesterov, chebyshev-4-20)."
     ratio = sharpness_of(f"chebyshev-{degree}-20", "regression", Descent(rule), 4000 * rule.nesterov + 4000, every=40)[1]
     assert .9 < ratio[len(ratio) // 2:].mean() < 1.05 and ratio.max() > 1
+
+
+def plain(net, loss, x, y, mode, size=1000):
+    "Loss and accuracy as a loop in plain torch takes them, batch by batch (gd.py's compute_losses)."
+    net.train(mode == "batch")
+    with torch.no_grad():
+        out = [(net(a), b) for a, b in zip(x.split(size), y.split(size))]
+        per = {"ce": lambda o, b: torch.nn.functional.cross_entropy(o, b, reduction="sum"),
+               "mse": lambda o, b: .5 * (o - torch.nn.functional.one_hot(b, 10)).square().sum()}[loss]
+        return sum(per(*v).item() for v in out) / len(y), sum((o.argmax(1) == b).sum().item() for o, b in out) / len(y)
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+@pytest.mark.parametrize("stepper, mode", [(Descent(GD(.02)), "batch"), (Descent(GD(.02), SAM(.01)), "batch"), (GradientFlow(.02), "batch"),
+                                           (Descent(GD(.02), MiniBatch(30)), "running")])
+def test_batchnorm_is_evaluated_as_the_run_descends_it_and_the_trace_says_so(loss, stepper, mode):
+    data = load_dataset("digits-90")
+    problem = Problem(build_model("cnn-bn-tanh", data), loss, data)
+    words = ("train", "test", "train:frozen=false", "train:frozen=true", "test:frozen=true")
+    _, traces = train(problem, stepper, 0, words, progress=False)
+    fresh = lambda split, mode: plain(build_model("cnn-bn-tanh", data), loss, *((data.x, data.y) if split == "train" else (data.x_test, data.y_test)), mode)
+    for name, split, how in (("train", "train", mode), ("test", "test", mode), ("batch_train", "train", "batch"),
+                             ("frozen_train", "train", "running"), ("frozen_test", "test", "running")):
+        found = {k: v[0] for k, v in traces[name].columns.items()}
+        assert (found["loss"], found["accuracy"]) == pytest.approx(fresh(split, how), rel=1e-5), name
+        assert found["frozen"] == (how == "running")
+
+
+def test_the_mode_is_no_column_where_there_is_one_only():
+    data = load_dataset("digits-90")
+    _, traces = train(Problem(build_model("fc-tanh:width=5", data), "ce", data), Descent(GD(.02)), 0, ["train", "test"], progress=False)
+    assert [*traces["train"].columns] == [*traces["test"].columns] == ["loss", "accuracy"]
+    with pytest.raises(ValueError, match="frozen is true, false or none, got 'batch'"): PROBES.build("train:frozen=batch")
+
+
+def test_goals_are_those_of_the_train_probe_and_looked_at_when_asked():
+    data = load_dataset("digits-90")
+    problem = Problem(build_model("cnn-bn-tanh", data), "ce", data)
+    path, traces = train(problem, Descent(GD(.05)), 40, ["train:every=1", "train:every=1,frozen=true"], progress=False)
+    losses, frozen = traces["train"].columns["loss"], traces["frozen_train"].columns["loss"]
+    for every in (1, 7):
+        goal = (losses[14] + losses[13]) / 2
+        first = next(k for k in range(0, 41, every) if losses[k] < goal)
+        assert next(k for k in range(0, 41, every) if frozen[k] < goal) != first         # the other mode would stop elsewhere
+        _, stopped = train(problem, Descent(GD(.05)), 40, loss_goal=goal, goal_every=every, progress=False)
+        assert stopped.outcome.kind == "goal" and stopped.outcome.step == first
+    with pytest.raises(ValueError, match="goal_every"): train(problem, Descent(GD(.05)), 1, loss_goal=1., goal_every=0)

@@ -56,8 +56,8 @@ def shoot(page, name):
 
 
 def harmless(text):
-    "What JupyterLab itself writes: files that it probes for."
-    return "Failed to load resource" in text or "/api/" in text or "/lab/" in text
+    "What JupyterLab itself writes: files that it probes for, a debugger that it loses with a kernel."
+    return "Failed to load resource" in text or "/api/" in text or "/lab/" in text or "debugger state" in text
 
 
 # --- pages by themselves --------------------------------------------------------------------------------------------
@@ -406,13 +406,41 @@ def test_lab_run_explorer(notebook, tmp_path, request):
     assert "Error" not in in_kernel(page, "explorer.set(smooth=0.); print('fine')")
 
 
-def test_lab_saved_notebook_shows_a_picture(notebook, lab, request):
-    "What a front end without widgets shows."
+def test_lab_saved_notebook_shows_a_picture(notebook, lab):
+    "What a front end without widgets shows, and JupyterLab too once the kernel is gone."
     page = notebook("N = 100" + FIVE, "explorer")
+    still = page.locator(".jp-RenderedImage img")
+    assert still.count() == 1 and not still.is_visible()                  # the widget itself is there
     page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.context.save(); }")
     saved = json.loads(next(lab[1].glob("test_lab_saved*.ipynb")).read_text())
-    data = saved["cells"][1]["outputs"][0]["data"]
-    assert data["image/png"].startswith("iVBOR") and "application/vnd.jupyter.widget-view+json" in data
+    widget, picture = (output["data"] for output in saved["cells"][1]["outputs"])
+    assert "application/vnd.jupyter.widget-view+json" in widget and picture["image/png"].startswith("iVBOR")
+    page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.sessionContext.shutdown(); }")
+    page.reload()
+    still.wait_for()
+
+
+AGAIN = """async (times) => {
+    const { content } = window.jupyterapp.shell.currentWidget;
+    content.activeCellIndex = 1;
+    for (let i = 0; i < times; i++) await window.jupyterapp.commands.execute("notebook:run-cell");
+}"""
+OPEN = "import threading, ipywidgets; print(threading.active_count(), len(ipywidgets.Widget._active_widgets if hasattr(ipywidgets.Widget, '_active_widgets') else ipywidgets.widgets.widget._instances))"
+
+
+@pytest.mark.parametrize("make", ["RunExplorer(store, follow=.2)", "LiveExplorer(problem, Descent(GD(.1)))"])
+def test_lab_cell_run_again_closes_what_it_showed(notebook, tmp_path, make):
+    "Threads and widgets do not pile up, and the trainer of an explorer that is gone stops."
+    page = notebook(RUNS.replace("STORE", str(tmp_path / "runs")) + """
+from gradnb import Descent, LiveExplorer, Problem, build_model, load_dataset
+data = load_dataset("digits-50")
+problem, made = Problem(build_model("fc-tanh:width=4", data), "mse", data), []
+""", f"made.append({make}); made[-1].refresh(); getattr(made[-1], 'run', int)(); made[-1]")
+    page.evaluate(AGAIN, 1)
+    before = in_kernel(page, OPEN)
+    page.evaluate(AGAIN, 6)
+    assert in_kernel(page, "print(len(made), sum(e._box is not None for e in made), sum(getattr(e, 'running', False) for e in made[:-1]))") == "8 1 0"
+    assert in_kernel(page, OPEN) == before
 
 
 # --- the notebooks in nbs/explore, their explorers moved by hand ------------------------------------------------------

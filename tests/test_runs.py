@@ -113,7 +113,7 @@ def test_specs_come_back(spec):
 
 def test_every_field_has_a_say_in_the_hash():
     changed = dict(dataset="digits", model="fc-relu", loss="ce", rule=GD(0.02), steps=1, estimator=MiniBatch(21), probes=(), seed=1,
-                   dtype="float64", chunk_size=7, loss_goal=0.1, acc_goal=0.5)
+                   dtype="float64", chunk_size=7, loss_goal=0.1, acc_goal=0.5, goal_every=7)
     from dataclasses import fields, replace
     assert changed.keys() == {f.name for f in fields(Spec)}
     assert len({SPEC.hash, *(replace(SPEC, **{k: v}).hash for k, v in changed.items())}) == len(changed) + 1
@@ -200,3 +200,16 @@ def test_an_interrupt_between_two_probes_of_a_step_resumes_bitwise(tmp_path):
         again, whole = (Store(tmp_path / where).run(spec, progress=False) for where in "ab")
     finally: del PROBES["impatient"]
     assert again.frame().equals(whole.frame()) and torch.equal(again.theta, whole.theta)
+
+
+def test_a_field_that_came_later_changes_no_hash_at_its_default(tmp_path):
+    old = ('{"acc_goal":null,"chunk_size":null,"dataset":"digits","dtype":"float32","estimator":{"kind":"FullBatch"},"kind":"Spec","loss":"ce",'
+           '"loss_goal":null,"model":"fc-relu","probes":[],"rule":{"kind":"GD","lr":1.0},"seed":0,"steps":5}')
+    spec = Spec("digits", "fc-relu", "ce", GD(1.), 5)
+    assert spec.to_json() == old and spec.hash == "3162722baf1b1dab"             # as stored before there was goal_every
+    assert Spec.from_json(old).goal_every == 10
+    other = Spec("digits-90", "fc-relu:width=5", "ce", GD(.5), 30, loss_goal=2.2, goal_every=1)
+    assert Spec.from_json(other.to_json()) == other and '"goal_every":1' in other.to_json()
+    losses = Store(tmp_path).run(other, progress=False).traces["loss"].values
+    assert losses[-1] < 2.2 and (losses[:-1] >= 2.2).all() and (len(losses) - 1) % 10
+    with pytest.raises(ValueError, match="goal_every"): Spec("digits", "fc-relu", "ce", GD(1.), 5, goal_every=0)

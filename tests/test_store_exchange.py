@@ -1,14 +1,22 @@
 "Runs leave for other tools as they were measured, and the original programs' files come in without anything of them being executed."
+import json
 import os
 import pickle
+import platform
+import shutil
 import struct
 import zipfile
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from gradnb import GD, Spec, Store
+from gradnb import GD, Run, Spec, Store
+from gradnb.ground.files import seal
 from gradnb.runs.exports import export_runs
 from gradnb.runs.originals import import_runs, load_foreign, read_edge, read_tail
 
@@ -48,8 +56,7 @@ def test_many_runs_in_one_frame(store):
 
 
 def test_a_damaged_spec_is_said_and_left_out(store, tmp_path):
-    from shutil import copytree
-    copytree(store.root, tmp_path / "copy")
+    shutil.copytree(store.root, tmp_path / "copy")
     copy = Store(tmp_path / "copy")
     (copy.list()[0].path / "spec.json").write_text("{")
     with pytest.warns(RuntimeWarning, match=f"{copy.list()[0].hash} is left out: .*spec.json is damaged"): assert len(copy.list(rule="GD")) == 1
@@ -59,8 +66,7 @@ def test_a_damaged_spec_is_said_and_left_out(store, tmp_path):
 
 
 def test_remove(store, tmp_path):
-    from shutil import copytree
-    copytree(store.root, tmp_path / "copy")
+    shutil.copytree(store.root, tmp_path / "copy")
     copy = Store(tmp_path / "copy")
     copy.remove(gone := copy.list()[0].hash)
     assert [r.hash for r in copy.list()] == [r.hash for r in store.list() if r.hash != gone]
@@ -69,8 +75,7 @@ def test_remove(store, tmp_path):
 
 @pytest.mark.parametrize("name", ["spec.json", "manifest.json", "checkpoint.safetensors", "traces", "traces/loss.arrow"])
 def test_links_are_not_followed(store, tmp_path, name):
-    from shutil import copytree
-    copytree(store.root, tmp_path / "copy")
+    shutil.copytree(store.root, tmp_path / "copy")
     run = Store(tmp_path / "copy").list()[0]
     os.rename(run.path / name, tmp_path / "outside")
     (run.path / name).symlink_to(tmp_path / "outside")
@@ -156,3 +161,71 @@ def test_nothing_is_executed_and_no_size_is_believed(tmp_path):
 
 def test_no_results(tmp_path):
     with pytest.raises(ValueError, match="has no results"): import_runs(tmp_path, Store(tmp_path / "runs"))
+
+
+# stores of released versions: 0.1.0 has four runs that are done and one interrupted at step 217, 0.1.0-whole has that one uninterrupted
+OLD, BROKEN = Path(__file__).parent / "stores", "a272b52508ae69fb"
+
+
+@pytest.fixture
+def old(tmp_path):
+    shutil.copytree(OLD / "0.1.0", tmp_path / "runs")
+    return Store(tmp_path / "runs")
+
+
+def test_a_store_of_an_older_version_opens(old, tmp_path):
+    assert {r.hash: r.status for r in old.list()} == {r: "interrupted" if r == BROKEN else "finished" for r in sorted(os.listdir(OLD / "0.1.0"))}
+    assert all(r.damage() == {} and r.spec.hash == r.hash and old.open(r.spec).hash == r.hash for r in old.list())
+    assert [r.hash for r in old.list(rule="LAMB", estimator__k=3)] == ["74bcdcb9d2a137e6"]
+    table = old.table()
+    assert len(table) == 5 and table.set_index("run").loc[BROKEN, ["status", "step"]].tolist() == ["interrupted", 217]
+    assert set(old.frame("sharpness")["run"]) == {"5037e2b0730c5bad", "81c5f7a720e730d8", BROKEN} and len(old.frame()) == 21 + 21 + 11 + 21 + 218
+    for folder in export_runs(old.list(), tmp_path / "csv"):
+        assert pd.read_csv(folder / "loss.csv").equals(old.open(folder.name).frame("loss"))
+
+
+def test_runs_of_an_older_version_that_are_done_are_not_trained_again(old, monkeypatch):
+    def never(*_): raise AssertionError("trained again")
+    monkeypatch.setattr("gradnb.runs.store.write_run", never)
+    for run in old.list(status="finished"): assert old.run(run.spec).hash == run.hash
+    with pytest.raises(AssertionError): old.run(old.open(BROKEN).spec)
+
+
+def test_a_run_of_an_older_version_is_continued(old):
+    run, whole = old.open(BROKEN), Store(OLD / "0.1.0-whole").open(BROKEN)
+    before, same = run.manifest, (torch.__version__, platform.machine())
+    text = (run.path / "spec.json").read_text()
+    old.run(run.spec, progress=False)
+    assert run.status == "finished" and run.damage() == {} and (run.path / "spec.json").read_text() == text
+    assert len(run.frame()) == 401 and run.frame("loss")["value"][:218].equals(whole.frame("loss")["value"][:218])
+    if same == (before["torch"], before["processor"]):
+        assert run.frame().equals(whole.frame()) and torch.equal(run.theta, whole.theta)
+    else: pd.testing.assert_frame_equal(run.frame(), whole.frame(), rtol=1e-3)
+
+
+# what a spec of another version looks like: a run's folder is called by the hash of its text, whatever that says
+def stranger(store, about, **manifest):
+    "A run of this spec (JSON data or text), with the files of one that is done."
+    text = about if isinstance(about, (str, bytes)) else json.dumps(about, sort_keys=True, separators=(",", ":"))
+    text = text.encode() if isinstance(text, str) else text
+    folder = store.root / sha256(text).hexdigest()[:16]
+    shutil.copytree(OLD / "0.1.0" / "5037e2b0730c5bad", folder)
+    shutil.rmtree(folder / "traces")
+    (folder / "checkpoint.safetensors").unlink()
+    (folder / "spec.json").write_bytes(text)
+    (folder / "manifest.json").write_text(seal({"run": folder.name, "status": "interrupted"} | manifest))
+    return Run(folder)
+
+
+PLAIN = json.loads((OLD / "0.1.0" / "5037e2b0730c5bad" / "spec.json").read_text())
+
+
+@pytest.mark.parametrize("gone", [("acc_goal",), ("seed",), ("probes", "chunk_size"), ("loss_goal", "acc_goal", "dtype"), ("estimator",)])
+def test_a_spec_that_lacks_a_newer_field_keeps_its_name(old, gone):
+    run = stranger(old, {k: v for k, v in PLAIN.items() if k not in gone})
+    assert run.spec.hash == run.hash == old.open(run.spec).hash
+    assert Spec.from_json(run.spec.to_json()).hash == pickle.loads(pickle.dumps(run.spec)).hash == run.hash      # in another process
+    done = old.run(run.spec, progress=False)
+    assert done.hash == run.hash and done.status == "finished" and done.damage() == {}
+    assert replace(run.spec, steps=21).hash == Spec.from_json(json.dumps(PLAIN | {"steps": 21} | {k: getattr(Spec, k) for k in gone if k == "seed"} |
+                                                                         ({"probes": []} if "probes" in gone else {}))).hash

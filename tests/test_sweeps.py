@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from random import Random
+from threading import Thread
 
 import pytest
 import torch
@@ -91,6 +92,8 @@ def interrupted_at(step, store, spec):
 
 FLAKY = """
 import os
+import sys
+import time
 from pathlib import Path
 from gradnb import PROBES, Probe
 
@@ -103,6 +106,9 @@ def flaky(marks: str, times: int = 1, how: str = "raise"):
         if tries >= times: return 0.0
         (Path(marks) / str(tries)).touch()
         if how == "exit": os._exit(3)
+        if how == "sys.exit": sys.exit(3)
+        if how == "hang":
+            while True: time.sleep(1)
         raise RuntimeError(f"try {tries} fails")
     return Probe("flaky", lambda k: True, measure)
 """
@@ -130,7 +136,7 @@ def test_failures_are_rows_and_are_tried_again_on_request(tmp_path, flaky):
     specs = [flaky(tmp_path / "once"), flaky(tmp_path / "thrice", times=3), SPEC]
     frame = sweep(specs, tmp_path / "store", progress=False)
     assert frame.status.tolist() == ["failed", "failed", "finished"]
-    assert frame.outcome[0] == "RuntimeError: try 0 fails" or "at step 5" in frame.error[0]
+    assert frame.outcome[0] == "RuntimeError: try 0 fails (at step 5; what was measured until then is this error's .traces)"
     assert "Traceback" in frame.error[0] and frame.error.isna().tolist() == [False, False, True]
     frame = sweep(specs, tmp_path / "store", retries=1, progress=False)
     assert frame.status.tolist() == ["finished", "failed", "finished"] and "try 2 fails" in frame.error[1]
@@ -156,6 +162,120 @@ def test_a_process_that_dies_alone_is_tried_once_more(tmp_path, flaky, times, st
     frame = sweep([spec], tmp_path / "store", engine=Pool(1), progress=False)
     assert frame.status.tolist() == [status] and len(list((tmp_path / "dies").iterdir())) == times
     assert frame.error.isna().all() if status == "finished" else "died twice" in frame.error[0]
+
+
+@pytest.mark.parametrize("engine", ["here", pytest.param("pool:workers=1", marks=pytest.mark.slow)])
+def test_a_probe_that_ends_the_program_or_hangs_stops_only_its_own_run(tmp_path, flaky, engine):
+    "A run that hangs is stopped in time and keeps what it has measured; the same call goes on."
+    specs = [flaky(tmp_path / "exits", how="sys.exit"), flaky(tmp_path / "hangs", how="hang"), SPEC]
+    frame = sweep(specs, tmp_path / "store", f"{engine}{',' if ':' in engine else ':'}timeout=3", progress=False)
+    assert frame.status.tolist() == ["failed", "interrupted", "finished"]
+    assert "SystemExit: 3" in frame.outcome[0] and "timeout=3 seconds" in frame.outcome[1]
+    assert Store(tmp_path / "store").open(specs[1]).traces["loss"].steps.tolist() == list(range(6))
+    assert sweep(specs, tmp_path / "store", progress=False).status.tolist() == ["finished"] * 3
+
+
+@pytest.mark.slow
+def test_a_run_that_hangs_is_not_put_back_for_ever(tmp_path, flaky, monkeypatch):
+    "What Slurm sends before the time limit: an element that has measured something goes back into the queue, one that has not gives its run up."
+    from gradnb.runs.sweeps import slurm
+    requeued, root = [], tmp_path / "store"
+    monkeypatch.setattr(slurm, "requeue", lambda: requeued.append(1))
+    specs = [flaky(tmp_path / "hangs", how="hang", times=9), SPEC]
+    worker = slurm.Worker(str(root), plugins=plugins())
+    element = slurm.Element(worker, str(tmp_path / "report"), [[s.to_json()] for s in specs], patience=0.0)
+    for time_ in range(2):
+        wait = Thread(target=lambda: (wait_for(lambda: len(list((tmp_path / "hangs").iterdir())) > time_), os.kill(os.getpid(), signal.SIGUSR2)))
+        wait.start()
+        with pytest.raises(SystemExit): element()
+        wait.join()
+        assert len(requeued) == time_ + 1
+    assert [line for line in slurm.reported(tmp_path / "report")] == [[slurm.HANGS]]
+    element()
+    assert slurm.reported(tmp_path / "report") == [[slurm.HANGS], [None]] and len(requeued) == 2
+
+
+def wait_for(true, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline: time.sleep(0.05)
+
+
+DEAF = """
+import ctypes
+from gradnb import PROBES, Probe
+
+@PROBES.add("deaf")
+def deaf():
+    "Never comes back from C, and lets no other thread have a turn."
+    return Probe("deaf", lambda k: True, lambda view: ctypes.PyDLL(None).sleep(1000))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hears_nothing_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "deaf_probe.py").write_text(DEAF)
+    monkeypatch.syspath_prepend(tmp_path)
+    import deaf_probe  # noqa: F401
+    from gradnb import PROBES
+    specs = [replace(SPEC, probes=("deaf",)), SPEC]
+    try: frame = sweep(specs, tmp_path / "store", Pool(2, timeout=0.5), progress=False)
+    finally: del PROBES["deaf"], sys.modules["deaf_probe"]
+    assert frame.status.tolist() == ["unfinished", "finished"] and "past a time limit" in frame.outcome[0]
+
+
+@pytest.mark.parametrize("wait, status, code", [(0, "running", 1), (60, "finished", 0)])
+def test_a_run_that_another_process_writes_is_not_done_until_it_is(tmp_path, capsys, wait, status, code):
+    from gradnb.cli import main
+    from gradnb.runs import Lock
+    spec = Spec("digits-100", "fc-tanh:width=4", "mse", GD(0.1), 3)
+    (tmp_path / spec.hash).mkdir(parents=True)
+    holder = subprocess.Popen([sys.executable, "-c", "import sys, time\nfrom pathlib import Path\nfrom gradnb.runs import Lock\n"
+                               f"with Lock(Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep({3 if wait else 600})", str(tmp_path / spec.hash)],
+                              stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n" and Lock(tmp_path / spec.hash).held()
+        assert main([*BASE.split(), "--lr", "0.1", "--axis", "seed=0", "--wait", str(wait), "--store", str(tmp_path)]) == code
+    finally: holder.kill()
+    err = capsys.readouterr().err
+    assert f"{1 - code} of 1 runs done" in err
+    if code: assert f"{spec.hash} is" in err and "is being written by" in err
+
+
+@pytest.mark.parametrize("engine, says", [
+    ("pool:workers=0", "1 ≤ workers"), ("pool:threads=0", "1 ≤ threads"), ("pool:threads=none", "1 ≤ threads"), ("pool:workers=1.5", "whole number"),
+    ("pool:timeout=0", "timeout=0"), ("here:timeout=-1", "timeout=-1"), ("here:timeout=nan", "timeout='nan'"), ("slurm:pack=0", "1 ≤ pack"),
+    ("slurm:minutes=0", "1 ≤ minutes"), ("slurm:threads=x", "threads='x'"), ("slurm:poll=0", "poll=0"), ("slurm:timeout=0", "timeout=0")])
+def test_engines_refuse_by_name(tmp_path, capsys, engine, says):
+    from gradnb.cli import main
+    assert main([*BASE.split(), "--lr", "0.1", "--axis", "seed=0", "--engine", engine, "--store", str(tmp_path / "store")]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("flags, says", [("--retries -1", "retries=-1"), ("--wait -1", "wait=-1"), ("--wait nan", "wait=nan")])
+def test_numbers_of_a_sweep_are_checked(tmp_path, capsys, flags, says):
+    from gradnb.cli import main
+    assert main([*BASE.split(), "--lr", "0.1", "--axis", "seed=0", *flags.split(), "--store", str(tmp_path / "store")]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("error, line", [
+    ("Traceback (most recent call last):\n  File \"x\", line 1\n    1/0\n    ~^~\nZeroDivisionError: division by zero\n", "ZeroDivisionError: division by zero"),
+    ("Traceback (most recent call last):\n  File \"x\"\nKeyError: 'a'\n\nDuring handling\n\nTraceback (most recent call last):\n  File \"y\"\nValueError: b\nat step 3\n", "ValueError: b (at step 3)"),
+    ("the process died twice", "the process died twice"), ("ValueError: a\n  b\nc", "ValueError: a (c)"), ("", "")])
+def test_first_the_error_then_the_note(error, line):
+    from gradnb.runs.sweeps.many import headline
+    assert headline(error) == line
+
+
+# --- what lies in the working folder --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("module", ["multiprocessing", "random", "gradnb"])
+def test_workers_import_nothing_from_the_working_folder(tmp_path, module):
+    (tmp_path / f"{module}.py").write_text("open('ran', 'w')")
+    line = ["-P", "-c", "import sys; from gradnb.cli import main; sys.exit(main())", *BASE.split(), "--lr", "0.1", "--axis", "seed=0", "--workers", "1", "--store", "s"]
+    done = subprocess.run([sys.executable, *line], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 of 1 runs done" in done.stderr, done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 SCRIPT = """

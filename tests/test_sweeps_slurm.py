@@ -50,8 +50,7 @@ def test_a_killed_a_cancelled_and_a_preempted_job(tmp_path, slurm):
     array = jobs[0].split("_")[0]
     assert sorted(jobs) == [f"{array}_{i}" for i in range(3)]
 
-    writer = int(re.search(r"process (\d+)", (runs[0].path / "lock").read_text())[1])
-    os.kill(writer, signal.SIGKILL)
+    os.kill(element_of(runs[0]), signal.SIGKILL)
     subprocess.run(["scancel", f"{array}_1"], check=True)
     reached = len(runs[2].traces["loss"])
     subprocess.run(["scancel", "--signal=USR2", f"{array}_2"], check=True)      # what Slurm sends before the time limit
@@ -62,10 +61,49 @@ def test_a_killed_a_cancelled_and_a_preempted_job(tmp_path, slurm):
     assert not thread.is_alive(), subprocess.run(["scontrol", "show", "job"], capture_output=True, text=True).stdout
 
     frame, = frames
-    assert frame.status.tolist() == ["unfinished", "interrupted", "finished"]
-    assert all(f"Slurm job {array}_{i} ended before this run was done" in frame.error[i] for i in range(2))
+    assert frame.status.tolist() == ["interrupted", "interrupted", "finished"]
+    assert "cancelled" in frame.outcome[1] and all(f"Slurm job {array}_{i} ended before this run was done" in frame.error[i] for i in range(2))
     whole = Store(tmp_path / "here").run(preempted, progress=False)
     assert reached < len(whole.traces["loss"]) and runs[2].frame().equals(whole.frame()) and torch.equal(runs[2].theta, whole.theta)
+
+
+def element_of(run):
+    "The process of the element that trains a run: the one that has started the writer."
+    writer = int(re.search(r"process (\d+)", (run.path / "lock").read_text())[1])
+    return int(open(f"/proc/{writer}/stat").read().rpartition(")")[2].split()[1])
+
+
+EXITS = """
+import os
+from gradnb import PROBES, Probe
+
+@PROBES.add("exits")
+def exits(): return Probe("exits", lambda k: k == 5, lambda view: os._exit(3))
+"""
+
+
+def test_a_run_that_ends_its_process_does_not_stop_its_element(tmp_path, slurm, monkeypatch):
+    "The suspect is alone to blame; its module lies where only this process looks."
+    (tmp_path / "exits_probe.py").write_text(EXITS)
+    monkeypatch.syspath_prepend(tmp_path)
+    import exits_probe  # noqa: F401
+    specs = [replace(SPEC, probes=("exits",)), *grid(SPEC, seed=range(2))]
+    frame = sweep(specs, tmp_path / "store", engine=Slurm(pack=3, poll=0.2, minutes=5), progress=False)
+    assert frame.status.tolist() == ["unfinished", "finished", "finished"] and "died twice" in frame.outcome[0]
+    assert len(list(tmp_path.glob("store/.slurm/*/*.jsonl"))) == 1
+
+
+def test_what_a_lost_element_has_not_begun_is_submitted_again_without_the_suspect(tmp_path, slurm):
+    specs, frames = [replace(SPEC, steps=10**6), *grid(SPEC, seed=range(2))], []
+    suspect = Run(tmp_path / specs[0].hash)
+    engine = Slurm(pack=3, poll=0.2, minutes=5)
+    thread = Thread(target=lambda: frames.append(sweep(specs, tmp_path, engine=engine, progress=False)), daemon=True)
+    thread.start()
+    wait_until(lambda: suspect.path.exists() and len(suspect.traces.get("loss", "")) > 50, thread)
+    os.kill(element_of(suspect), signal.SIGKILL)
+    thread.join(240)
+    assert not thread.is_alive() and frames[0].status.tolist() == ["interrupted", "finished", "finished"]
+    assert "ended before this run was done" in frames[0].outcome[0] and len(list(tmp_path.glob(".slurm/*"))) == 2
 
 
 def wait_until(true, thread, seconds=240):

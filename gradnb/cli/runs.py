@@ -50,12 +50,13 @@ def condition(text: str) -> tuple:
     return field, literal(value)
 
 def runs(args) -> int:
+    from gradnb.ground.display import as_csv, as_text, printed
     from gradnb.runs import Store
     store = Store(args.store)
-    def say(frame): print(frame.to_csv(index=False) if args.csv else frame.to_string(index=False, max_rows=40), end="" if args.csv else "\n")
+    def say(frame): print(as_csv(frame) if args.csv else as_text(frame, max_rows=40), end="" if args.csv else "\n")
     if args.verb == "list":
         found = store.list(**dict(map(condition, args.where)))
-        for r in found: print(r.hash if args.hashes else summary(r))
+        for r in found: print(r.hash if args.hashes else printed(summary(r)))
         if not found: print(f"no such runs in {store.root}" if args.where else f"no runs in {store.root}", file=sys.stderr)
     elif args.verb == "show":
         run = store.open(args.hash)
@@ -69,12 +70,12 @@ def runs(args) -> int:
             print(f"deleted {run.hash}")
     elif args.verb == "export":
         from gradnb.runs.exports import export_runs
-        for made in export_runs([*map(store.open, args.hash)] if args.hash else store.list(), args.out, args.to): print(made)
+        for made in export_runs([*map(store.open, args.hash)] if args.hash else store.list(), args.out, args.to): print(printed(made))
     elif args.verb == "import":
         from gradnb.runs.originals import import_runs
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"gradnb: {message}", file=sys.stderr)
-            for run in import_runs(args.folder, store, args.eig_freq): print(summary(run))
+            warnings.showwarning = lambda message, *_: print(printed(f"gradnb: {message}"), file=sys.stderr)
+            for run in import_runs(args.folder, store, args.eig_freq): print(printed(summary(run)))
     return 0
 
 def summary(run) -> str:

@@ -16,7 +16,7 @@ def add_sweep(commands):
     p = commands.add_parser("sweep", help="train a grid of runs, here, in processes or on Slurm",
         description="Train every combination of the axes around the run that the flags describe (those of `gradnb train`), and print a table. "
                     "What is done is skipped, what was begun goes on, what fails does not stop the rest; the same line again goes on. "
-                    "The exit status is 1 when a run failed.",
+                    "What is not done in the end is named with the reason, and the exit status is 1 then.",
         epilog="example: gradnb sweep --dataset digits --rule gd --steps 500 --axis rule.lr=0.02,0.05 --axis seed=0..4 --axis model.width=32,64 "
                "--workers 4")
     p.add_argument("--axis", action="append", default=[], metavar="FIELD=V,V,…",
@@ -24,6 +24,7 @@ def add_sweep(commands):
     p.add_argument("--engine", metavar="NAME", help="here, pool:workers=4, slurm:pack=20,minutes=60,slurm_partition=gpu (default: here)")
     p.add_argument("--workers", type=int, metavar="N", help="short for --engine pool:workers=N")
     p.add_argument("--retries", type=int, default=0, metavar="N", help="how often a failed run is tried again (default: %(default)s)")
+    p.add_argument("--wait", type=float, default=0., metavar="SECONDS", help="how long to wait for a run that another process is training (default: %(default)g)")
     p.add_argument("--vectorize", action="store_true", help="train tiny networks that differ in seed or rule together")
     p.add_argument("--dry-run", action="store_true", help="only print what would be trained")
     p.add_argument("--csv", action="store_true", help="print the table as CSV, with all columns")
@@ -52,16 +53,20 @@ def study(args):
     return grid(spec_from(args), *([{path: v} for v in values] for path, values in axes.items()))
 
 def sweep(args) -> int:
+    from gradnb.ground.display import as_csv, as_text, printed
     from gradnb.runs import Store
+    from gradnb.runs.run import DONE
     from gradnb.runs.sweeps.many import sweep as train_all
     if args.engine and args.workers is not None: raise ValueError("--workers N is short for --engine pool:workers=N; give one of them.")
     engine = args.engine or "here" if args.workers is None else f"pool:workers={args.workers}"
     specs = study(args)
-    frame = train_all(specs, Store(args.store), engine, args.retries, args.dry_run, device=args.device, vectorize=args.vectorize)
+    frame = train_all(specs, Store(args.store), engine, args.retries, args.dry_run, device=args.device, vectorize=args.vectorize, wait=args.wait)
     about = ["hash", "status", "outcome", "seconds"]
     varied = [c for c in frame if c not in (*about, "error") and (frame[c].map(str).nunique() > 1)]
-    if args.csv: print(frame.to_csv(index=False), end="")
-    elif len(frame): print(frame[varied + about].to_string(index=False, na_rep=""))
-    lost = 0 if args.dry_run else int(frame["error"].notna().sum())
-    print(f"{len(frame)} of {len(specs)} runs to train" if args.dry_run else f"{len(specs) - lost} of {len(specs)} runs done", file=sys.stderr)
-    return 1 if lost else 0
+    if args.csv: print(as_csv(frame), end="")
+    elif len(frame): print(as_text(frame[varied + about], na_rep=""))
+    if args.dry_run: print(f"{len(frame)} of {len(specs)} runs to train", file=sys.stderr); return 0
+    lost = frame[~frame["status"].isin(DONE)]
+    for run in lost.itertuples(): print(printed(f"{run.hash} is {run.status}: {run.outcome or 'its process has ended without a word'}"), file=sys.stderr)
+    print(f"{len(specs) - len(lost)} of {len(specs)} runs done", file=sys.stderr)
+    return 1 if len(lost) else 0

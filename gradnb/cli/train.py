@@ -35,6 +35,7 @@ def add_problem(p):
     p.add_argument("--chunk-size", type=int, metavar="N", help="examples worked on at a time, to bound memory")
     p.add_argument("--loss-goal", type=float, metavar="L", help="stop when the training loss is below")
     p.add_argument("--acc-goal", type=float, metavar="A", help="stop when the training accuracy is at least this, in [0, 1]")
+    p.add_argument("--goal-every", type=int, default=10, metavar="K", help="steps between looks at the goals (default: %(default)s)")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
 
 def add_store(p):
@@ -55,7 +56,7 @@ def spec_from(args):
 def problem_from(args) -> dict:
     "What every kind of run has in a spec."
     return dict(dataset=args.dataset, model=args.model, loss=args.loss, steps=1000 if args.steps is None else args.steps, probes=tuple(args.probe), seed=args.seed,
-                dtype=args.dtype, chunk_size=args.chunk_size, loss_goal=args.loss_goal, acc_goal=args.acc_goal)
+                dtype=args.dtype, chunk_size=args.chunk_size, loss_goal=args.loss_goal, acc_goal=args.acc_goal, goal_every=args.goal_every)
 
 def drop(text: str) -> tuple[int, float]:
     "STEP:FACTOR as numbers."

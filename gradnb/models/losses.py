@@ -104,15 +104,12 @@ def linear_hinge(
 
 # %% ../../nbs/04_models/01_losses.ipynb #resolve
 def resolve_loss(
-    loss: str | Callable,    # a name in LOSSES, or a function (outputs, targets) → (b,)
+    loss: str | Callable,    # a name in LOSSES, or a function of (outputs, targets)
 ) -> Callable:               # the function
     "The loss that is meant. Raises ValueError on an unknown name, TypeError on what cannot be a loss."
     if isinstance(loss, str): return LOSSES[loss]
     if isinstance(loss, type) or not callable(loss):
         raise TypeError(f"a loss is one of {', '.join(LOSSES)}, or a function (outputs, targets) → (b,); got {loss!r}.")
-    if getattr(loss, "reduction", "none") != "none":
-        raise TypeError(f"a loss returns one number per example, but {loss!r} reduces them by {loss.reduction!r}; "
-                        f"make it with reduction='none'.")
     return loss
 
 # %% ../../nbs/04_models/01_losses.ipynb #accuracy

@@ -77,6 +77,7 @@ class Point:
         v: Tensor,           # direction (p,), or a block of them (p, k)
     ) -> Tensor:             # of v's shape
         "Product with the generalised Gauss–Newton matrix (Schraudolph 2002)."
+        if self.batch is not None and self.batch.weight is not None and self.problem.loss_couples: self.problem.check_examples()
         return self.linear.ggn(v)
 
     def fisher(self,
@@ -84,6 +85,7 @@ class Point:
         labels: str = "model",  # expected by the "model", or those of the "data" (the empirical Fisher)
     ) -> Tensor:                # of v's shape
         "Product with the Fisher matrix."
+        if self.problem.loss_couples: self.problem.check_examples()
         return self.linear.fisher(v, labels)
 
     def curvature_grad(self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data import Dataset
 from ..ground.layout import Layout
 from ..models.losses import LOSSES, accuracy, resolve_loss
+from ..models.means import Ratio, couples, for_examples
 from .network import Network
 from ..ground.streams import Stream
 
@@ -53,6 +54,9 @@ class Risk:
         self.theta0 = self.layout.join(params[k].detach() for k in self.layout.names)
         self.per_example, self.dataset = resolve_loss(loss), dataset.to(self.device, self.dtype)
         self.network = self._try_out(module)
+        if chunk_size is not None and chunk_size < self.n and self.loss_couples:
+            raise ValueError(f"chunk_size={chunk_size} would change this loss, in which what an example costs depends on the others in its "
+                             f"batch; leave chunk_size out, and give batches of the size that is meant.")
 
     @property
     def module(self) -> nn.Module: return self.network.module
@@ -82,10 +86,7 @@ class Risk:
                              f"layer {classes}.")
         if any(getattr(m, "sparse", False) for m in module.modules()):
             raise TypeError("the gradient of an nn.Embedding with sparse=True is no dense vector; make it with sparse=False.")
-        losses = self.per_example(out, y)
-        if losses.shape != (len(x),):
-            raise TypeError(f"the loss must give one value an example: on {len(x)} examples it gave shape "
-                            f"{tuple(losses.shape)}; use reduction='none' and sum over outputs.")
+        self.per_example = for_examples(self.per_example, out, y, self.dataset.y)
         return network
 
     def check(self, vec: Tensor, what: str = "theta") -> Tensor:
@@ -143,18 +144,33 @@ class Risk:
         return self.theta0 + noise * (0.1 * self.theta0.square().mean().sqrt() + 1e-3)
 
     @cached_property
+    def loss_couples(self) -> bool:
+        "Does what an example costs depend on the outputs or targets of others in its batch (a contrastive loss)?"
+        (x, y, *_), theta = self._few(8), self._beside("loss")
+        with torch.no_grad(): return couples(self.per_example, self.outputs(theta, x), y)
+
+    @cached_property
     def coupled(self) -> bool:
-        "Does an example's output depend on the others in its batch (batch statistics)?"
+        "Does an example's loss depend on the others in its batch (batch statistics, contrastive losses)?"
+        if self.loss_couples: return True
         with torch.no_grad():
             first, other = (self.dataset.x[torch.tensor(some) % self.n] for some in ((0, 1, 2), (0, 3, 4)))
             if other.is_floating_point(): other[1:] += 1         # the same first example in other company; in pairs BatchNorm says ±1
             return not torch.allclose(*(self.outputs(self.theta0, x)[0] for x in (first, other)), rtol=1e-3, atol=1e-5)
 
-    def _examples(self, batch=None) -> tuple[Tensor, Tensor]:
-        "Inputs and targets of a batch, without its noise. Raises TypeError where an example has no gradient of its own."
+    def check_examples(self):
+        "Raises TypeError where an example has no loss and no gradient of its own."
+        if self.loss_couples:
+            raise TypeError(f"what an example costs in the loss {getattr(self.per_example, '__name__', self.per_example)!r} depends on the "
+                            "others in its batch (a contrastive loss? a mean over the batch inside?), so a single example has no gradient of "
+                            "its own; measure the noise of whole batches, grad_variance of draws, or write the loss example by example.")
         if self.coupled:
             raise TypeError("examples of this network see each other (BatchNorm in training mode?), so a single example has "
                             "no gradient of its own; use problem.frozen(buffers) or GroupNorm.")
+
+    def _examples(self, batch=None) -> tuple[Tensor, Tensor]:
+        "Inputs and targets of a batch, without its noise."
+        self.check_examples()
         where = slice(None) if batch is None else batch.idx.to(self.device)
         return examples(self.dataset.x, where), examples(self.dataset.y, where)
 
@@ -195,14 +211,18 @@ class Risk:
     def evaluate(self, theta: Tensor, split: str = "train") -> Evaluation:
         "Loss and accuracy over the whole train or test split."
         if split not in ("train", "test"): raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
-        d, size = self.dataset, self.chunk_size or self.n
+        d, batched = self.dataset, split == "test" and self.buffers and not self.network.is_frozen
+        size = self.chunk_size or (1000 if batched else self.n)      # batch statistics of the test set: as Cohen et al. (2021) take them
         x, y = (d.x, d.y) if split == "train" else (d.x_test, d.y_test)
         n, mine = len(x), self.part(len(x))
         x, y = x[mine.start:mine.stop], y[mine.start:mine.stop]
-        loss, right = 0., 0.
+        loss, right, count = 0., 0., 0.
         for a, b in zip(x.split(size), y.split(size)):
             out = self.outputs(theta, a)
             loss += self.per_example(out, b).sum().item()
+            weighted = isinstance(self.per_example, Ratio)
+            count += self.per_example.relative(out, b).sum().item() if weighted else len(a)
+            if weighted: out = self.per_example.scores(out, b)
             right += float("nan") if d.classes is None else accuracy(out, b).item() * len(a)
-        loss, right = self.reduce(torch.tensor([loss, right], dtype=torch.float64, device=self.device))[0].tolist()
-        return Evaluation(loss / n, right / n)
+        loss, right, count = self.reduce(torch.tensor([loss, right, count], dtype=torch.float64, device=self.device))[0].tolist()
+        return Evaluation(loss / count, right / n)

@@ -194,7 +194,7 @@ def write_run(
     note(status="running")
     try:
         _, traces = train(problem, stepper, spec.steps, probes, seed=spec.seed, state=state, memory=memory, record=recorder,
-                          loss_goal=spec.loss_goal, acc_goal=spec.acc_goal, progress=progress)
+                          loss_goal=spec.loss_goal, acc_goal=spec.acc_goal, goal_every=spec.goal_every, progress=progress)
     except BaseException as e:
         with suppress(OSError): note(status="interrupted" if isinstance(e, KeyboardInterrupt) else "failed", error=traceback.format_exc())
         raise
@@ -218,7 +218,7 @@ def follow(
     state, memory, tensors = from_first(None)
     state = unflatten(state, tensors, stepper.init(problem, problem.theta0), problem.device)
     train(problem, stepper, spec.steps, probes, seed=spec.seed, state=state, memory=unflatten(memory, tensors, None, problem.device),
-          loss_goal=spec.loss_goal, acc_goal=spec.acc_goal, progress=False)
+          loss_goal=spec.loss_goal, acc_goal=spec.acc_goal, goal_every=spec.goal_every, progress=False)
 
 def tidy(run: Run) -> Run:
     "Compact the traces of a run that is done. A full disk leaves them as they are, which reads the same."

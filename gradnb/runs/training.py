@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from torch import Tensor
 from tqdm.auto import tqdm
-from ..measure.probes.view import PROBES, Probe, View
-from ..ground.roles import Rule, State, Stepper
+from ..measure.probes.view import PROBES, Probe, View, evaluation
+from ..ground.roles import Rule, State, Stepper, check_number
 from ..move.steppers import trajectory
 from ..ground.streams import Stream
 from ..ground.traces import Trace, as_row
@@ -32,16 +32,17 @@ class Traces(dict):
 
 # %% ../../nbs/08_runs/01_training.ipynb #goal
 def goal_reached(
-    problem, state: State,
+    view: View,
     loss_goal: float | None,   # stop when the training loss is below
     acc_goal: float | None,    # stop when the training accuracy is at least this
 ) -> Outcome | None:
-    "The outcome, once the training set meets a goal."
-    loss, acc = problem.evaluate(state.theta)
+    "The outcome, once the training set meets a goal; its loss and accuracy are those of probe `train`."
+    found = evaluation(view, "train")
+    loss, acc = found["loss"], found["accuracy"]
     if loss_goal is not None and loss < loss_goal:
-        return Outcome("goal", state.step, f"training loss {loss:.4g} < {loss_goal:g} at step {state.step}")
+        return Outcome("goal", view.step, f"training loss {loss:.4g} < {loss_goal:g} at step {view.step}")
     if acc_goal is not None and acc >= acc_goal:
-        return Outcome("goal", state.step, f"training accuracy {acc:.4g} ≥ {acc_goal:g} at step {state.step}")
+        return Outcome("goal", view.step, f"training accuracy {acc:.4g} ≥ {acc_goal:g} at step {view.step}")
 
 # %% ../../nbs/08_runs/01_training.ipynb #watching
 @dataclass
@@ -58,6 +59,7 @@ class Watching:
     memory: dict = field(default_factory=dict)    # the probes', by name
 
     def __post_init__(self):
+        check_number("a run", "goal_every", self.goal_every, 1, whole=True)
         if self.acc_goal is None: return
         if not 0 <= self.acc_goal <= 1: raise ValueError(f"acc_goal is a share of the examples, in [0, 1], got {self.acc_goal:g}.")
         if self.problem.dataset.classes is None:
@@ -87,11 +89,10 @@ class Watching:
             return Outcome("diverged", k, f"the loss is {loss} at step {k} of {self.stepper!r}; lower the learning rate")
         if not self.wants(k): return None
         shared, seen = {}, state._replace(theta=state.theta.clone())
-        met = goal_reached(self.problem.frozen(state.buffers), state, self.loss_goal, self.acc_goal) if self.goals(k) else None
+        view = lambda stream=Stream(), memory=None: View(self.problem, self.stepper, seen, stream, memory, shared)
+        met = goal_reached(view(), self.loss_goal, self.acc_goal) if self.goals(k) else None
         for p in self.probes:
-            if met or p.due(k):
-                stream = Stream(self.seed) / "probe" / p.name / k
-                keep(p.name, k, p.measure(View(self.problem, self.stepper, seen, stream, self.memory.setdefault(p.name, {}), shared)))
+            if met or p.due(k): keep(p.name, k, p.measure(view(Stream(self.seed) / "probe" / p.name / k, self.memory.setdefault(p.name, {}))))
         return met or (Outcome("finished", k, f"finished {k} steps") if k >= self.steps else None)
 
 # %% ../../nbs/08_runs/01_training.ipynb #train

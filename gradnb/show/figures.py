@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'find_figures', 'tagged', 'known_parameters', 'as_declared', 'set_parameters', 'figure_specs', 'Snapshot',
-           'read_runs', 'execute', 'explain', 'FigureResult', 'make_figure', 'run_figures']
+           'read_runs', 'execute', 'kernel_in', 'explain', 'FigureResult', 'make_figure', 'run_figures']
 
 # %% ../../nbs/09_show/03_figures.ipynb #imports
 import ast
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import nbformat
 from tqdm.auto import tqdm
 from .claims import Claim, claims_table, load_claims
+from ..ground.processes import safe_environment
 from ..ground.registry import literal, unknown
 from ..runs import Spec, Store
 from ..ground.traces import Trace
@@ -137,17 +138,29 @@ def execute(
     "Execute a figure notebook in a kernel of its own, and write it with its outputs and as a page."
     import papermill   # takes over a second
     from nbconvert import HTMLExporter
-    done = folder / path.name
-    go = lambda: papermill.execute_notebook(
-        str(path), str(done), params, kernel_name="python3", cwd=str(folder), progress_bar=False,
-        execution_timeout=timeout, extra_arguments=["--log-level=50", "--matplotlib=inline"])
+    done, goto = folder / path.name, f"import os; os.chdir({str(folder.resolve())!r})"
+    def go():
+        with TemporaryDirectory(prefix="gradnb-") as empty:
+            papermill.execute_notebook(
+                str(path), str(done), params, kernel_name="python3", kernel_manager_class=kernel_in(empty), progress_bar=False, execution_timeout=timeout,
+                extra_arguments=["--log-level=50", "--matplotlib=inline", "--InteractiveShellApp.ignore_cwd=True", f"--IPKernelApp.exec_lines={goto}"])
     try: go()
     except RuntimeError as e:
         if isinstance(e, papermill.PapermillExecutionError) or "ernel" not in str(e): raise
         go()
     logging.getLogger("traitlets").setLevel(logging.ERROR)     # pictures without a description are no news
-    page, _ = HTMLExporter(exclude_input=True, exclude_output_prompt=True).from_filename(str(done))
+    page, _ = HTMLExporter(exclude_input=True, exclude_output_prompt=True, extra_template_basedirs=[]).from_filename(str(done))
     done.with_suffix(".html").write_text(page, "utf-8")
+
+def kernel_in(
+    folder: str,   # where kernels start
+) -> type:         # for nbclient
+    "A manager of kernels that import nothing from a working folder."
+    from jupyter_client.manager import AsyncKernelManager
+    class Kernel(AsyncKernelManager):
+        async def start_kernel(self, **options):
+            return await super().start_kernel(**options | {"cwd": folder, "env": safe_environment()})
+    return Kernel
 
 def explain(
     error: BaseException,

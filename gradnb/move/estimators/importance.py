@@ -22,7 +22,8 @@ def scores(
     theta: Tensor,    # where, (p,)
     by: str,          # one of SCORES
 ) -> Tensor:          # (n,) float64, on the CPU
-    "‖gᵢ‖ or ℓᵢ of every example."
+    "‖gᵢ‖ or ℓᵢ of every example. Raises TypeError where an example has none of its own."
+    if problem.loss_couples: problem.check_examples()
     if by == "loss":
         with torch.no_grad(): parts = [problem.per_example(problem.outputs(theta, x), y) for x, y, *_ in problem.chunks()]
     else: parts = [io.sq_norms().clamp_min(0).sqrt() for io in problem.layer_io(theta)]

@@ -142,7 +142,7 @@ def enter(spec: Spec, store: Store, device: str, locks: ExitStack) -> Member | N
     run.path.mkdir(parents=True, exist_ok=True)
     try: locks.enter_context(Lock(run.path))
     except RuntimeError: return None
-    return None if is_done(run) else Member(run, spec, Watching(problem, stepper, spec.steps, probes, spec.seed, spec.loss_goal, spec.acc_goal))
+    return None if is_done(run) else Member(run, spec, Watching(problem, stepper, spec.steps, probes, spec.seed, spec.loss_goal, spec.acc_goal, spec.goal_every))
 
 def batches(members: list[Member], k: int) -> list:
     "Each run's batch of step k, from its own stream."
