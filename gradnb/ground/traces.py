@@ -7,7 +7,7 @@ __all__ = ['WIDEST', 'Row', 'scalars', 'as_row', 'entry', 'shown', 'distinct', '
 
 # %% ../../nbs/01_ground/07_traces.ipynb #imports
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import count
 import numpy as np
@@ -70,9 +70,16 @@ def shown(v) -> str:
     except ValueError: return f"a {type(v).__name__} too long to print"
 
 # %% ../../nbs/01_ground/07_traces.ipynb #trace
-def distinct(name: str, taken) -> str:
-    "This name, or the first of name (2), name (3), … that is not taken."
-    return next(n for k in count(1) if (n := name if k == 1 else f"{name} ({k})") not in taken)
+def distinct(
+    names: Iterable[str],
+    taken: Iterable[str] = (),   # by others
+) -> list[str]:
+    "These names, in order; one that is taken becomes name (2), name (3), …"
+    taken, found = {*taken}, []
+    for name in names:
+        found.append(next(n for k in count(1) if (n := name if k == 1 else f"{name} ({k})") not in taken))
+        taken.add(found[-1])
+    return found
 
 class Trace:
     "Steps and values of one probe."
@@ -121,11 +128,13 @@ class Trace:
         raise ValueError(f"trace {self.name!r} holds arrays only; see .arrays[step].")
 
     def frame(self) -> pd.DataFrame:
-        "A table with a column `step`; vectors become name.0, name.1, …"
-        flat = {"step": self.steps}
+        "A table with a column `step`; vectors become name.0, name.1, … A probe's own `step` is called trace.step."
+        parts = []
         for c, v in self.columns.items():
-            for called, part in ((c, v),) if v.ndim == 1 else ((f"{c}.{i}", v[:, i]) for i in range(v.shape[1])): flat[distinct(called, flat)] = part
-        return pd.DataFrame(flat)
+            c = f"{self.name}.step" if c == "step" else c
+            parts += [(c, v)] if v.ndim == 1 else [(f"{c}.{i}", v[:, i]) for i in range(v.shape[1])]
+        names, columns = zip(*parts) if parts else ((), ())
+        return pd.DataFrame({"step": self.steps} | dict(zip(distinct(names, ["step"]), columns)))
 
     def __repr__(self):
         span = f", steps {self.steps[0]}…{self.steps[-1]}" if len(self) else ""

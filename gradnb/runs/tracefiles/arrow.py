@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OURS', 'NOTHING', 'compact', 'arrow_schema', 'arrow_column', 'ArrowColumns', 'read_arrow', 'trace_names',
-           'trace_files', 'open_trace', 'Sound', 'sound_trace']
+           'trace_files', 'open_trace', 'is_copy', 'Sound', 'sound_trace']
 
 # %% ../../../nbs/08_runs/03_tracefiles/02_arrow.ipynb #imports
 import re
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from ...ground.files import plain_file, replace_file, say_once, seal, unseal
 from ...ground.traces import Trace
-from .rows import Stored, TraceLayout, file_name, read_rows, read_trace, rising, scan_rows, trace_name
+from .rows import WIDEST_HEADER, Stored, TraceLayout, file_name, read_rows, read_trace, rising, scan_rows, trace_name
 
 # %% ../../../nbs/08_runs/03_tracefiles/02_arrow.ipynb #arrow
 def compact(
@@ -124,6 +124,21 @@ def open_trace(
         try: return read_trace(plain_file(file, folder.parent)) if suffix == ".trace" else read_arrow(plain_file(file, folder.parent)).trace
         except FileNotFoundError: continue
     raise FileNotFoundError(f"run {folder.name} has no trace {name!r}.")
+
+def is_copy(
+    folder: Path,   # of a run
+    name: str,      # of a trace
+) -> bool:
+    "Is what is called so another trace of this run, copied under a longer name, as by a sync client?"
+    for suffix in (".arrow", ".trace"):
+        file = folder / "traces" / (file_name(name) + suffix)
+        try:
+            with open(plain_file(file, folder.parent), "rb") as f:
+                sealed = f.readline(WIDEST_HEADER) if suffix == ".trace" else (pa.ipc.open_file(f).schema.metadata or {})[b"gradnb"]
+            layout = TraceLayout.of(unseal(sealed))
+        except (OSError, ValueError, KeyError, pa.ArrowException): continue
+        return layout.run == folder.name and layout.name != name and name.startswith(layout.name) and layout.name in trace_names(folder)
+    return False
 
 class Sound(NamedTuple):
     "A trace as far as it is sound."

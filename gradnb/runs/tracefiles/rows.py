@@ -187,6 +187,7 @@ class TraceWriter:
         try: found = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError): raise self.lost() from None
         if not os.path.samestat(here, found) or here.st_size < self.size: raise self.lost()
+        if self.layout.arrays and self.rows > sum(1 for _ in arrays_of(self.path).glob("*.safetensors")): raise self.lost()
 
     def sync(self): flush(self._fd, self.path)
     def close(self): os.close(self._fd)
