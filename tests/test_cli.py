@@ -1,4 +1,5 @@
 "The installed command, as a user types it."
+import json
 import os
 import re
 import signal
@@ -98,3 +99,68 @@ def test_names_lists_what_there_is(tmp_path):
 def test_names_explains_one(words, said, capsys):
     assert main(["names", *words.split()]) == 0
     assert re.search(said, capsys.readouterr().out)
+
+
+# --- words that were once a traceback, or said nothing ------------------------------------------------------------
+
+SMALL = "--dataset digits-100 --model fc-tanh:width=4 --steps 5"
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--lr .1 --rule torch:cls=Adam,betas=(0.9,)", "torch.optim.Adam does not take lr=0.1, betas=(0.9,)"),
+    ("--lr .1 --rule torch:cls=Rprop,etas=(1,)", "etas=(1,)"), ("--rule torch:cls=Adam,betas=3", "does not take betas=3"),
+    *((f"--lr .1 --device {d}", f"no device {d!r}") for d in ("hpu", "xpu", "meta", "mps", "privateuseone", "cuda:99", "nonsense")),
+    ("--lr .1 --probe original_index:size=0", "size=0"), ("--lr .1 --probe original_index:most=1", "most=1"),
+    ("--lr .1 --loss-goal nan", "loss_goal=nan"), ("--lr .1 --acc-goal nan", "acc_goal=nan"), ("--lr .1 --loss-goal=-inf", "loss_goal=-inf"),
+    ("--lr .1 --drop 3:nan", "finite factors, got ((3, nan),)"), ("--lr .1 --drop 3:inf", "((3, inf),)"),
+    ("--lr .1 --dataset corrupt", "needs of, share: write corrupt:of=VALUE,share=VALUE"), ("--lr .1 --dataset duplicate:of=digits", "needs points, copies")])
+def test_a_wrong_value_is_named(words, says, tmp_path, capsys):
+    assert main(["train", "--store", str(tmp_path / "runs"), *SMALL.split(), *words.split()]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("axis, says", [("seed=0..99999999999", "are 100,000,000,000"), ("seed=5..3", "are 0"), ("seed=", "FIELD=V")])
+def test_an_axis_without_an_end_is_refused(axis, says, tmp_path, capsys):
+    assert main(["sweep", *SMALL.split(), "--lr", ".1", "--axis", axis, "--store", str(tmp_path)]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("estimator, model", [("gradientclustering:size=16,k=4,every=1", "fc-tanh:width=4"), ("gradientclustering:size=16,every=1,sketch=8", "fc:width=4"),
+                                              ("gradientclustering:size=16,k=4,every=1,variant=faghri2020", "fc:width=4")])
+@pytest.mark.parametrize("lr", ["1e6", "1e25"])
+def test_divergence_is_an_outcome_under_every_estimator(estimator, model, lr, tmp_path, capsys):
+    "Saturated: all gradients are equal, and the spread that a variance is divided by is zero. Overflowing: they are not finite."
+    code = main(["train", "--dataset", "digits-100", "--model", model, "--loss", "mse", "--steps", "12", "--lr", lr, "--estimator", estimator, "--store", str(tmp_path)])
+    said = capsys.readouterr()
+    status = json.loads(next(tmp_path.glob("*/manifest.json")).read_text())["status"]
+    assert (code, status) in ((0, "finished"), (1, "diverged")), said
+    if lr == "1e25" and model == "fc:width=4": assert status == "diverged" and "lower the learning rate" in said.out
+
+
+@pytest.mark.parametrize("module, words", [("submitit", "sweep --lr .1 --axis seed=0 --engine slurm"), ("torch.utils.tensorboard", "runs export --to tensorboard")])
+def test_what_is_not_installed_is_said(module, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *SMALL.split(), "--lr", ".1", "--store", "s"]) == 0
+    monkeypatch.setitem(sys.modules, module, None)
+    more = [] if words.startswith("runs") else SMALL.replace("5", "6").split()
+    assert main([*words.split(), *more, "--store", "s"]) == 2
+    assert "pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cut", [0, 200, 300])
+def test_a_damaged_archive_never_recommends_pickles(cut, tmp_path, capsys):
+    import numpy as np
+    file = tmp_path / "a.npz"
+    np.savez(file, x_train=np.random.rand(9, 3), y_train=np.arange(9), x_test=np.random.rand(9, 3), y_test=np.arange(9))
+    data = bytearray(file.read_bytes())
+    data[cut:cut + 8] = b"\x80\x04damage"
+    file.write_bytes(data)
+    assert main(["train", "--dataset", f"npz:{file}", "--lr", ".1", "--store", str(tmp_path / "s")]) == 2
+    err = capsys.readouterr().err
+    assert str(file) in err and "allow_pickle" not in err
+
+
+def test_a_text_that_is_not_utf8_is_named(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 100)
+    assert main(["train", "--dataset", f"text:{tmp_path}/a.txt", "--lr", ".1", "--store", str(tmp_path / "s")]) == 2
+    assert f"{tmp_path}/a.txt is no UTF-8 text: byte 3 is 0xe9" in capsys.readouterr().err

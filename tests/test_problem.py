@@ -256,11 +256,6 @@ class Shared(torch.nn.Linear):
     def forward(self, x): return super().forward(x).tanh() @ self.weight                               # used twice in a module
 
 
-class Blind(torch.nn.Sequential):
-    @torch.no_grad()
-    def forward(self, x): return super().forward(x)
-
-
 class Borrowing(torch.nn.Sequential):
     def forward(self, x): return self[1](self[0](x)) + x.flatten(1) @ self[1].weight.T                  # used outside of its own
 
@@ -271,7 +266,7 @@ class Attending(torch.nn.Module):
 
 
 @pytest.mark.parametrize("odd", [lambda: Shared(64, 4), lambda: torch.nn.PReLU(64), Attending, lambda: Borrowing(torch.nn.Flatten(), torch.nn.Linear(64, 3)),
-                                 lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(64, 3)), lambda: torch.nn.Bilinear(64, 64, 2), lambda: torch.nn.GRUCell(64, 3), lambda: Blind(torch.nn.Linear(64, 3)),
+                                 lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(64, 3)), lambda: torch.nn.Bilinear(64, 64, 2), lambda: torch.nn.GRUCell(64, 3),
                                  lambda: weight_norm(torch.nn.Linear(64, 3)), lambda: hooked(torch.nn.Linear(64, 3), lambda m, _, y: y.square())])
 def test_quadratic_forms_of_other_modules(odd):
     class Odd(torch.nn.Module):

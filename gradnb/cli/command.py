@@ -9,6 +9,7 @@ __all__ = ['main']
 import argparse
 import sys
 from importlib.metadata import version
+from ..ground.display import printed
 from .figures import add_bench, add_figures
 from .flow import add_flow
 from .names import add_names
@@ -33,6 +34,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    except (ValueError, TypeError, KeyError, OSError, MemoryError, RuntimeError) as e:
-        print(f"gradnb: {e.args[0] if isinstance(e, KeyError) and e.args else e}", file=sys.stderr)
+    except (ValueError, TypeError, KeyError, OSError, ImportError, MemoryError, RuntimeError) as e:
+        print(printed(f"gradnb: {e.args[0] if isinstance(e, KeyError) and e.args else e}", lines=True), file=sys.stderr)
         return 2

@@ -57,15 +57,18 @@ def npz_arrays(
     "The four arrays of a Keras-style file, nothing unpickled. Raises ValueError on what is missing or unreadable."
     if not is_zipfile(file): raise ValueError(f"{file} is not an .npz archive; numpy.savez writes one.")
     keys, arrays = ("x_train", "y_train", "x_test", "y_test"), {}
-    with np.load(file, allow_pickle=False) as stored:
+    def unreadable(what, e):
+        why = "it holds Python objects" if "pickle" in str(e) else str(e) or type(e).__name__
+        return ValueError(f"{what} cannot be read: {why}. Store numbers; objects are pickles, which can run code and are never read.")
+    try: archive = np.load(file, allow_pickle=False)
+    except Exception as e: raise unreadable(file, e) from None
+    with archive as stored:
         if missing := [k for k in keys if k not in stored.files]:
             raise ValueError(f"{file} lacks {', '.join(missing)}; it holds {', '.join(stored.files) or 'nothing'}. "
                              f"Wanted: {', '.join(keys)}.")
         for key in keys:
             try: arrays[key] = stored[key]
-            except Exception as e:
-                raise ValueError(f"{key} in {file} cannot be read: {e} Store numbers; objects are pickles, "
-                                 f"which can run code and are refused.") from e
+            except Exception as e: raise unreadable(f"{key} in {file}", e) from None
             if not isinstance(arrays[key], np.ndarray): raise ValueError(f"{key} in {file} is not a NumPy array.")
     return arrays
 

@@ -9,7 +9,7 @@ __all__ = ['SOURCES', 'Raw', 'data_root', 'contents', 'load_dataset']
 import os
 import re
 from collections.abc import Callable
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -94,6 +94,8 @@ def load_dataset(
     own = [k for k in signature(source).parameters if k != "root" and k not in fields]
     for key in options:
         if key not in own: raise unknown(f"option of dataset {name!r}", key, [*own, *common])
+    if missing := [k for k in own if k not in options and signature(source).parameters[k].default is Parameter.empty]:
+        raise ValueError(f"dataset {name!r} needs {', '.join(missing)}: write {name.partition(':')[0]}:{','.join(f'{k}=VALUE' for k in missing)}.")
     raw = source(data_root(root), **fields, **options)
     classes = common["classes"]
     if classes is not None and not (raw.classes and isinstance(classes, int) and 1 <= classes <= raw.classes and raw.y.ndim == 1):

@@ -52,7 +52,9 @@ def read_text(
     if file is None:
         raise FileNotFoundError(f"no file {' nor '.join(map(str, places))}. {contents(root)} Put the text there, or name another "
                                 "folder in GRADNB_DATA or root=; 'sorting' needs no file.")
-    return file.read_text(encoding="utf-8")
+    try: return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file} is no UTF-8 text: byte {e.start:,} is {e.object[e.start]:#x} ({e.reason}); convert it, as by iconv -f ENCODING -t UTF-8.") from None
 
 def language(
     train: str,

@@ -6,7 +6,7 @@
 __all__ = ['printed', 'in_words', 'as_text', 'as_csv', 'as_label']
 
 # %% ../../nbs/01_ground/10_display.ipynb #imports
-import pandas as pd
+from collections.abc import Callable
 
 # %% ../../nbs/01_ground/10_display.ipynb #printed
 def printed(
@@ -16,17 +16,21 @@ def printed(
     "Text for a terminal: what is not printable (control characters, line breaks, marks that turn the direction of writing) as an escape."
     return "".join(c if c.isprintable() or lines and c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
 
-def in_words(frame: pd.DataFrame, say) -> pd.DataFrame:
+def in_words(
+    frame,          # a DataFrame
+    say: Callable,  # text → text
+):                  # a DataFrame
     "A table in which `say` has changed what is text, names of columns too."
+    import pandas as pd    # takes half a second, which a command that says one line need not wait
     said = lambda v: v if isinstance(v, (int, float)) or v is None else say(str(v))
     columns = [c if c.dtype.kind in "biufcmM" else c.astype(object).map(said) for _, c in frame.items()]
     return (pd.concat(columns, axis=1) if columns else frame).set_axis([say(str(name)) for name in frame], axis=1)
 
-def as_text(frame: pd.DataFrame, **options) -> str:
+def as_text(frame, **options) -> str:
     "A table for a terminal, one line a row; options as for DataFrame.to_string."
     return in_words(frame, printed).to_string(index=False, **options)
 
-def as_csv(frame: pd.DataFrame) -> str:
+def as_csv(frame) -> str:
     "A table as CSV, one line a row; words that a spreadsheet would compute have an apostrophe in front."
     return in_words(frame, lambda v: "'" * v.startswith(("=", "+", "-", "@")) + printed(v)).to_csv(index=False)
 

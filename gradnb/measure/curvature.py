@@ -10,6 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 from ..linalg import Eigs, Sketch, lanczos
+from ..problem.designs import NotFinite
 from ..problem import Point
 from ..ground.roles import check_number
 from ..ground.streams import Stream
@@ -36,7 +37,7 @@ def sharpness(
     for what, vec in (("theta", point.theta.detach()), ("the gradient", point.grad)):
         if not torch.isfinite(vec).all():
             bad = [n for n, b in point.problem.layout.named(vec).items() if not torch.isfinite(b).all()]
-            raise ValueError(f"{what} is not finite in {', '.join(bad[:4])}; there is no Hessian here. If the run has diverged, look at an earlier step.")
+            raise NotFinite(f"{what} is not finite in {', '.join(bad[:4])}; there is no Hessian here. If the run has diverged, look at an earlier step.")
     if point.problem.kinks:
         warnings.warn(f"the loss has kinks ({', '.join(point.problem.kinks)}); its Hessian is that of the smooth piece around θ.", stacklevel=2)
     noise = torch.randn(point.problem.p, generator=stream.generator(), dtype=torch.float64).to(point.theta)

@@ -6,6 +6,7 @@
 __all__ = ['Problem']
 
 # %% ../../nbs/05_problem/09_derivatives.ipynb #imports
+import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Callable
@@ -45,7 +46,7 @@ class Problem(Risk):
 
     def check_memory(self, batch=None):
         "Raises MemoryError where the graph of a chunk would not fit, with the chunk size that does."
-        rows = len(self.part(self.n if batch is None else len(batch.idx)))
+        rows = len(self.part(self.rows(batch)))
         rows = rows if self.chunk_size is None else min(rows, self.chunk_size)
         need, free = rows * self.graph_bytes, free_memory(self.device)
         if need > free:
@@ -71,11 +72,30 @@ class Problem(Risk):
 
     @twice_differentiable()      # torch's fused attention cannot be mapped over examples either
     def example_grads(self, theta: Tensor, batch=None) -> Tensor:   # (b, p)
-        "∇ℓᵢ(θ) of every example of a batch, unweighted, in chunks of at most 32 MB."
-        x, y = self._examples(batch)
-        one = lambda theta, x, y: self.per_example(self.outputs(theta, x[None]), y[None]).squeeze(0)
+        "∇ℓᵢ(θ) of every example of a batch, unweighted, in chunks of at most 32 MB; one by one where the network cannot be mapped."
+        (x, y), theta = self._examples(batch), self.check(theta).detach()
+        if not self._mapped: return self._one_by_one(theta, x, y)
         rows = max(1, 2**25 // (self.p * self.theta0.element_size()))
-        return vmap(grad(one), (None, 0, 0), chunk_size=rows)(self.check(theta).detach(), x, y)
+        return vmap(grad(self._one), (None, 0, 0), chunk_size=rows)(theta, x, y)
+
+    def _one(self, theta, x, y): return self.per_example(self.outputs(theta, x[None]), y[None]).squeeze(0)
+
+    def _one_by_one(self, theta, x, y):
+        theta, total = theta.clone().requires_grad_(), theta.new_empty(len(x), self.p)
+        for i, row in enumerate(total):
+            with torch.enable_grad(): row.copy_(torch.autograd.grad(self._one(theta, x[i], y[i]), theta, materialize_grads=True)[0])
+        return total
+
+    @cached_property
+    def _mapped(self) -> bool:
+        "Can the gradient be mapped over examples? A recurrent layer of torch's, or one with checkpoints, cannot; that is said once."
+        x, y, *_ = self._few(2)
+        try:
+            vmap(grad(self._one), (None, 0, 0))(self.theta0, x, y)
+            return True
+        except (RuntimeError, TypeError) as e:
+            warnings.warn(f"gradients of single examples are taken one by one, since torch cannot map this network over examples: {str(e).partition('. ')[0]}.", stacklevel=4)
+            return False
 
     def _losses(self, x: Tensor, y: Tensor, labels: Stream | None = None) -> Callable[[Tensor], Tensor]:
         def losses(theta):

@@ -15,7 +15,8 @@ from ..data import Dataset
 from ..ground.layout import Layout
 from ..models.losses import LOSSES, accuracy, resolve_loss
 from ..models.means import Ratio, couples, for_examples
-from .network import Network
+from .graphs import wrong_slopes
+from .network import Network, drawing, refuse, scattered
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/08_risk.ipynb #risk
@@ -36,7 +37,7 @@ class Risk:
     share = 0, 1    # (k, m): the k-th of m equal parts of every batch is worked on here, and `reduce` adds the parts up
 
     def __init__(self,
-        module: nn.Module,         # the network; its parameters give θ₀, device and dtype, and are copied
+        module: nn.Module,         # the network; its parameters give θ₀, device and dtype; it is copied, in its present mode
         loss: str | Callable,      # "ce", "mse", "linear_hinge", or per-example: (outputs, targets) → (b,)
         dataset: Dataset,          # training and test examples
         chunk_size: int | None = None,  # examples worked on at a time; None: all at once
@@ -46,7 +47,8 @@ class Risk:
                             "some of an endless stream, Dataset(x, y, x_test, y_test, classes), or measure its gradients as they "
                             "come: grad_variance(draws).")
         if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-        self.layout, self.chunk_size = Layout.of(module), chunk_size
+        refuse(module)
+        self.given, self.layout, self.chunk_size = module, Layout.of(module), chunk_size     # given: left alone
         params = dict(module.named_parameters())
         kinds = {(v.dtype, v.device) for v in params.values()}
         if len(kinds) > 1: raise TypeError(f"all parameters must share one dtype and device, got {sorted(map(str, kinds))}.")
@@ -57,6 +59,11 @@ class Risk:
         if chunk_size is not None and chunk_size < self.n and self.loss_couples:
             raise ValueError(f"chunk_size={chunk_size} would change this loss, in which what an example costs depends on the others in its "
                              f"batch; leave chunk_size out, and give batches of the size that is meant.")
+
+    def __repr__(self) -> str:
+        loss = getattr(self.per_example, "__name__", type(self.per_example).__name__)
+        chunks = f", chunk_size={self.chunk_size}" if self.chunk_size else ""
+        return f"{type(self).__name__}({type(self.module).__name__} in {self.network.mode}, {loss}, {self.dataset.name!r}: n={self.n}, p={self.p}{chunks})"
 
     @property
     def module(self) -> nn.Module: return self.network.module
@@ -77,17 +84,38 @@ class Risk:
     def _try_out(self, module):
         x, y, params = self.dataset.x[:8], self.dataset.y[:8], self.layout.named(self.theta0)
         try: network = Network(module, params, x)
-        except RuntimeError as e:
+        except (RuntimeError, IndexError) as e:
             raise ValueError(f"the network cannot read inputs of shape {tuple(x.shape[1:])} and type {x.dtype} "
                              f"of dataset {self.dataset.name!r}: {e}") from e
         out, classes = network(params, x), self.dataset.classes
         if self.per_example in LOSSES.values() and classes and out.shape[-1] < classes:
             raise ValueError(f"the network has {out.shape[-1]} outputs, and dataset {self.dataset.name!r} has {classes} classes; give its last "
                              f"layer {classes}.")
-        if any(getattr(m, "sparse", False) for m in module.modules()):
-            raise TypeError("the gradient of an nn.Embedding with sparse=True is no dense vector; make it with sparse=False.")
         self.per_example = for_examples(self.per_example, out, y, self.dataset.y)
+        self._check_slopes(network, x[:3], y[:3])
         return network
+
+    def _check_slopes(self, network, x, y):
+        "Raise TypeError naming blocks whose gradient is wrong, in float64 where the network can; a gradient and 2 to 4 losses of 3 examples."
+        def wrong(network, dtype):
+            a, b = (t.to(dtype) if t.is_floating_point() else t for t in (x, y))
+            return wrong_slopes(lambda blocks: self.per_example(network(blocks, a), b).sum(), {k: v.to(dtype) for k, v in blocks.items()})
+        gen = (Stream() / "beside").generator()
+        blocks = {k: v + scattered(v, gen) for k, v in self.layout.named(self.theta0).items()}
+        with drawing(Stream() / "trial", x.device) as drew:
+            try: names = wrong(network.to(torch.float64), torch.float64)
+            except (RuntimeError, TypeError): names = wrong(network, self.dtype)       # which the network insists on
+            if drew(): raise TypeError("the loss draws random numbers, so it is no function of the parameters; let the network draw them.")
+        if names:
+            raise TypeError(f"the gradient of {', '.join(map(repr, names[:5]))}{', …' * (len(names) > 5)} is not the slope of the loss: where these move, "
+                            "the loss moves otherwise. Is it used under no_grad, detached, changed by a hook, or behind a backward pass written by hand? "
+                            "requires_grad_(False) leaves a parameter out.")
+
+    def rows(self, batch=None) -> int:
+        "How many examples a batch asks for. Raises TypeError where it is none."
+        if batch is None: return self.n
+        if not hasattr(batch, "idx"): raise TypeError(f"a batch is Batch(idx), or None for all examples, got {type(batch).__name__}; write Batch(torch.tensor([…])).")
+        return len(batch.idx)
 
     def check(self, vec: Tensor, what: str = "theta") -> Tensor:
         "A vector (p,) or block (p, k) that fits this problem, or an error that says how it does not."
@@ -105,7 +133,7 @@ class Risk:
 
     def one_chunk(self, batch=None) -> bool:
         "Is everything worked on at once?"
-        return self.chunk_size is None or self.chunk_size >= len(self.part(self.n if batch is None else len(batch.idx)))
+        return self.chunk_size is None or self.chunk_size >= len(self.part(self.rows(batch)))
 
     def part(self, n: int) -> range:
         "Which of n examples are worked on here."
@@ -118,7 +146,7 @@ class Risk:
 
     def chunks(self, batch=None):
         "(x, y, weights or None, batch size, noise or None) of every chunk of a batch."
-        n = self.n if batch is None else len(batch.idx)
+        n = self.rows(batch)
         mine, noise = self.part(n), batch.noise if batch and self.noisy else None
         size, xs = self.chunk_size or max(len(mine), 1), None
         if noise and self.dataset.augment:                       # the whole batch at once: chunks change nothing
@@ -155,8 +183,10 @@ class Risk:
         if self.loss_couples: return True
         with torch.no_grad():
             first, other = (self.dataset.x[torch.tensor(some) % self.n] for some in ((0, 1, 2), (0, 3, 4)))
-            if other.is_floating_point(): other[1:] += 1         # the same first example in other company; in pairs BatchNorm says ±1
-            return not torch.allclose(*(self.outputs(self.theta0, x)[0] for x in (first, other)), rtol=1e-3, atol=1e-5)
+            alone = self.outputs(self.theta0, first)[0]
+            try: beside = self.outputs(self.theta0, torch.cat([other[:1], other[1:] + other.is_floating_point()]))[0]
+            except (RuntimeError, IndexError): beside = self.outputs(self.theta0, other)[0]     # numbers of words among the floats
+            return not torch.allclose(alone, beside, rtol=1e-3, atol=1e-5)       # the same first example in other company; in pairs BatchNorm says ±1
 
     def check_examples(self):
         "Raises TypeError where an example has no loss and no gradient of its own."
@@ -167,9 +197,13 @@ class Risk:
         if self.coupled:
             raise TypeError("examples of this network see each other (BatchNorm in training mode?), so a single example has "
                             "no gradient of its own; use problem.frozen(buffers) or GroupNorm.")
+        if self.network.draws:
+            raise TypeError("this network draws for a whole batch at once, outside of Dropout, so a single example has no gradient of its own; "
+                            "let it draw in training mode only and use problem.frozen(), or measure the noise of whole batches.")
 
     def _examples(self, batch=None) -> tuple[Tensor, Tensor]:
         "Inputs and targets of a batch, without its noise."
+        self.rows(batch)
         self.check_examples()
         where = slice(None) if batch is None else batch.idx.to(self.device)
         return examples(self.dataset.x, where), examples(self.dataset.y, where)
@@ -201,9 +235,9 @@ class Risk:
 
     def frozen(self, buffers: dict[str, Tensor] | None = None) -> "Risk":
         "This problem in evaluation mode: no noise, BatchNorm with these running statistics (None: those of the start)."
-        if not (self.buffers or self.noisy): return self
+        if not (self.network.modal or self.noisy): return self
         other = copy(self)
-        for cached in ("coupled", "cuts", "_layer_bytes"): other.__dict__.pop(cached, None)
+        for cached in ("coupled", "cuts", "_layer_bytes", "_mapped"): other.__dict__.pop(cached, None)
         other.network = self.network.frozen(buffers)
         return other
 

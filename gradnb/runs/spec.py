@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'Unreadable', 'Newer', 'encode', 'as_float', 'unused', 'newest', 'decode', 'canonical', 'Identity', 'lacks',
-           'flat_fields', 'Spec', 'Imported']
+           'flat_fields', 'usable', 'Spec', 'Imported']
 
 # %% ../../nbs/08_runs/04_spec.ipynb #imports
 import json
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from hashlib import sha256
-from math import inf
+from math import inf, isfinite
 import torch
 from ..data import load_dataset
 from ..move.estimators.minibatch import FullBatch
@@ -47,6 +47,7 @@ def encode(
         return {"kind": "optimizer", "name": obj.__name__}
     if isinstance(obj, (list, tuple)): return [encode(v, whole) for v in obj]
     if isinstance(obj, dict): return {str(k): encode(v, whole) for k, v in obj.items()}
+    if isinstance(obj, float) and not isfinite(obj): raise ValueError(f"{obj} cannot be part of a spec; its numbers are finite.")
     if obj is None or isinstance(obj, (bool, int, float, str)): return obj
     raise TypeError(f"{obj!r} ({type(obj).__name__}) cannot be part of a spec; use numbers, words, and classes marked @kind.")
 
@@ -146,6 +147,18 @@ def flat_fields(
     return flat
 
 # %% ../../nbs/08_runs/04_spec.ipynb #spec
+def usable(
+    device: str,         # "cpu", "cuda:1", …
+) -> torch.device:
+    "A device that can compute here. Raises ValueError on any other."
+    try:
+        where = torch.device(device)
+        if where.type == "cuda" and (where.index or 0) >= (there := torch.cuda.device_count()): raise RuntimeError(f"torch sees {there} CUDA devices here")
+        torch.ones(1, device=where).item()
+    except Exception as e:       # a backend that is missing fails in any way it likes
+        raise ValueError(f"no device {device!r}: {next(iter(str(e).splitlines()), type(e).__name__).rstrip('.')}; use device='cpu'.") from None
+    return where
+
 @dataclass(frozen=True)
 class Spec(Identity):
     "All that a run depends on."
@@ -172,6 +185,8 @@ class Spec(Identity):
         check_number("a run", "steps", self.steps, 0, whole=True)
         check_number("a run", "seed", self.seed, -inf, whole=True)
         check_number("a run", "goal_every", self.goal_every, 1, whole=True)
+        for name in ("loss_goal", "acc_goal"):
+            if (goal := getattr(self, name)) is not None: check_number("a run", name, goal, -inf)
         if self.dtype not in ("float32", "float64"): raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}.")
         if isinstance(self.rule, Stepper) and self.estimator != FullBatch():
             raise ValueError(f"a flow follows the gradient of all examples; leave out the estimator {self.estimator!r}.")
@@ -180,9 +195,7 @@ class Spec(Identity):
         device: str = "cpu",   # where to compute; no part of the run's identity
     ):
         "The problem, the stepper and the probes. Whatever is wrong with a spec is said here, before any work."
-        where = torch.device(device)
-        if where.type == "cuda" and (where.index or 0) >= (there := torch.cuda.device_count()):
-            raise ValueError(f"no device {device!r}: torch sees {there} CUDA devices here; use device='cpu'.")
+        where = usable(device)
         data = load_dataset(self.dataset)
         module = build_model(self.model, data, seed=self.seed).to(where, getattr(torch, self.dtype))
         problem = Problem(module, self.loss, data, self.chunk_size)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from tqdm.auto import tqdm
 from ..measure.probes.view import PROBES, Probe, View, evaluation
+from ..problem.designs import NotFinite
 from ..ground.roles import Rule, State, Stepper, check_number
 from ..move.steppers import trajectory
 from ..ground.streams import Stream
@@ -122,26 +123,30 @@ def train(
     resumable = None if state is None else (state, watching.remembered())
     bar = tqdm(total=steps, initial=state.step if state else 0, desc="train", unit="step", delay=1, leave=None, disable=not progress)
 
+    k = state.step if state else 0                         # the step that is being made, or looked at
     def keep(name, step, row):
         traces[name].append(step, row)
         if record is not None: record.append(name, step, row)
 
     try:
         for state in trajectory(problem, stepper, theta, seed, state):
-            resumable = state, watching.remembered()      # at once: an interrupt must not part them
+            resumable, k = (state, watching.remembered()), state.step      # at once: an interrupt must not part them
             if record is not None: record.checkpoint(*resumable)
             loss = float(state.loss)
             if outcome := watching.look(state.step, loss, state, keep):
                 traces.outcome = outcome
                 break
+            k += 1
             bar.update()
             bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
     except KeyboardInterrupt:
         traces.outcome = Outcome("interrupted", state.step if state else 0, f"interrupted at step {state.step if state else 0}")
     except Exception as e:
-        e.state, e.traces = state, traces
-        e.add_note(f"at step {state.step if state else 0}; what was measured until then is this error's .traces")
-        raise
+        if not isinstance(e, NotFinite) or not k:
+            e.state, e.traces = state, traces
+            e.add_note(f"at step {state.step if state else 0}; what was measured until then is this error's .traces")
+            raise
+        traces.outcome = Outcome("diverged", k, f"{e} (at step {k})")         # the loss may be finite where a gradient is not
     finally: bar.close()
     if record is not None and resumable: record.checkpoint(*resumable, last=True)     # whoever resumes measures this step again
     if traces.outcome.kind in ("diverged", "interrupted"): warnings.warn(traces.outcome.message, RuntimeWarning, stacklevel=2)

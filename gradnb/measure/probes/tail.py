@@ -10,6 +10,7 @@ __all__ = ['sampled_groups', 'run_grads', 'of_split', 'tail_index_probe', 'noise
 from collections.abc import Iterator
 import torch
 from torch import Tensor
+from ...ground.roles import check_number
 from .view import PROBES, Probe, View
 from ..tail.compat import original_noise_index
 from ..tail.controls import control_row, gaussian_surrogate
@@ -112,6 +113,8 @@ def original_index_probe(
 ) -> Probe:
     "The tail index of the 2019 analysis, over neighbouring coordinates, and that of a Gaussian of the same covariance."
     title = of_split("original_index", split)
+    check_number("original_index", "size", size, 1, whole=True)
+    check_number("original_index", "most", most, 2, whole=True)
     def measure(view):
         problem = on_split(view.frozen, split)
         grads = torch.stack(list(partition_grads(problem, view.theta, size, most)))

@@ -90,7 +90,8 @@ class Within(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        "Variance of drawing from all strata alike over that of a mini-batch of the same size: K J / (N Σᵢ ‖gᵢ − ∇L‖²)."
+        "Variance of drawing from all strata alike over that of a mini-batch of the same size: K J / (N Σᵢ ‖gᵢ − ∇L‖²); 1 where all gradients are equal."
+        if not self.total: return 1.0
         return len(self.sizes) * self.distortion / (self.sizes.sum().item() * self.total)
 
 def within(

@@ -21,13 +21,13 @@ class Estimated:
         estimator: Estimator,               # where the gradient comes from
         seed: int = 0,                      # of what it draws
     ):
-        params = dict(problem.module.named_parameters())
+        params = dict(problem.given.named_parameters())
         self.params = [params[n] for n in problem.layout.names]
-        self.buffers = dict(problem.network.loud.named_buffers())
+        self.buffers = dict(problem.given.named_buffers())
         given = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if lacking := [n for n in problem.layout.names if id(params[n]) not in given]:
             raise ValueError(f"the optimizer does not move {lacking[:3]} of the problem's network; "
-                             "build it over problem.module.parameters().")
+                             "build it over the parameters of the network that the problem was made of.")
         if isinstance(estimator, type) or not isinstance(estimator, Estimator):
             raise TypeError(f"Estimated takes an instance of gradnb.Estimator, got {estimator!r}.")
         self.optimizer, self.problem, self.estimator, self.seed, self.steps = optimizer, problem, estimator, seed, 0

@@ -33,7 +33,10 @@ class FromTorch(Rule):
             raise ValueError(f"{cls.__name__} evaluates the loss several times a step through a closure, "
                              "and a rule sees one gradient; it cannot be used here.")
         for name, value in dict(cls=cls, lr=lr, hyper=hyper).items(): object.__setattr__(self, name, value)
-        self._around({"w": torch.zeros(1, 1)})   # a wrong hyperparameter fails here, with torch's own message
+        try: self._around({"w": torch.zeros(1, 1)})
+        except Exception as e:                   # what torch's classes raise on a wrong hyperparameter is anything
+            given = ", ".join(f"{k}={v!r}" for k, v in (({} if lr is None else {"lr": lr}) | hyper).items())
+            raise ValueError(f"torch.optim.{cls.__name__} does not take {given}: {type(e).__name__}: {e}.") from e
 
     def _around(self, blocks):
         params = [torch.nn.Parameter(b.detach().clone()) for b in blocks.values()]

@@ -7,7 +7,7 @@ __all__ = ['Piecewise', 'Cosine', 'ScheduledState', 'Scheduled']
 
 # %% ../../../nbs/06_move/02_rules/07_schedule.ipynb #imports
 from dataclasses import dataclass, replace
-from math import cos, pi
+from math import cos, inf, pi
 from typing import Any, NamedTuple
 from ...ground.roles import KINDS, Rule, check_range, kind
 
@@ -20,8 +20,8 @@ class Piecewise:
 
     def __post_init__(self):
         object.__setattr__(self, "drops", tuple(map(tuple, self.drops)))
-        if not self.drops or list(self.drops) != sorted(self.drops) or any(f < 0 for _, f in self.drops):
-            raise ValueError(f"drops are (step, factor ≥ 0) pairs in order of steps, got {self.drops}.")
+        if not self.drops or list(self.drops) != sorted(self.drops) or not all(0 <= f < inf for _, f in self.drops):
+            raise ValueError(f"drops are (step, factor ≥ 0) pairs in order of steps, with finite factors, got {self.drops}.")
 
     def __call__(self, k: int) -> float: return next((f for s, f in reversed(self.drops) if k >= s), 1.0)
 

@@ -118,7 +118,7 @@ def record(
         return note
     try:
         for name, (module, _, _) in found.items(): handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
-        return forward(), uses
+        return forward(), [*uses]      # a copy: a block that is computed again is no further use
     finally:
         for h in handles: h.remove()
 
