@@ -132,7 +132,7 @@ class Recorder:
         "Say that a trace has lost rows of which the last checkpoint speaks."
         file = self.path / "traces" / (file_name(name) + ".trace")
         why = f"{file} has lost rows that it had at the last checkpoint."
-        self.damaged.append({"file": str(file.relative_to(self.path)), "now": file.name if file.exists() else None, "why": why})
+        self.damaged.append({"file": str(file.relative_to(self.path)), "now": None, "why": why})
         warnings.warn(f"{why} run {self.path.name} measures them again.", RuntimeWarning, stacklevel=4)
 
     def _cut(self, sound: Sound, trace: Trace, keep: int):

@@ -136,7 +136,8 @@ class Run:
             rows[name] = sound.rows
             for file, why in sound.damaged.items(): found[str(file.relative_to(self.path))] = why
         for name, n in last["about"]["rows"].items() if last and not found else ():
-            if rows.get(name, 0) < n: found[file := f"traces/{file_name(name)}.trace"] = f"{self.path / file} has {rows.get(name, 0)} rows, and had {n} at the last checkpoint."
+            file = f"traces/{file_name(name)}.trace"
+            if rows.get(name, 0) < n: found[file] = f"{self.path / file} has {rows.get(name, 0)} rows, and had {n} at the last checkpoint."
         if not found: check("traces", lambda: self.traces)
         return found
 

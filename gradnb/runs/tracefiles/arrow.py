@@ -37,8 +37,7 @@ def compact(
 def arrow_schema(layout: TraceLayout, sealed: str) -> pa.Schema:
     "Columns by their own names, as float64 or lists of m of it."
     kinds = {c: pa.list_(pa.float64(), m) if dict(layout.columns)[c] else pa.float64() for c, m in layout.sizes.items() if m}
-    spelt = lambda c: c.encode(errors="backslashreplace").decode()                             # half a surrogate pair is no Unicode
-    fields = [pa.field(c, kind, nullable=False) for c, kind in (("step", pa.int64()), *((spelt(c), kind) for c, kind in kinds.items()))]
+    fields = [pa.field(c, kind, nullable=False) for c, kind in (("step", pa.int64()), *kinds.items())]
     return pa.schema(fields, {"gradnb": sealed})
 
 def arrow_column(v: np.ndarray) -> pa.Array:

@@ -118,8 +118,7 @@ def save_arrays(
 ):
     "Write the arrays of one row. Raises TypeError on numbers and names that safetensors does not know."
     for c in arrays:
-        if c == "__metadata__" or not c.isascii() and c != c.encode(errors="replace").decode():
-            raise TypeError(f"trace {layout.name!r} cannot have an array called {c!r}: safetensors does not know such a name.")
+        if c == "__metadata__": raise TypeError(f"trace {layout.name!r} cannot have an array called {c!r}: safetensors keeps that name for itself.")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {c: torch.from_numpy(np.ascontiguousarray(a)) for c, a in arrays.items()}
     save_tensors(folder / f"{step}.safetensors", tensors, {"run": layout.run, "name": layout.name, "step": step})
@@ -171,7 +170,9 @@ class TraceWriter:
         if step <= self.last: raise ValueError(f"the steps of trace {layout.name!r} rise; after {self.last} it now gets {step}.")
         there = os.fstat(self._fd)
         if not there.st_nlink or there.st_size != self.size: raise self.lost()
-        if row.arrays: save_arrays(arrays_of(self.path), layout, step, row.arrays)
+        if row.arrays:
+            self.check_place()
+            save_arrays(arrays_of(self.path), layout, step, row.arrays)
         try: write_all(self._fd, layout.pack(self.rows, step, row.numbers))
         except OSError:
             os.ftruncate(self._fd, self.size)
@@ -181,12 +182,16 @@ class TraceWriter:
     def lost(self) -> RuntimeError:
         return RuntimeError(f"{self.path} was removed or changed by someone else while this process was writing it; the same call goes on from what is left.")
 
-    def check(self):
+    def check_place(self):
         "Raises RuntimeError where the path no longer names the file that is written, or it has lost rows."
         here = os.fstat(self._fd)
         try: found = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError): raise self.lost() from None
         if not os.path.samestat(here, found) or here.st_size < self.size: raise self.lost()
+
+    def check(self):
+        "As check_place, and where arrays are lost."
+        self.check_place()
         if self.layout.arrays and self.rows > sum(1 for _ in arrays_of(self.path).glob("*.safetensors")): raise self.lost()
 
     def sync(self): flush(self._fd, self.path)
