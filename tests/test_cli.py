@@ -164,3 +164,22 @@ def test_a_text_that_is_not_utf8_is_named(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 100)
     assert main(["train", "--dataset", f"text:{tmp_path}/a.txt", "--lr", ".1", "--store", str(tmp_path / "s")]) == 2
     assert f"{tmp_path}/a.txt is no UTF-8 text: byte 3 is 0xe9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["digits\x1b[31mred", "digits\n0123456789abcdef  finished", "a\u202eb", "=1+1", "+1", "@x", "a\rb", "a\u2028b", "\x00"])
+def test_names_are_shown_as_names(name, tmp_path, capsys):
+    "A stranger's run and a grid: one line each, nothing that a terminal obeys, nothing that a spreadsheet computes."
+    from gradnb import GD, Spec
+    spec = Spec(name, "fc", "ce", GD(.1), 3)
+    (tmp_path / spec.hash).mkdir()
+    (tmp_path / spec.hash / "spec.json").write_text(spec.to_json())
+    assert main(["runs", "list", "--store", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1 and out.rstrip("\n").isprintable() and out.startswith(spec.hash)
+    sweep = ["sweep", "--dataset", name, "--lr", ".1", "--axis", "seed=0,1", "--dry-run", "--store", str(tmp_path / "s")]
+    assert main([*sweep, "--csv"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 3 and all(line.isprintable() and not line.startswith(tuple("=+-@")) for line in out.splitlines())
+    assert main(sweep) == 0 and len(capsys.readouterr().out.splitlines()) == 3
+    main(["train", "--dataset", name, "--lr", ".1", "--store", str(tmp_path / "s")])
+    assert all(line.isprintable() for line in capsys.readouterr().err.splitlines())

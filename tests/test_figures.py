@@ -262,3 +262,54 @@ def test_saving_creates_folders_or_nothing(tmp_path):
     assert "<dc:date>" not in (tmp_path / "a" / "b" / "f.svg").read_text()
     assert save_figure(fig, "", "f") == []
     plt.close(fig)
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$", r"a$\alpha$b", "$", "$$", r"\$x$", "a_b^c"])
+def test_a_name_is_never_mathematics(tmp_path, name):
+    "The picture is the same as with matplotlib told in its own words that nothing is mathematics."
+    from gradnb.show.explorers.drawing import draw_panels
+    from gradnb.show.explorers.series import Line, Panel
+    def figure(**how):
+        fig, ax = plt.subplots()
+        ax.plot([1, 2], [1, 2])
+        ax.set_title(name, **how)
+        ax.set_xlabel(name, **how)
+        ax.set_yticks([1, 2], [name, name], **how)
+        return fig
+    ours, theirs = figure(), figure(parse_math=False)
+    save_figure(ours, tmp_path, "ours")
+    with style(): theirs.savefig(tmp_path / "theirs.png")
+    assert (plt.imread(tmp_path / "ours.png") == plt.imread(tmp_path / "theirs.png")).all()
+    draw_panels([Panel(name, [Line(np.arange(3), np.arange(3.), key=name)], ylabel=name)]).savefig(tmp_path / "panels.png")
+    plt.close("all")
+
+
+PLANTED = ("gradnb", "safetensors", "ipykernel_launcher", "IPython", "random", "matplotlib", "sitecustomize")
+
+
+def test_nothing_that_lies_in_a_figures_folder_is_imported(tmp_path, monkeypatch):
+    "Modules, settings and templates lie in the figure's folder and in the working folder; the notebook writes into the first."
+    body = "import matplotlib.pyplot as plt, gradnb, safetensors\nopen('written', 'w').write(str(plt.rcParams['lines.linewidth']))"
+    path, folders = write(tmp_path, "one", body=body), (tmp_path / "out", tmp_path / "here")
+    for folder in folders:
+        (folder / "lab").mkdir(parents=True)
+        for module in PLANTED: (folder / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        (folder / "matplotlibrc").write_text("lines.linewidth: 77")
+        (folder / "lab" / "conf.json").write_text('{"base_template": "base"}')
+        (folder / "lab" / "index.html.j2").write_text("{{ ''.__class__ }} a stranger's page")
+    monkeypatch.chdir(folders[1])
+    monkeypatch.setenv("PYTHONPATH", f"{figures.__file__.rpartition('/gradnb/')[0]}:")       # an empty entry is the working folder
+    figures.execute(path, folders[0], {}, 60)
+    assert not (tmp_path / "ran").exists() and (folders[0] / "written").read_text() not in ("", "77.0")
+    assert "stranger" not in (folders[0] / "one.html").read_text("utf-8")
+
+
+def test_what_cannot_work_is_said_before_any_work(tmp_path, drawn, capsys):
+    from gradnb.cli import main
+    (tmp_path / "file").write_text("")
+    for flags, says in ((["--device", "cuda:9"], "no device 'cuda:9'"), (["--out", str(tmp_path / "file")], "file is no folder"), (["--out", "/proc/nothing"], "nothing"),
+                        (["--out", str(tmp_path / "file" / "deeper")], "file is no folder"), (["--store", str(tmp_path / "file")], "file is no folder")):
+        assert main(["figures", "spectrum", "--size", "smoke", *flags]) in (1, 2)
+        said = capsys.readouterr()
+        assert says in said.err + said.out and "Traceback" not in said.err + said.out
+    assert not drawn

@@ -1,12 +1,19 @@
 "Dropout and BatchNorm: training agrees with a plain torch loop, resumes bitwise, and is not disturbed by measuring."
 import copy
+import functools
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from gradnb import Batch, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, build_model, load_dataset, train, trajectory
+from gradnb import (Batch, Dataset, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, build_model, check_problem, grad_variance,
+                    load_dataset, sharpness, train, trajectory)
+from gradnb.problem.network import drawing
 from gradnb.runs.laws import check_stepper
 
 DIGITS = load_dataset("digits-200")
@@ -145,3 +152,444 @@ def test_layers_of_a_frozen_network_see_its_running_statistics():
     got = next(frozen.layer_io(problem.theta0)).example_grads()[:5]
     torch.testing.assert_close(got, truth)
     assert all(torch.equal(b, problem.buffers[k]) for k, b in problem.module.named_buffers())
+
+
+# --- what a problem owes to the module that it was made of -----------------------------------------------------------
+
+def draw(*shape, name="test"): return torch.randn(*shape, generator=Stream(0, (name,)).generator(), dtype=torch.float64)
+
+
+def made(cls, *args, **kwargs):
+    "A network whose weights are always the same."
+    with drawing(Stream(0, (cls.__name__,)), torch.device("cpu")): return cls(*args, **kwargs).double()
+
+
+def slope(problem, theta, v, h=1e-6, batch=None): return (problem.loss(theta + h * v, batch) - problem.loss(theta - h * v, batch)) / (2 * h)
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(64, 12), nn.Linear(12, 12), nn.Linear(12, 10)
+
+    def forward(self, x, run=lambda f, h: f(h)):
+        h = self.a(x.flatten(1))
+        return self.o(h + run(self.block, h))
+
+    def block(self, h): return self.b(h).tanh()
+
+
+class Checkpointed(Base):
+    def forward(self, x): return super().forward(x, lambda f, h: checkpoint(f, h, use_reentrant=False))
+
+
+class Reentrant(Base):
+    def forward(self, x): return super().forward(x, lambda f, h: checkpoint(f, h, use_reentrant=True))
+
+
+class Dropping(Base):
+    def __init__(self): super().__init__(); self.drop = nn.Dropout(.3)
+    def block(self, h): return self.drop(self.b(h).tanh())
+
+
+class DroppingCheckpointed(Dropping, Checkpointed): pass
+
+
+class Implicit(Base):
+    "A fixed point z = tanh(.3 b(z) + u), whose gradient a hook computes (the layer of deep equilibrium models)."
+    def block(self, u):
+        f = lambda z: torch.tanh(.3 * self.b(z) + u)
+        with torch.no_grad():
+            z = torch.zeros_like(u)
+            for _ in range(80): z = f(z)
+        z = f(z)
+        if z.requires_grad:
+            start = z.detach().requires_grad_()
+            again = f(start)
+            def solve(g):
+                y = g
+                for _ in range(80): y = torch.autograd.grad(again, start, y, retain_graph=True)[0] + g
+                return y
+            z.register_hook(solve)
+        return z
+
+
+class Listed(Base):
+    def __init__(self): super().__init__(); self.ws = [self.b.weight]
+    def block(self, h): return (h @ self.ws[0].T + self.b.bias).tanh()
+
+
+class Closed(Base):
+    def __init__(self):
+        super().__init__()
+        w = self.b.weight
+        self.through = lambda h: (h @ w.T + self.b.bias).tanh()
+    def block(self, h): return self.through(h)
+
+
+class Bound(Base):
+    def __init__(self): super().__init__(); self.table = (dict(f=self.b), functools.partial(F.linear, weight=self.o.weight))
+    def forward(self, x):
+        h = self.a(x.flatten(1))
+        return self.table[1](h + self.table[0]["f"](h).tanh()) + self.o.bias
+
+
+class Unregistered(Base):
+    def __init__(self): super().__init__(); self.layers = [nn.Linear(12, 12).double()]
+    def block(self, h): return self.layers[0](self.b(h)).tanh()
+
+
+LIVE = made(nn.Linear, 12, 12)
+
+
+class Foreign(Base):
+    def block(self, h): return self.b(LIVE(h)).tanh()
+
+
+class Detached(Base):
+    def block(self, h): return self.b(h.detach()).tanh() + (h @ self.b.weight.detach()).sigmoid()
+
+
+class Blind(Base):
+    @torch.no_grad()
+    def block(self, h): return self.b(h).tanh()
+
+
+class Halving(Base):
+    def block(self, h):
+        if h.requires_grad: h.register_hook(lambda g: g / 2)
+        return self.b(h).tanh()
+
+
+class Wrong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): ctx.save_for_backward(x); return x.sin()
+    @staticmethod
+    def backward(ctx, g): return 1.1 * g * ctx.saved_tensors[0].cos()
+
+
+class ByHand(Base):
+    def block(self, h): return Wrong.apply(self.b(h))
+
+
+class Counting(Base):
+    calls = 0
+    def block(self, h): self.calls += 1; return self.calls * self.b(h).tanh()
+
+
+class NumPys(Base):
+    def block(self, h): return float(np.random.rand()) * self.b(h)
+
+
+class FunctionDropout(Base):
+    def block(self, h): return F.dropout(self.b(h).tanh(), .3, self.training)
+
+
+class Careless(Base):
+    "Forgets that Dropout is to stop in evaluation mode."
+    def block(self, h): return F.dropout(self.b(h).tanh(), .3)
+
+
+class Reparametrised(Base):
+    "As in a variational autoencoder."
+    def block(self, h): return h + torch.randn_like(h) * self.b(h).exp() if self.training else h
+
+
+class Bernoulli(Base):
+    def block(self, h): return self.b(h).tanh() * torch.bernoulli(torch.full_like(h, .5))
+
+
+class DropPath(nn.Module):
+    def forward(self, h): return h * h.new_empty(len(h), 1).bernoulli_(.7) / .7 if self.training else h
+
+
+class Stochastic(Base):
+    def __init__(self): super().__init__(); self.path = DropPath()
+    def block(self, h): return self.path(self.b(h).tanh())
+
+
+class FusedAttention(Base):
+    def block(self, h):
+        h = self.b(h).view(-1, 1, 3, 4)
+        return F.scaled_dot_product_attention(h, h, h, dropout_p=.4 if self.training else 0.).flatten(1)
+
+
+class Encoder(nn.Module):
+    def __init__(self, dropout=.3):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, activation="gelu", batch_first=True)
+        self.body, self.o = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(64, 10)
+    def forward(self, x): return self.o(self.body(x.view(-1, 8, 8)).flatten(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind=nn.LSTM, dropout=0.):
+        super().__init__()
+        self.r, self.o = kind(8, 6, 2, batch_first=True, dropout=dropout), nn.Linear(6, 10)
+    def forward(self, x): return self.o(self.r(x.view(-1, 8, 8))[0][:, -1])
+
+
+class Numbers(nn.Module):
+    "Parameters without dimensions, without entries, tied, and without use."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o, self.idle = nn.Linear(64, 12), nn.Linear(12, 12), nn.Linear(12, 10), nn.Linear(3, 3)
+        self.scale, self.rezero, self.empty, self.twin = nn.Parameter(torch.tensor(2.)), nn.Parameter(torch.tensor(0.)), nn.Parameter(torch.zeros(0, 3)), nn.Linear(12, 12)
+        self.twin.weight = self.b.weight
+    def forward(self, x):
+        h = self.a(x.flatten(1))
+        return self.o(h * self.scale + self.rezero * self.twin(self.b(h).tanh())) + self.empty.sum()
+
+
+class Averaging(Base):
+    "Assigns a buffer, where BatchNorm would write into it."
+    def __init__(self): super().__init__(); self.register_buffer("mean", torch.zeros(12))
+    def block(self, h):
+        if self.training: self.mean = .9 * self.mean + .1 * h.detach().mean(0)
+        return self.b(h if self.training else h - self.mean).tanh()
+
+
+RIGHT = [Checkpointed, DroppingCheckpointed, Listed, Closed, Bound, FunctionDropout, Careless, Reparametrised, Bernoulli, Stochastic,
+         FusedAttention, Encoder, Recurrent, functools.partial(Recurrent, nn.GRU, .4), Numbers, Averaging,
+         lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.RReLU(), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10)),
+         lambda: nn.Sequential(nn.Unflatten(2, (8, 1)), nn.Flatten(3), nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 10)),
+         lambda: network(.5)]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("kind", RIGHT, ids=lambda k: getattr(k, "__name__", "partial"))
+def test_every_law_of_a_problem(kind, mode):
+    with drawing(Stream(1), torch.device("cpu")): module = kind()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "gradients of single examples|.*batching rule")
+        check_problem(getattr(module, mode)(), "ce", load_dataset("digits-20"))
+
+
+@pytest.mark.parametrize("kind, plain", [(Checkpointed, Base), (Listed, Base), (Closed, Base), (Bound, Base), (DroppingCheckpointed, Dropping)])
+def test_what_goes_on_after_the_forward_pass_is_right_far_from_the_start(kind, plain):
+    "The same numbers as a plain network of the same weights: at any θ, of any order, by example, by layer, frozen, under noise."
+    data = load_dataset("digits-40").to(dtype=torch.float64)
+    ours, truth = made(kind), made(plain)
+    ours.load_state_dict(truth.state_dict())
+    ours, truth = Problem(ours, "ce", data), Problem(truth, "ce", data)
+    theta, V = truth.theta0 + draw(truth.p), draw(truth.p, 2, name="v")
+    for p, q in ((ours, truth), (ours.frozen(), truth.frozen())):
+        torch.testing.assert_close(p.grad_and_loss(theta), q.grad_and_loss(theta))
+        torch.testing.assert_close(p.hvp(theta, V), q.hvp(theta, V))
+        torch.testing.assert_close(p.at(theta).quadratic(V), q.at(theta).quadratic(V))
+        torch.testing.assert_close(p.at(theta).ggn(V), q.at(theta).ggn(V))
+        torch.testing.assert_close(p.curvature_grad(theta, V[:, 0], V[:, 1]), q.curvature_grad(theta, V[:, 0], V[:, 1]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(p.example_grads(theta), q.example_grads(theta))
+    if kind in (Checkpointed, DroppingCheckpointed):
+        torch.testing.assert_close(next(ours.layer_io(theta)).sq_norms(), truth.example_grads(theta).square().sum(1))
+    noisy = Batch(torch.arange(40), noise=Stream(4))
+    torch.testing.assert_close(ours.grad_and_loss(theta, noisy), truth.grad_and_loss(theta, noisy))
+    first, other = ours.at(theta), ours.at(truth.theta0)                  # two graphs that are kept at once
+    torch.testing.assert_close(first.hvp(V) + 0 * other.grad[0], truth.hvp(theta, V))
+
+
+def test_training_with_checkpoints_is_training():
+    paths = [train(Problem(made(kind), "ce", DIGITS), Descent(GD(.5)), 60, progress=False)[0].theta for kind in (Checkpointed, Checkpointed)]
+    module = made(Checkpointed)
+    opt = torch.optim.SGD(module.parameters(), lr=.5)
+    for _ in range(60):
+        opt.zero_grad()
+        F.cross_entropy(module(DIGITS.x.double()), DIGITS.y).backward()
+        opt.step()
+    plain = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    assert torch.equal(*paths)
+    torch.testing.assert_close(paths[0], plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", [Implicit, Checkpointed])
+def test_gradients_that_are_computed_in_a_hook(kind):
+    problem, v = Problem(made(kind), "ce", DIGITS), draw(Problem(made(kind), "ce", DIGITS).p, name="v")
+    theta = problem.theta0 + .05 * draw(problem.p)
+    torch.testing.assert_close(problem.grad_and_loss(theta)[0] @ v, slope(problem, theta, v), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind, says", [
+    (Detached, r"gradient of '(a|b)\.weight'.* is not the slope"), (Blind, r"gradient of '(a|b)\.weight'"), (Halving, r"gradient of 'a\.weight', 'a\.bias' is not"),
+    (ByHand, r"'b\.weight'.* is not the slope.*backward pass written by hand"), (Reentrant, "use_reentrant=False"), (Unregistered, r"shape \(12,.*nn.ModuleList"),
+    (Foreign, r"trainable tensor of shape \(12,.*reach it through self"), (Counting, "two answers"), (NumPys, "two answers")])
+def test_what_is_no_gradient_of_the_loss_is_refused_when_the_problem_is_made(kind, says):
+    torch_, numpy_ = torch.get_rng_state(), str(np.random.get_state())
+    module = made(kind)
+    with pytest.raises(TypeError, match=says): Problem(module, "ce", DIGITS)
+    assert torch.equal(torch_, torch.get_rng_state()) and (kind is NumPys or numpy_ == str(np.random.get_state()))
+    assert all(p.grad is None for p in module.parameters()) and module.training
+
+
+@pytest.mark.parametrize("hook, says", [
+    (lambda n: n.a.weight.register_hook(lambda g: g * 0), "'a.weight' has a hook"),
+    (lambda n: n.o.bias.register_post_accumulate_grad_hook(lambda p: None), "'o.bias' has a hook"),
+    (lambda n: n.b.register_full_backward_hook(lambda m, i, o: None), "layer 'b' has a backward hook.*remove"),
+    (lambda n: n.register_full_backward_pre_hook(lambda m, g: None), "this network has a backward hook")])
+def test_hooks_that_may_change_gradients_are_refused_by_name(hook, says):
+    module = made(Base)
+    handle = hook(module)
+    with pytest.raises(TypeError, match=says): Problem(module, "ce", DIGITS)
+    handle.remove()
+    Problem(module, "ce", DIGITS)
+
+
+@pytest.mark.parametrize("module, says", [
+    (lambda: torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), "compiled by torch.jit"),
+    (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "'1.weight' has no shape.*lazy.*call the network once"),
+    (lambda: nn.Linear, "the class Linear"), (lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 10)), "writes over its inputs")])
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_cannot_be_functions_of_their_parameters(module, says):
+    with pytest.raises(TypeError, match=says): Problem(module(), "ce", DIGITS)
+
+
+@pytest.mark.parametrize("start, later", [("train", "eval"), ("eval", "train")])
+def test_the_mode_is_that_of_the_moment_when_the_problem_was_made(start, later):
+    "0.907 in training mode without noise, 0.985 in evaluation mode, whatever became of the module since: by torch alone."
+    module = getattr(network(dropout=.4), start)()
+    problem = Problem(module, "ce", DIGITS)
+    plain = getattr(network(dropout=0. if start == "train" else .4), start)()
+    with torch.no_grad(): truth = F.cross_entropy(plain(DIGITS.x.double()), DIGITS.y)
+    getattr(module, later)()
+    before, rng = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    for _ in range(2): torch.testing.assert_close(problem.loss(problem.theta0), truth)
+    problem.settle(problem.theta0, problem.buffers)
+    assert same(before, module.state_dict()) and torch.equal(rng, torch.get_rng_state()) and module.training == (later == "train")
+    assert f"in {dict(train='training', eval='evaluation')[start]} mode" in repr(problem)
+    with torch.no_grad():
+        for p in module.parameters(): p.zero_()
+        module[2].running_var.mul_(9)
+    torch.testing.assert_close(problem.loss(problem.theta0), truth)
+
+
+def test_a_layer_of_another_mode_is_named():
+    module = network()
+    module[2].eval()
+    problem = Problem(module, "ce", DIGITS)
+    assert "in training mode, evaluation in 2," in repr(problem) and not problem.buffers
+
+
+def test_a_tensor_left_with_a_graph_survives_the_copy():
+    module = made(Base)
+    module.left = [module.a.weight.sum()]
+    problem = Problem(module, "ce", DIGITS)
+    assert module.left[0].requires_grad and problem.p == sum(p.numel() for p in module.parameters())
+
+
+def test_frozen_is_evaluation_mode_without_dropout_and_statistics_too():
+    class Doubling(Base):
+        def block(self, h): return (2 if self.training else 1) * self.b(h)
+    module = made(Doubling)
+    problem, x = Problem(module, "ce", DIGITS), DIGITS.x[:5].double()
+    torch.testing.assert_close(problem.outputs(problem.theta0, x), module(x))
+    torch.testing.assert_close(problem.frozen().outputs(problem.theta0, x), module.eval()(x))
+
+
+# --- draws outside of Dropout ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", [FunctionDropout, Careless, Reparametrised, Bernoulli, Stochastic, FusedAttention, Encoder, functools.partial(Recurrent, nn.LSTM, .4)])
+def test_draws_come_from_the_stream_and_are_torchs_own(kind):
+    "The module itself, run with torch's generator at the stream's state, draws the same."
+    with drawing(Stream(1), torch.device("cpu")): module = kind().double()
+    problem, idx = Problem(module, "ce", DIGITS), torch.arange(30)
+    loss = lambda k: problem.loss(problem.theta0, Batch(idx, noise=Stream(k)))
+    rng = torch.get_rng_state()
+    assert loss(1) == loss(1) and loss(1) != loss(2) and problem.loss(problem.theta0) == problem.loss(problem.theta0)
+    assert torch.equal(rng, torch.get_rng_state())
+    with drawing(Stream(1) / 0, torch.device("cpu")), torch.no_grad(): truth = F.cross_entropy(module(DIGITS.x[:30].double()), DIGITS.y[:30])
+    torch.testing.assert_close(loss(1), truth)
+    train_, half = (train(problem, Descent(Momentum(.05, .9), MiniBatch(16)), n, progress=False)[0] for n in (6, 3))
+    assert torch.equal(train_.theta, train(problem, Descent(Momentum(.05, .9), MiniBatch(16)), 6, state=half, progress=False)[0].theta)
+
+
+@pytest.mark.parametrize("kind, calm", [
+    (FunctionDropout, lambda m: m.eval()), (Stochastic, lambda m: m.eval()), (FusedAttention, lambda m: m.eval()),
+    (Encoder, lambda m: Encoder(0.)), (functools.partial(Recurrent, nn.LSTM, .4), lambda m: Recurrent(nn.LSTM, 0.))])
+def test_without_a_stream_nothing_is_dropped(kind, calm):
+    with drawing(Stream(1), torch.device("cpu")): module = kind().double()
+    problem = Problem(module, "ce", DIGITS)
+    other = calm(module).double()
+    other.load_state_dict(module.state_dict())
+    with torch.no_grad(): torch.testing.assert_close(problem.outputs(problem.theta0, problem.dataset.x), other(problem.dataset.x))
+
+
+def test_a_variational_draw_is_fixed_without_a_stream_and_gone_where_evaluation_has_none():
+    problem = Problem(made(Reparametrised), "ce", DIGITS)
+    with pytest.raises(TypeError, match="draws for a whole batch"): problem.example_grads(problem.theta0)
+    assert problem.frozen().example_grads(problem.theta0, Batch(torch.arange(3))).shape == (3, problem.p)
+
+
+def test_a_loss_that_draws_is_refused():
+    with pytest.raises(TypeError, match="loss draws random numbers"):
+        Problem(made(Base), lambda out, y: F.cross_entropy(out + torch.randn_like(out), y, reduction="none"), DIGITS)
+
+
+def test_the_last_straw_is_named_by_check_problem():
+    class Writing(Problem):
+        def grad_and_loss(self, theta, batch=None):
+            with torch.no_grad(): self.given.a.bias.add_(1)
+            return super().grad_and_loss(theta, batch)
+    class Moving(Problem):
+        def loss(self, theta, batch=None): torch.rand(1); return super().loss(theta, batch)
+    class Forgetful(Problem):
+        def grad_and_loss(self, theta, batch=None):
+            grad, loss = super().grad_and_loss(theta, batch)
+            return grad.where(torch.arange(self.p) >= 30, 0), loss
+    for cls, says in ((Writing, "writes into the module it was made of: a.bias"), (Moving, "moves the global generator of torch"),
+                      (Forgetful, "do not average to its gradient in 'a.weight'")):
+        with pytest.raises(RuntimeError, match=says): check_problem(cls(made(Base), "ce", DIGITS))
+    class Scaled(Problem):
+        def hvp(self, theta, v, batch=None): return 1.1 * super().hvp(theta, v, batch)
+    with pytest.raises(RuntimeError, match="product that is not the slope of its gradient"): check_problem(Scaled(made(Base), "ce", DIGITS))
+    with pytest.raises(TypeError, match="no differences of the gradient"): check_problem(made(Implicit), "ce", DIGITS)
+    with pytest.raises(TypeError, match="comes with its loss and data"): check_problem(made(Base))
+
+
+class Pooled(nn.Module):
+    def __init__(self): super().__init__(); self.bag, self.o = nn.EmbeddingBag(5, 4), nn.Linear(4, 3)
+    def forward(self, x): return self.o(self.bag(x).tanh())
+
+
+class BiasAlone(Base):
+    def __init__(self): super().__init__(); self.shift = nn.Parameter(torch.zeros(12))
+    def block(self, h): return F.layer_norm(self.b(h), (12,), weight=None, bias=self.shift)
+
+
+def test_operations_without_second_derivatives_are_named():
+    words = torch.randint(5, (20, 6), generator=Stream(3).generator())
+    for module, data, says in ((made(Pooled), Dataset(words, words[:, 0] % 3, words, words[:, 0] % 3, 3, words=5), "no second derivative of embedding_bag"),
+                               (made(BiasAlone), DIGITS, "add the bias to what it returns")):
+        problem = Problem(module, "ce", data)
+        assert problem.grad_and_loss(problem.theta0)[0].isfinite().all()
+        with pytest.raises(TypeError, match=says): problem.hvp(problem.theta0, problem.theta0)
+
+
+class Packed(nn.Module):
+    "Numbers of words and floats in one tensor."
+    def __init__(self, batchnorm=False):
+        super().__init__()
+        self.e, self.norm, self.o = nn.Embedding(5, 4), nn.BatchNorm1d(7) if batchnorm else nn.Identity(), nn.Linear(7, 3)
+    def forward(self, x): return self.o(self.norm(torch.cat([self.e(x[:, 0].long()), x[:, 1:]], 1)))
+
+
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_numbers_of_words_among_floats_stay_what_they_are(batchnorm):
+    x = torch.cat([torch.arange(20)[:, None] % 5, draw(20, 3)], 1)
+    problem = Problem(made(Packed, batchnorm), "ce", Dataset(x, torch.arange(20) % 3, x, torch.arange(20) % 3, 3))
+    assert problem.coupled == batchnorm
+    if not batchnorm: torch.testing.assert_close(problem.example_grads(problem.theta0).mean(0), problem.grad_and_loss(problem.theta0)[0])
+
+
+@pytest.mark.parametrize("batch", [torch.arange(3), [0, 1], range(3), 5])
+@pytest.mark.parametrize("ask", ["grad_and_loss", "loss", "example_grads"])
+def test_a_batch_is_a_batch(ask, batch):
+    problem = Problem(made(Base), "ce", DIGITS)
+    with pytest.raises(TypeError, match=rf"got {type(batch).__name__}; write Batch"): getattr(problem, ask)(problem.theta0, batch)
+
+
+@pytest.mark.parametrize("ask, says", [
+    (lambda m: sharpness(m, "ce", DIGITS), r"takes a Problem and θ, got Base; write p = Problem\("),
+    (lambda m: grad_variance([torch.ones(3), torch.zeros(3)]), r"got a list; write torch.stack")])
+def test_what_is_asked_of_the_wrong_thing_says_how_to_ask(ask, says):
+    with pytest.raises(TypeError, match=says): ask(made(Base))

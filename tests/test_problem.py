@@ -376,3 +376,103 @@ def test_the_layer_whose_gradient_is_not_finite_is_named():
     theta = problem.theta0.clone()
     theta[-1] = torch.inf
     with pytest.raises(ValueError, match=r"theta is not finite in 3\.bias;"): sharpness(problem, theta)
+
+
+# --- products that torch has wrong -----------------------------------------------------------------------------------
+
+class Hidden(torch.autograd.Function):
+    "A sine whose backward keeps its cosine out of torch's sight."
+    @staticmethod
+    def forward(ctx, x): ctx.slope = x.detach().cos(); return x.sin()
+    @staticmethod
+    def backward(ctx, g): return g * ctx.slope
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): ctx.save_for_backward(x); return x.sin()
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return g * ctx.saved_tensors[0].cos()
+
+
+class Open(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): ctx.save_for_backward(x); return x.sin()
+    @staticmethod
+    def backward(ctx, g): return g * ctx.saved_tensors[0].cos()
+
+
+class Through(torch.nn.Module):
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, x): return self.f(x)
+
+
+def between(f, norm=lambda m: m):
+    with drawing(Stream(7), torch.device("cpu")):
+        return torch.nn.Sequential(torch.nn.Flatten(), norm(torch.nn.Linear(64, 4)), Through(f), norm(torch.nn.Linear(4, 10)))
+
+
+def differences(problem, theta, v, h=1e-5):
+    g = lambda t: problem.grad_and_loss(t)[0]
+    return (g(theta + h * v) - g(theta - h * v)) / (2 * h)
+
+
+WEIGHT_NORMS = [weight_norm, torch.nn.utils.parametrizations.weight_norm, lambda m: torch.nn.utils.parametrizations.weight_norm(m, dim=1),
+                lambda m: torch.nn.utils.parametrizations.weight_norm(m, dim=None)]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("norm", WEIGHT_NORMS)
+def test_weight_normalised_layers_have_their_second_derivatives(norm, frozen):
+    net = torch.nn.Sequential(between(torch.tanh, norm), torch.nn.BatchNorm1d(10)).double()
+    problem = Problem(net, "ce", load_dataset("digits-60"))
+    if frozen: problem = problem.frozen()
+    theta = problem.theta0 + 0.1 * draw(problem.p)
+    V = draw(problem.p, 2)
+    want = torch.stack([differences(problem, theta, v) for v in V.T], 1)
+    assert (problem.hvp(theta, V) - want).norm() <= 1e-6 * want.norm()
+    torch.testing.assert_close(problem.at(theta).quadratic(V[:, 0]), V[:, 0] @ problem.hvp(theta, V[:, 0]), rtol=1e-10, atol=0)
+    if not frozen: return                                      # torch's batch_norm is differentiated twice
+    third = (problem.hvp(theta + 1e-5 * V[:, 1], V[:, 0]) - problem.hvp(theta - 1e-5 * V[:, 1], V[:, 0])) / 2e-5
+    torch.testing.assert_close(problem.curvature_grad(theta, V[:, 1], V[:, 0]) @ V[:, 0], third @ V[:, 0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("f, linear", [(Once.apply, True), (Hidden.apply, False)])
+def test_functions_whose_second_derivative_is_wrong_are_named_with_their_blocks(f, linear, dtype):
+    problem = Problem(between(f).to(dtype), "ce", load_dataset("digits-60"))
+    point, v = problem.at(problem.theta0), draw(problem.p, like=problem.theta0)
+    for product in (point.hvp, point.quadratic, lambda v: point.curvature_grad(v, v), lambda v: sharpness(point), lambda v: problem.frozen().hvp(problem.theta0, v)):
+        with pytest.raises(TypeError, match=f"'1.weight' .*{'Once' if linear else 'Hidden'}"): product(v)
+    if linear:
+        with pytest.raises(TypeError, match="Jacobian.*Once"): point.ggn(v)
+    else: assert torch.isfinite(point.ggn(v)).all()            # which needs the first derivative alone
+    assert torch.isfinite(point.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("f", [Open.apply, torch.relu, torch.nn.functional.hardtanh, torch.abs, torch.sign, torch.nn.functional.gelu])
+def test_right_ones_are_not_accused(f, dtype):
+    problem = Problem(between(f).to(dtype), "ce", load_dataset("digits-60"))
+    for p in (problem, problem.frozen()): p.check_products(), p.check_products(linear=True)
+
+
+def test_the_check_is_made_once_for_each_mode_and_is_not_counted():
+    problem = Problem(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 10)), "ce", load_dataset("digits-60"))
+    asked, wrong = [], type(problem)._wrong_products
+    class Watched(type(problem)):
+        def _wrong_products(self, linear): asked.append((linear, self.network.is_frozen)); return wrong(self, linear)
+    problem.__class__ = Watched
+    counted = sharpness(problem, problem.theta0, max_matvecs=5)
+    for _ in range(3): problem.frozen().hvp(problem.theta0, problem.theta0); problem.hvp(problem.theta0, problem.theta0)
+    assert asked == [(False, False), (False, True)] and counted.matvecs <= 5
+
+
+def test_a_network_that_computes_in_single_precision_alone_is_held_to_symmetry():
+    class Single(torch.nn.Module):
+        def __init__(self, f): super().__init__(); self.net = between(f)
+        def forward(self, x): return self.net(x.float())
+    def fits(f): return Problem(Single(f), "ce", load_dataset("digits-60"))
+    fits(torch.tanh).check_products(), fits(torch.relu).check_products()
+    with pytest.raises(TypeError, match="not symmetric.*Once"): fits(Once.apply).check_products()

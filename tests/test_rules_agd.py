@@ -1,13 +1,14 @@
 "Automatic gradient descent against its equations written out in loops, and its start."
 from itertools import product
-from math import exp, log, sqrt
+from math import exp, log, prod, sqrt
 
 import pytest
 import torch
 from torch import nn
 
-from gradnb.models.inits import agd_init, unit_of
+from gradnb.models.inits import INITS, agd_init, unit_of
 from gradnb.ground.layout import Layout
+from gradnb.measure.thresholds.metrics import METRICS
 from gradnb.move.rules.agd import AutomaticGradientDescent
 from gradnb.ground.streams import Stream
 
@@ -27,7 +28,7 @@ def by_hand(blocks, grads, gain=1., L=4):
         if ROLES[n] == "matrix": slices.append((n, (...,), sqrt(g.shape[0] / g.shape[1])))
         if ROLES[n] == "embedding": slices += [(n, (i,), sqrt(g.shape[1])) for i in range(len(g))]
         if ROLES[n] == "conv":
-            slices += [(n, (slice(None), slice(None), i, j), sqrt(g.shape[0] / g.shape[1]) / g[0, 0].numel())
+            slices += [(n, (slice(None), slice(None), i, j), sqrt(g.shape[0] / g.shape[1]) / sqrt(g[0, 0].numel()))
                        for i, j in product(range(g.shape[2]), range(g.shape[3]))]
     frobenius = lambda g: sqrt(sum(v ** 2 for v in g.flatten().tolist()))
     G = sum(scale * frobenius(grads[n][where]) for n, where, scale in slices) / L
@@ -52,6 +53,53 @@ def test_by_hand(gain, depth, dtype, tolerance):
         assert abs((exp(eta) - 1) * exp(eta) / G - 1) < 1e-12
         assert all((blocks[n] - truth[n]).abs().max() < 10 * tolerance for n in blocks)
         assert torch.equal(blocks["words"][3], draws(0, dtype)["words"][3])
+
+
+def test_thirty_steps_of_the_authors_program():
+    "Stored: github.com/jxbz/agd at 1f8454d, AGD(net, gain=3).step() in float64 on the weights and gradients made here."
+    shapes = {"a": (6, 3, 3, 2), "b": (4, 6, 2, 2), "c": (5, 16)}
+    count = lambda shape: torch.arange(prod(shape), dtype=torch.float64)
+    blocks, rule = {n: count(s).cos().view(s) for n, s in shapes.items()}, AutomaticGradientDescent(gain=3.)
+    state, etas = rule.init(blocks, {}), []
+    for k in range(30):
+        grads = {n: (count(s) * (k + 1) + i).sin().view(s) * 2. ** (k % 7 - 3) for i, (n, s) in enumerate(shapes.items())}
+        blocks, state = rule.step(state, blocks, grads)
+        etas.append(state.eta.item())
+    assert [etas[0], etas[4], etas[29]] == pytest.approx([.4264163525432991, 1.423130836509394, .6266600804206782], rel=1e-14)
+    theirs = {"a": (1., .12674317689680042, .8352906511891167, 10.87156503938461),
+              "b": (-2.3069878205436463, .6416362418284941, 1.0955650794518628, 9.469093296495984),
+              "c": (-1.7225727866183806, 1.0443208737837795, -1.1062875087706951, 7.355992576216557)}
+    for n, w in blocks.items():
+        assert [*w.flatten()[[0, 7, -1]].tolist(), w.norm().item()] == pytest.approx(theirs[n], rel=1e-14, abs=1e-14)
+
+
+STARTS = {(64, 3, 3, 3): 1.5396007178390023, (128, 64, 3, 3): .47140452079103223, (256, 256, 3, 2): .40824829046386385,
+          (6, 4, 1, 1): 1.2247448713915894, (10, 512): .13975424859373692}
+
+
+@pytest.mark.parametrize("shape", STARTS, ids=str)
+def test_the_start_of_the_authors_program(shape):
+    "Stored: the spectral norms of a slice after AGD(net).init_weights() there, in float64."
+    layout = Layout(("w",), (shape,), ("conv" if len(shape) > 2 else "matrix",))
+    w = layout.named(agd_init(layout, Stream(0), torch.float64))["w"]
+    for s in w.reshape(*shape[:2], -1).unbind(-1): assert torch.linalg.matrix_norm(s, 2).item() == pytest.approx(STARTS[shape], rel=1e-13)
+
+
+@pytest.mark.parametrize("kernel, size", [("root", 1 / 6 ** .5), ("none", 1.), ("sum", 1 / 6)])
+def test_whose_unit_a_kernel_has(kernel, size):
+    "The start, the step and the metric of one choice agree; matrices have none."
+    layout = Layout(("conv", "out"), ((8, 2, 3, 2), (4, 16)), ("conv", "matrix"))
+    start = layout.named(INITS["agd" if kernel == "root" else f"agd-{kernel}"](layout, Stream(0), torch.float64))
+    assert torch.linalg.matrix_norm(start["conv"][:, :, 2, 1], 2).item() == pytest.approx(2 * size, rel=1e-12)
+    assert torch.linalg.matrix_norm(start["out"], 2).item() == pytest.approx(.5, rel=1e-12)
+    rule, grads = AutomaticGradientDescent(kernel=kernel), {n: w.cos() for n, w in start.items()}
+    out, state = rule.step(rule.init(start, {}), start, grads)
+    moved = lambda n: (out[n] - start[n])[(..., 2, 1) if n == "conv" else ...].norm().item()
+    assert moved("conv") / moved("out") == pytest.approx(4 * size, rel=1e-10)
+    _, inverse, _ = METRICS["AutomaticGradientDescent"](rule, state, start, grads)
+    for n in start: assert torch.allclose(out[n], start[n] - inverse[n] * grads[n], rtol=1e-12)
+    if kernel == "none":
+        with pytest.raises(ValueError, match="kernel of AutomaticGradientDescent"): AutomaticGradientDescent(kernel="rot")
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-10, 1., 1e15])

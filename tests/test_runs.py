@@ -339,3 +339,143 @@ print(found.step, (path / "traces" / "loss.trace").stat().st_size // 20, tracked
         assert int(out[0]) == n - 5 and n - 5 <= int(out[1]) < n + 9
         peaks.append(int(out[2]))
     assert peaks[1] < 1.5 * peaks[0], peaks
+HOSTILE = """[core]
+	repositoryFormatVersion = 0
+	fsmonitor = {trap}
+	hooksPath = {folder}/hooks
+	pager = {trap}
+	editor = {trap}
+	sshCommand = {trap}
+	untrackedCache = true
+[filter "boom"]
+	clean = {trap}; cat
+	smudge = {trap}; cat
+	process = {trap}
+	required = true
+[diff "boom"]
+	textconv = {trap}
+	command = {trap}
+[alias]
+	status = "!{trap}"
+	rev-parse = "!{trap}"
+[include]
+	path = {folder}/more
+[status]
+	submoduleSummary = true
+[remote "origin"]
+	url = ext::{trap}
+	promisor = true
+	partialCloneFilter = blob:none
+[extensions]
+	partialClone = origin
+"""
+
+
+def test_the_commit_of_a_strangers_folder_is_read_and_nothing_of_it_runs(tmp_path, monkeypatch):
+    from gradnb.ground.commit import changed, commit, git_folders, head
+    for k in [k for k in os.environ if k.startswith("GIT_")]: monkeypatch.delenv(k)
+    folder, trap = tmp_path / "tarball", tmp_path / "trap"
+    git = lambda *words: subprocess.run(["git", "-C", str(folder), "-c", "user.name=A", "-c", "user.email=a@b", "-c", "protocol.file.allow=always", *words],
+                                        check=True, capture_output=True, text=True).stdout.strip()
+    inner, work = tmp_path / "inner", tmp_path / "work"
+    for where in (inner, folder):
+        where.mkdir()
+        subprocess.run(["git", "init", "-q", "-b", "main", str(where)], check=True)
+        (where / "a.py").write_text("1")
+        subprocess.run(["git", "-C", str(where), "add", "."], check=True)
+        subprocess.run(["git", "-C", str(where), "-c", "user.name=A", "-c", "user.email=a@b", "commit", "-qm", "first"], check=True)
+    (folder / ".gitattributes").write_text("* filter=boom diff=boom\n")
+    git("add", "."), git("submodule", "-q", "add", str(inner), "sub"), git("commit", "-qm", "second"), git("worktree", "add", "-q", "-b", "other", str(work))
+    name, other = git("rev-parse", "HEAD"), work
+    script = tmp_path / "trap.sh"
+    script.write_text(f"#!/bin/sh\ntouch {trap}\n")
+    script.chmod(0o755)
+    for config in (folder / ".git" / "config", folder / ".git" / "modules" / "sub" / "config"):
+        config.write_text(HOSTILE.format(trap=script, folder=tmp_path))
+    (tmp_path / "hooks").mkdir()
+    for hook in ("post-index-change", "reference-transaction", "fsmonitor-watchman"): (tmp_path / "hooks" / hook).symlink_to(script)
+    (tmp_path / "more").write_text(f"[core]\n\tfsmonitor = {script}\n")
+    subprocess.run(["git", "-C", str(folder), "status"], capture_output=True)
+    assert trap.exists()                                         # git itself falls into it
+    trap.unlink()
+
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "core.fsmonitor")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", str(script))
+    monkeypatch.setenv("PATH", f".:{os.environ['PATH']}")
+    (folder / "git").symlink_to(script)
+    at = lambda where: (lambda found: head(*found[1:]) + "+" * changed(*found, head(*found[1:])))(git_folders(where))
+    for file in ("a.py", ".gitattributes"): os.utime(folder / file)
+    assert at(folder) == at(folder / "sub" / "..") == at(other) == name
+    monkeypatch.chdir(folder)
+    commit.cache_clear()
+    assert commit() == name
+    (folder / "a.py").write_text("2")
+    assert at(folder) == name + "+" and at(other) == name
+    (folder / "a.py").unlink()
+    assert at(folder) == name + "+"
+    (folder / ".git" / "packed-refs").write_text(f"# pack-refs with: peeled\n{name} refs/heads/main\n^{'0' * 40}\n")
+    (folder / ".git" / "refs" / "heads" / "main").unlink()
+    assert at(folder) == name + "+"
+    for text in ("ref: ../../../etc/passwd", "ref: refs/heads/../../config", "ref: refs/heads/none", "", "nonsense", "\0"):
+        (folder / ".git" / "HEAD").write_text(text)
+        assert (found := git_folders(folder)) is None or head(*found[1:]) is None
+    (folder / ".git" / "HEAD").unlink()
+    os.mkfifo(folder / ".git" / "HEAD")
+    assert git_folders(folder) is None and not trap.exists()
+    commit.cache_clear()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def stopped(store, spec, step):
+    "The run of a spec, interrupted before this step."
+    from gradnb import Descent
+    real = Descent.step
+
+    def step_(self, problem, state):
+        if state.step == step: raise KeyboardInterrupt
+        return real(self, problem, state)
+
+    Descent.step = step_
+    try:
+        with pytest.warns(RuntimeWarning, match="interrupted"), pytest.raises(KeyboardInterrupt): store.run(spec, progress=False)
+    finally: Descent.step = real
+    return store.open(spec)
+
+
+def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path, threads):
+    from dataclasses import replace
+    spec, seen = replace(SPEC, steps=60, probes=("threads_seen",)), []
+    from gradnb import PROBES, Probe
+    PROBES["threads_seen"] = lambda: Probe("threads_seen", lambda step: True, lambda view: float(torch.get_num_threads()))
+    try:
+        threads(2)
+        run = stopped(Store(tmp_path), spec, 23)
+        threads(1)
+        with pytest.warns(UserWarning, match=r"begun on 2 threads and goes on with 2, not with the 1 .*OMP_NUM_THREADS=2 or torch.set_num_threads\(2\)"):
+            stopped(Store(tmp_path), spec, 41)
+        assert torch.get_num_threads() == 1
+        threads(2)
+        Store(tmp_path).run(spec, progress=False)
+    finally: del PROBES["threads_seen"]
+    assert run.status == "finished" and set(run.traces["threads_seen"].values) == {2.0}
+    parts = run.manifest["stretches"]
+    assert [(s["step"], s["threads"], s["device"], s["torch"]) for s in parts] == [(k, 2, "cpu", torch.__version__) for k in (0, 23, 41)]
+    assert all(s["began"] > 0 and {"processor", "host", "commit", "gradnb", "numpy", "python"} <= s.keys() for s in parts)
+
+
+def test_another_machine_is_said_before_a_run_goes_on(tmp_path):
+    from dataclasses import replace
+
+    from gradnb.ground.files import seal
+    run = stopped(Store(tmp_path), replace(SPEC, steps=60, probes=()), 23)
+    about = {k: v for k, v in run.manifest.items() if k not in ("stretches", "schema", "threads")}                 # as 0.1.0 wrote it
+    (run.path / "manifest.json").write_text(seal(about | {"torch": "1.0", "processor": "vax"}))
+    with pytest.warns(UserWarning, match="begun with processor vax, now .*; torch 1.0, now .*not bitwise"): Store(tmp_path).run(run.spec, progress=False)
+    assert [(s["torch"], s.get("threads")) for s in run.manifest["stretches"]] == [("1.0", None), (torch.__version__, torch.get_num_threads())]

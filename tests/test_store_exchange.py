@@ -1,10 +1,12 @@
 "Runs leave for other tools as they were measured, and the original programs' files come in without anything of them being executed."
+import argparse
 import json
 import os
 import pickle
 import platform
 import shutil
 import struct
+import warnings
 import zipfile
 from dataclasses import replace
 from hashlib import sha256
@@ -16,6 +18,8 @@ import pytest
 import torch
 
 from gradnb import GD, Run, Spec, Store
+from gradnb.cli.runs import summary
+from gradnb.show.explorers.runs import RunExplorer
 from gradnb.ground.files import seal
 from gradnb.runs.exports import export_runs
 from gradnb.runs.originals import import_runs, load_foreign, read_edge, read_tail
@@ -229,3 +233,152 @@ def test_a_spec_that_lacks_a_newer_field_keeps_its_name(old, gone):
     assert done.hash == run.hash and done.status == "finished" and done.damage() == {}
     assert replace(run.spec, steps=21).hash == Spec.from_json(json.dumps(PLAIN | {"steps": 21} | {k: getattr(Spec, k) for k in gone if k == "seed"} |
                                                                          ({"probes": []} if "probes" in gone else {}))).hash
+
+
+@pytest.mark.parametrize("change", [{"schema": 99}, {"schema": 3}, {"goal_of_tomorrow": 3}, {"rule": PLAIN["rule"] | {"weight": 1.0}},
+                                    {"schema": 7, "rule": {"kind": "OfTomorrow"}, "steps": {"kind": "Until"}}])
+def test_a_spec_of_a_newer_version_is_said_to_be_that(old, change):
+    run = stranger(old, PLAIN | change)
+    with pytest.raises(ValueError, match="newer"): run.spec
+    assert run.damage() == {}
+    row = old.table().set_index("run").loc[run.hash]
+    assert row["status"] == "newer" and "newer" in row["message"] and len(old.table()) == 6
+    assert "  newer " in summary(run) and "damaged" not in summary(run)
+
+
+def test_what_a_newer_version_began_is_not_written_over(old):
+    run = old.open(BROKEN)
+    about = {k: v for k, v in run.manifest.items() if k != "rows"} | {"schema": 99, "status": "paused by the scheduler"}
+    (run.path / "manifest.json").write_text(text := seal(about))
+    assert old.table().set_index("run").loc[BROKEN, "status"] == "newer"
+    with pytest.raises(RuntimeError, match="newer gradnb"): old.run(run.spec, progress=False)
+    assert (run.path / "manifest.json").read_text() == text
+
+
+ODD = {
+    "lr of 400 digits": PLAIN | {"rule": {"kind": "GD", "lr": 10**400}},
+    "seed of 400 digits": PLAIN | {"seed": 10**400},
+    "betas": PLAIN | {"rule": {"kind": "FromTorch", "cls": {"kind": "optimizer", "name": "Adam"}, "lr": 0.1, "hyper": {"betas": [0.9]}}},
+    "fused with foreach": PLAIN | {"rule": {"kind": "FromTorch", "cls": {"kind": "optimizer", "name": "Adam"}, "lr": 0.1, "hyper": {"fused": True, "foreach": True}}},
+    "no settings": {"kind": "Imported", "origin": "a", "source": "b", "settings": None},
+    "settings that are no names": {"kind": "Imported", "origin": ["a"], "source": "b", "settings": [1]},
+    "settings in settings": {"kind": "Imported", "origin": "a", "source": "b", "settings": {"rule": {"lr": [{"x": [1]}, None]}, "seed": {"kind": "GD", "lr": 1.0}}},
+    "status among the settings": {"kind": "Imported", "origin": "a", "source": "b", "settings": {"status": "finished", "message": 5, "run": [1], "rule.lr": "fast"}},
+    "words and numbers": PLAIN | {"model": 5, "dataset": None, "probes": [3]},
+    "a rule that is none": PLAIN | {"rule": "GD"},
+    "a rule that is an estimator": PLAIN | {"rule": {"kind": "FullBatch"}},
+    "a kind that is a list": PLAIN | {"rule": {"kind": ["GD"]}},
+    "an unknown kind": PLAIN | {"rule": {"kind": "Mine", "lr": 0.1}},
+    "deep": '{"kind":"Spec","rule":' + "[" * 900 + "]" * 900 + "}",
+    "deeper": "[" * 10**5, "no JSON": "{", "empty": "", "no text": b"\xff\xfe\x00", "a number beyond floats": '{"kind":"Imported","origin":"a","settings":{"lr":1e999},"source":"b"}',
+    "half a surrogate": '{"kind":"Imported","origin":"\\ud800","settings":{"rule.lr":"\\udfff"},"source":"b"}',
+}
+MANIFESTS = [{"step": [1]}, {"step": "many"}, {"seconds": "5"}, {"seconds": 10**400}, {"message": {"a": 1}}, {"rows": 5}, {"rows": {"loss": "21"}}, {"rows": [1]},
+             {"status": 5}, {"status": "sleeping"}, {"status": None}, {"run": "f" * 16}, {"damaged": 3, "status": "finished"}, {"stretches": [1]}, {"torch": 2}]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_one_strange_run_spoils_nothing(old, name):
+    before, run = old.frame("sharpness"), stranger(old, ODD[name])
+    spoils_nothing(old, run, before)
+
+
+@pytest.mark.parametrize("about", [*MANIFESTS, None, "[]", "{", b"\xff", '{"crc32":1}', "[" * 10**5])
+def test_one_strange_manifest_spoils_nothing(old, about):
+    run, before = old.open("81c5f7a720e730d8"), old.frame("sharpness", rule="GD")
+    file = run.path / "manifest.json"
+    if about is None: file.unlink(), file.mkdir()
+    elif isinstance(about, dict): file.write_text(seal({k: v for k, v in run.manifest.items()} | about))
+    else: file.write_bytes(about if isinstance(about, bytes) else about.encode())
+    spoils_nothing(old, run, before)
+    assert old.table().set_index("run").loc[run.hash, "status"] == "damaged"
+
+
+@pytest.mark.parametrize("name", ["spec.json", "manifest.json", "traces", "checkpoint.safetensors"])
+def test_missing_files_spoil_nothing(old, name):
+    run, before = old.open("81c5f7a720e730d8"), old.frame("sharpness", rule="GD")
+    shutil.rmtree(run.path / name) if name == "traces" else (run.path / name).unlink()
+    spoils_nothing(old, run, before)
+    assert old.table().set_index("run").loc[run.hash, "status"] == {"spec.json": "damaged", "manifest.json": "unfinished"}.get(name, "finished")
+
+
+def spoils_nothing(store, run, before):
+    "Everything that looks at many runs looks at this one, too, and at the others as before."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        row = store.table().set_index("run").loc[run.hash]
+        assert row["status"] in ("damaged", "newer", "unreadable", "interrupted", "finished", "unfinished")
+        if row["status"] in ("damaged", "newer", "unreadable"): assert len(row["message"]) > 10
+        others = before["run"].unique()
+        frame = store.frame("sharpness")
+        assert frame[frame["run"].isin(others)][["step", "value"]].to_numpy().tolist() == before[["step", "value"]].to_numpy().tolist()
+        assert len(store.frame()) and len(store.table(rule="GD")) == len(store.list(rule="GD")) >= 1
+        assert {r.hash for r in store.list(rule__lr=lambda lr: lr < 0.05)} - {run.hash} <= {"81c5f7a720e730d8", "c1561c506b5e3893", "74bcdcb9d2a137e6", BROKEN}
+        assert run.hash in summary(run) and run.hash in repr(run)
+        explorer = RunExplorer(store, follow=0)
+        assert set(explorer.found("")[0]) >= {*others} and len(explorer.panels(explorer.look)) > 1
+        names = [p.name for p in explorer.panels(replace(explorer.look, where="rule=GD", runs=(others[0][:8],)))]
+        assert names[:2] == ["loss", "sharpness"]
+
+
+def bomb(depth):
+    "Lists that each hold the last one twice."
+    v = [1.0]
+    for _ in range(depth): v = [v, v]
+    return v
+
+
+def cyclic():
+    v = [1.0]
+    v.append(v)
+    return v
+
+
+STRANGE = {
+    "nested": lambda: bomb(60), "cyclic": cyclic, "complex": lambda: torch.ones(4, dtype=torch.complex64), "sparse": lambda: torch.eye(4).to_sparse(),
+    "meta": lambda: torch.ones(4, device="meta"), "quantised": lambda: torch.quantize_per_tensor(torch.ones(4), .1, 0, torch.quint8),
+    "empty": lambda: torch.empty(0), "empty rows": lambda: torch.empty(4, 0), "number": lambda: torch.tensor(1.), "float": lambda: 3.0, "none": lambda: None,
+    "words": lambda: ["a", "b"], "dict": lambda: {"a": 1}, "3-d": lambda: torch.ones(2, 2, 2), "bool": lambda: torch.ones(4, dtype=torch.bool),
+    "bfloat16": lambda: torch.ones(4, dtype=torch.bfloat16), "int8": lambda: torch.ones(4, dtype=torch.int8), "ragged": lambda: [[1, 2.0], [3]],
+    "rows of tensors": lambda: [[0, torch.ones(3), torch.ones(3)]], "infinite": lambda: torch.full((4,), float("inf")), "namespace": lambda: argparse.Namespace(x=bomb(60)),
+    "steps": lambda: [[float("nan"), 1.0, 2.0]], "large": lambda: [[10**30, 1.0, 2.0]]}
+EDGE_FILES = "train_loss_final", "train_acc_final", "test_loss", "eigs_final", "iterates_final", "times_final", "snapshot_final"
+TAIL_FILES = ("training_history.hist", "weight_history.hist", "evaluation_history_TRAIN.hist", "evaluation_history_TEST.hist", "noise_norm_history_TEST.hist", "te_outputs.pyT",
+              "args.info")
+
+
+FIRST = {"nested", "complex", "sparse", "meta", "quantised", "empty", "namespace"}
+
+
+@pytest.mark.parametrize("what", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in STRANGE])
+@pytest.mark.filterwarnings("ignore")
+def test_one_strange_folder_is_a_line_and_the_rest_is_imported(tmp_path, what):
+    "Each file in turn is strange, and good ones stand beside it; every warning names the folder."
+    edge = tmp_path / "cifar10-5k" / "fc-tanh" / "seed_0" / "mse" / "gd"
+    def write(folder):
+        folder.mkdir(parents=True)
+        for name in ("train_loss", "train_acc", "test_loss", "test_acc"): torch.save(torch.rand(9), folder / f"{name}_final")
+        torch.save(torch.rand(4, 2), folder / "eigs_final")
+    write(edge / "lr_0.1")
+    for i, file in enumerate(EDGE_FILES):
+        write(edge / f"lr_0.2{i}")
+        torch.save(STRANGE[what](), edge / f"lr_0.2{i}" / file)
+    for i, file in enumerate(TAIL_FILES):
+        folder = tmp_path / f"2_0010_{i:02d}_mnist_NLL_fc"
+        folder.mkdir()
+        torch.save([[k, 2.3, 10. * k] for k in range(3)], folder / "training_history.hist")
+        torch.save([[4, 0.7, 81.0, 1.2]], folder / "evaluation_history_TEST.hist")
+        torch.save(STRANGE[what](), folder / file)
+    (edge / "lr_nan").mkdir()
+    torch.save(torch.rand(9), edge / "lr_nan" / "train_loss_final")
+    with pytest.warns(RuntimeWarning) as said: runs = import_runs(tmp_path, Store(tmp_path / "runs"))
+    assert any(f"{edge / 'lr_nan'} is left out" in str(w.message) for w in said)
+    assert all(str(w.message).startswith(str(tmp_path)) for w in said)
+    assert any(r.spec.source.endswith("lr_0.1") for r in runs) and len(runs) >= 10
+    for r in runs: r.frame(), r.spec.fields
+    assert len(Store(tmp_path / "runs").list()) == len(runs)
+
+
+def test_the_time_between_eigenvalues_is_a_number_of_steps(tmp_path):
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="eig_freq"): import_runs(tmp_path, Store(tmp_path / "runs"), wrong)

@@ -99,6 +99,6 @@ def verify(found: list) -> int:
 def summary(run) -> str:
     "A run in a line; what cannot be read of it is said in its place."
     try: s, status = run.spec, run.status
-    except (ValueError, FileNotFoundError) as e: return f"{run.hash}  damaged      {e}"
+    except (ValueError, OSError): return "{0}  {status:11}  {message}".format(run.hash, **run.about)
     if not hasattr(s, "rule"): return f"{run.hash}  {status:11} {s.origin}: {s.source}"
     return f"{run.hash}  {status:11} {s.dataset} {s.model} {s.loss} {s.rule} {s.estimator} steps={s.steps} seed={s.seed}"

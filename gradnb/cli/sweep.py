@@ -54,7 +54,7 @@ def study(args):
     if args.lr is None and "rule.lr" in axes: args.lr = axes["rule.lr"][0]      # a rule needs one to begin with
     rate = {} if args.lr is None else {"lr": args.lr}
     build = {"rule": lambda word: RULES.build(word, **rate), "estimator": ESTIMATORS.build}
-    axes = {path: [build[path](v) for v in values] if path in build else values for path, values in axes.items()}
+    axes = {path: [build[path](str(v)) for v in values] if path in build else values for path, values in axes.items()}
     return grid(spec_from(args), *([{path: v} for v in values] for path, values in axes.items()))
 
 def sweep(args) -> int:

@@ -100,13 +100,13 @@ def start_processes(args) -> int:
 
 def train_here(args, device: str) -> int:
     from gradnb.problem.parallel import from_first, rank
-    from gradnb.runs import Store
+    from gradnb.runs import Run, Store
     from gradnb.runs.store import follow
     store, spec = Store(args.store), args.spec(args)
     if rank()[0]:
         if not from_first(None): follow(spec, device)
         return 0
-    before = next((r for r in store.list() if r.hash == spec.hash), None)
+    before = Run(store.root / spec.hash) if (store.root / spec.hash / "spec.json").exists() else None
     if from_first(bool(before and before.done)): print(f"{spec.hash} is already there: {before.manifest['message']}"); return 0
     if before: print(f"{spec.hash} is {before.status}; going on", file=sys.stderr)
     with warnings.catch_warnings():

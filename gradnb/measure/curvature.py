@@ -31,6 +31,8 @@ def sharpness(
     "The k largest (algebraic) eigenvalues of the Hessian of the training loss. Raises ValueError where θ or ∇L is not finite."
     if which not in ("largest", "smallest"): raise ValueError(f"which is 'largest' or 'smallest', got {which!r}.")
     check_number("sharpness", "tol", tol, 0)
+    if not hasattr(problem, "at") and not isinstance(problem, Point):
+        raise TypeError(f"sharpness takes a Problem and θ, got {type(problem).__name__}; write p = Problem(net, loss, data) and sharpness(p, p.theta0).")
     point = problem if isinstance(problem, Point) else problem.at(theta, batch)
     if point.theta.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"eigenvalues need float32 or float64, and this problem is {point.theta.dtype}; build it from module.float().")

@@ -43,14 +43,14 @@ class Hush(TorchFunctionMode):
     _SAME = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
              torch.dropout, torch.dropout_, torch.alpha_dropout, torch.alpha_dropout_, torch.feature_dropout,
              torch.feature_dropout_, torch.feature_alpha_dropout, torch.feature_alpha_dropout_}
-    _PLACE = {F.scaled_dot_product_attention: ("dropout_p", 4), F.multi_head_attention_forward: ("dropout_p", 10), F.rrelu: ("training", 3)}
+    _PLACE = {F.scaled_dot_product_attention: ("dropout_p", 4, 0.), F.multi_head_attention_forward: ("dropout_p", 10, 0.), F.rrelu: ("training", 3, False)}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in self._SAME: return args[0] if args else kwargs["input"]
         if func in self._PLACE:
-            name, at = self._PLACE[func]
-            args, kwargs = (args[:at] + (0.,) + args[at + 1:], kwargs) if len(args) > at else (args, kwargs | {name: 0.})
+            name, at, off = self._PLACE[func]
+            args, kwargs = (args[:at] + (off,) + args[at + 1:], kwargs) if len(args) > at else (args, kwargs | {name: off})
         return func(*args, **kwargs)
 
 # %% ../../nbs/05_problem/01_network.ipynb #twice
@@ -60,6 +60,9 @@ def twice_differentiable():
     try:
         with sdpa_kernel(SDPBackend.MATH): yield
     except RuntimeError as e:
+        if "Expected a proper Tensor but got None" in str(e):
+            raise TypeError("torch has no second derivative of a normalisation with a bias and without a weight (F.layer_norm(…, weight=None, "
+                            "bias=b)); add the bias to what it returns.") from e
         if not (found := re.match(r"(?:the )?derivative for '?(?:aten::)?_?(\w+?)(_backward)?'? is not implemented", str(e))): raise
         raise TypeError(f"torch has no second derivative of {found[1]}, which this network uses; put another operation in its place.") from e
 

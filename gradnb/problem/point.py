@@ -51,6 +51,7 @@ class Point:
     ) -> Tensor:             # H(θ) v, of v's shape
         "Product with the Hessian, by reverse mode over the kept gradient graph (Pearlmutter 1994)."
         self.problem.check(v, "a direction")
+        self.problem.check_products()
         total, columns = torch.zeros_like(v), v.view(len(v), -1).unbind(1)
         back = lambda out, **more: torch.autograd.grad(out, self.theta, retain_graph=True, materialize_grads=True, **more)[0]
         for g in (graph.grad for graph in self._pieces()):
@@ -66,6 +67,7 @@ class Point:
     ) -> Tensor:             # vᵀ H(θ) v, () or (k,)
         "Curvature along directions, through the same graph."
         columns = self.problem.check(v, "a direction").reshape(len(v), -1).T.contiguous()
+        self.problem.check_products()
         total, named = v.new_zeros(v.shape[1:]), self.problem.layout.named
         for graph in self._pieces(): total += torch.stack([graph.form(named(c), self.problem.cuts) for c in columns]).view_as(total)
         return self.problem.reduce(total)[0]
@@ -78,6 +80,7 @@ class Point:
     ) -> Tensor:             # of v's shape
         "Product with the generalised Gauss–Newton matrix (Schraudolph 2002)."
         if self.batch is not None and self.batch.weight is not None and self.problem.loss_couples: self.problem.check_examples()
+        self.problem.check_products(linear=True)
         return self.linear.ggn(v)
 
     def fisher(self,
@@ -86,6 +89,7 @@ class Point:
     ) -> Tensor:                # of v's shape
         "Product with the Fisher matrix."
         if self.problem.loss_couples: self.problem.check_examples()
+        self.problem.check_products(linear=True)
         return self.linear.fisher(v, labels)
 
     def curvature_grad(self,
@@ -112,6 +116,7 @@ class Point:
         if any(isinstance(m, torch.nn.LayerNorm) for m in self.problem.module.modules()):
             raise TypeError("third derivatives through torch.nn.LayerNorm are wrong in torch (its issue 175754); use "
                             "gradnb.models.norms.LayerNorm, which computes the same from plain operations.")
+        self.problem.check_products()
         total = self.theta.new_zeros(sum(map(len, seconds)), self.problem.p)
         with torch.enable_grad():
             for g in (graph.grad for graph in self._pieces()):

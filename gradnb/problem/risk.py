@@ -48,7 +48,7 @@ class Risk:
                             "come: grad_variance(draws).")
         if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         refuse(module)
-        self.given, self.layout, self.chunk_size = module, Layout.of(module), chunk_size     # given: left alone
+        self.given, self.layout, self.chunk_size, self._checked = module, Layout.of(module), chunk_size, {}     # given: left alone; what was checked is shared with copies
         params = dict(module.named_parameters())
         kinds = {(v.dtype, v.device) for v in params.values()}
         if len(kinds) > 1: raise TypeError(f"all parameters must share one dtype and device, got {sorted(map(str, kinds))}.")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from ..ground.roles import check_number
 from ..ground.files import plain_file, replace_file, seal
 from . import Imported, Lock, Recorder, Run, Store
 from .store import tidy
@@ -41,8 +42,12 @@ def load_foreign(
                 pickles = [archive.read(n) for n in archive.namelist() if n.endswith("data.pkl")]
         else: pickles = [path.read_bytes()]
         for data in pickles: check_pickle(BytesIO(data), max(size, ROOM))
-        with torch.serialization.safe_globals([argparse.Namespace]): found = torch.load(path, "cpu", weights_only=True)
-        for t in tensors_in(found):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.load(path, "cpu", weights_only=True)
+        for t in tensors_in(found, size):
+            if t.layout != torch.strided or t.is_quantized or t.is_complex() or t.device.type != "cpu":
+                raise ValueError(f"it holds a tensor that is {', '.join(map(str, (t.layout, t.dtype, t.device)))}; these programs write plain real ones")
             if t.numel() * t.element_size() > size: raise ValueError(f"a tensor of shape {tuple(t.shape)} is more than the file holds")
         return found
     except Exception as e:      # an unpickler fails on junk in any way it likes
@@ -60,17 +65,24 @@ def check_pickle(stream: BytesIO, most: int):
             if not start: raise
             return                       # behind its pickles an old file has the tensors' bytes
 
-def tensors_in(tree) -> Iterator[Tensor]:
-    "The tensors of nested lists, tuples and dicts."
-    if isinstance(tree, Tensor): yield tree
-    elif isinstance(tree, (list, tuple, dict)):
-        for v in tree.values() if isinstance(tree, dict) else tree: yield from tensors_in(v)
+def tensors_in(
+    tree,         # nested lists, tuples, dicts and namespaces
+    most: int,    # entries that there may be; each takes a byte at least, unless a list is named twice
+) -> Iterator[Tensor]:
+    "The tensors of a tree. Raises ValueError where there are more entries than may be: sixty lists that each hold the last one twice are 2⁶⁰."
+    ahead, met = [tree], 0
+    while ahead:
+        v, met = ahead.pop(), met + 1
+        if met > most: raise ValueError("it names the same lists over and over, and is more than the file holds")
+        if isinstance(v, Tensor): yield v
+        elif isinstance(v, (list, tuple)): ahead += v
+        elif isinstance(v, (dict, argparse.Namespace)): ahead += (v if isinstance(v, dict) else vars(v)).values()
 
 # %% ../../nbs/08_runs/11_originals.ipynb #found
 class Found(NamedTuple):
     "One run of another program, read."
     spec: Imported
-    traces: dict[str, list]       # name → (step, answer) in order
+    traces: dict[str, list]       # name → (step, answer) in order; to be kept, an answer is a row
     unread: dict[str, str]        # file → why
     notes: tuple[str, ...] = ()   # what had to be guessed
 
@@ -85,6 +97,22 @@ class Folder:
             try: return load_foreign(plain_file(self.path / name, self.path))
             except ValueError as e: self.unread[name] = str(e)
         return None
+
+    def tensor(self, *names: str, ndim: int) -> Tensor | None:
+        "The same, where that is a tensor of so many dimensions."
+        found = self.load(*names)
+        if found is None or isinstance(found, Tensor) and found.ndim == ndim: return found
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        self.unread[next(n for n in names if os.path.lexists(self.path / n) and n not in self.unread)] = f"a tensor of {ndim} dimensions was expected, not {what}"
+
+    def rows(self, name: str, width: int | None = None) -> list:
+        "What a history lists; with a width, tuples of so many numbers. Nothing where it is something else."
+        if (found := self.load(name)) is None: return []
+        number = lambda v: isinstance(v, (int, float)) or isinstance(v, Tensor) and v.numel() == 1
+        fits = lambda row: width is None or isinstance(row, (list, tuple)) and len(row) == width and all(map(number, row))
+        if isinstance(found, (list, tuple)) and all(map(fits, found)): return [*found]
+        self.unread[name] = "a list was expected" if width is None else f"rows of {width} numbers were expected"
+        return []
 
 def series(steps, *columns, names=("value",)) -> list:
     "(step, answer) pairs; of a step that was written twice the last one counts."
@@ -101,25 +129,25 @@ def read_edge(
     "A run of the edge-of-stability program, or None where this is no such folder."
     if not (m := EDGE.search(path.resolve().as_posix())) or not any((path / f"train_loss{e}").exists() for e in ("_final", "")): return None
     folder, notes, traces = Folder(path), [], {}
-    load = lambda name, *others: folder.load(*(n + e for e in ("_final", "") for n in (name, *others)))
+    load = lambda name, ndim, *others: folder.tensor(*(n + e for e in ("_final", "") for n in (name, *others)), ndim=ndim)
     known = {"gd": {"rule": "GD"}, "polyak": {"rule": "Momentum", "rule.nesterov": False}, "nesterov": {"rule": "Momentum", "rule.nesterov": True},
              None: {"rule": "GradientFlow"}}[m["opt"]]
     numbers = {f: float(m[k]) for k, f in (("lr", "rule.lr"), ("beta", "rule.beta"), ("tick", "rule.tick")) if m[k]}
     settings = {k: m[k] for k in ("dataset", "model", "loss")} | known | numbers | {"seed": int(m["seed"])}
     for split in ("train", "test"):
-        loss, acc = load(f"{split}_loss"), load(f"{split}_acc")
+        loss, acc = load(f"{split}_loss", 1), load(f"{split}_acc", 1)
         if loss is not None and acc is not None: traces[split] = series(range(len(loss)), loss, acc, names=("loss", "accuracy"))
     steps = len(traces.get("train", ()))
     for name, trace in (("eigs", "sharpness"), ("iterates", "iterates")):
-        if (v := load(name)) is None or not v.numel(): continue
+        if (v := load(name, 2)) is None or not v.numel(): continue
         every = eig_freq if name == "eigs" else None
         if every is None:
             fits = [f for f in range(1, steps + 1) if steps // f == len(v)] or [1]      # the program keeps steps // f of them
             every = fits[-1]
             if len(fits) > 1: notes.append(f"{name}: measured every {fits[0]} to {fits[-1]} steps, taken as {every}")
         traces[trace] = series(range(0, every * len(v), every), v[:, 0] if v.shape[1] == 1 else v)
-    if (times := load("time", "times")) is not None: traces["time"] = series(range(len(times)), times)
-    if isinstance(weights := load("snapshot"), dict): traces["snapshot"] = [(max(steps - 1, 0), weights)]
+    if (times := load("time", 1, "times")) is not None: traces["time"] = series(range(len(times)), times)
+    if isinstance(weights := folder.load("snapshot_final", "snapshot"), dict): traces["snapshot"] = [(max(steps - 1, 0), weights)]
     return Found(Imported("edge-of-stability", m[0], settings | {"steps": steps}), traces, folder.unread, tuple(notes))
 
 # %% ../../nbs/08_runs/11_originals.ipynb #tail
@@ -135,21 +163,22 @@ def read_tail(
     args = folder.load("args.info")
     if isinstance(args, argparse.Namespace):
         asked = {"loss": "criterion", "estimator.size": "batch_size_train", "rule.lr": "lr", "rule.beta": "mom", "steps": "iterations"}
-        settings |= {k: getattr(args, a, None) for k, a in ({k: k for k in ("depth", "width", "seed", "dataset", "model")} | asked).items()}
+        given = {k: getattr(args, a, None) for k, a in ({k: k for k in ("depth", "width", "seed", "dataset", "model")} | asked).items()}
+        settings |= {k: v for k, v in given.items() if v is None or isinstance(v, (bool, int, float, str))}
     elif m: notes.append(f"no args.info: the loss is the folder's, {m['loss']}, which the launcher did not pass on")
     if settings.get("loss") == "NLL": settings["loss"] = "ce"
     settings = {"rule": "Momentum" if settings.get("rule.beta") else "GD", "estimator": "MiniBatch"} | settings
-    if rows := folder.load("training_history.hist"):
+    if rows := folder.rows("training_history.hist", 3):
         k, loss, acc = zip(*rows)
         traces["loss"] = series(k, loss, [float(a) / 100 for a in acc], names=("value", "accuracy"))
-    if rows := folder.load("weight_history.hist"): traces["layer_norms"] = series(*zip(*rows), names=("weights", "grads"))
+    if rows := folder.rows("weight_history.hist"): traces["layer_norms"] = series(*zip(*rows), names=("weights", "grads"))
     for split in ("TRAIN", "TEST"):
-        if not (rows := folder.load(f"evaluation_history_{split}.hist")): continue
+        if not (rows := folder.rows(f"evaluation_history_{split}.hist", 4)): continue
         k, loss, acc, alpha = zip(*rows)
         traces[split.lower()] = series(k, loss, [float(a) / 100 for a in acc], alpha, names=("loss", "accuracy", "tail_index"))
-        if norms := folder.load(f"noise_norm_history_{split}.hist"):
+        if norms := folder.rows(f"noise_norm_history_{split}.hist"):
             traces[f"noise_norm_{split.lower()}"] = series(k, [v[None] for v in norms])         # (1, P): as arrays
-        if logits := folder.load(f"{split[:2].lower()}_outputs.pyT"):
+        if logits := folder.rows(f"{split[:2].lower()}_outputs.pyT"):
             traces[f"outputs_{split.lower()}"] = [(int(k[-1]), {"logits": torch.cat(list(logits))})]
     if (path / "net.pyT").exists(): folder.unread["net.pyT"] = "a whole pickled network; only its authors' code can build it"
     return Found(Imported("tail-index", path.name, settings), traces, folder.unread, tuple(notes))
@@ -161,15 +190,18 @@ def import_runs(
     eig_freq: int | None = None,    # of edge-of-stability runs, steps between eigenvalues; None: inferred
 ) -> list[Run]:
     "Bring results of the original programs into a store; what could not be read is in each manifest, and warned of. Raises ValueError on none."
+    if eig_freq is not None: check_number("import_runs", "eig_freq", eig_freq, 1, whole=True)
     runs = []
     for where, _, _ in os.walk(Path(folder).expanduser()):
-        try: found = read_edge(Path(where), eig_freq) or read_tail(Path(where))
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as e:
-            warnings.warn(f"{where} is left out: {e}", RuntimeWarning, stacklevel=2)
+        try:
+            if not (found := read_edge(Path(where), eig_freq) or read_tail(Path(where))): continue
+            traces = {name: [(step, as_row(answer)) for step, answer in rows] for name, rows in found.traces.items()}
+            found.spec.to_json()
+        except Exception as e:          # one strange folder is a line, whatever is strange about it
+            warnings.warn(f"{where} is left out: {type(e).__name__}: {e!s:.300}", RuntimeWarning, stacklevel=2)
             continue
-        if found is None: continue
         for file, why in found.unread.items(): warnings.warn(f"{where}/{file} was not read: {why}", RuntimeWarning, stacklevel=2)
-        runs.append(keep_found(found, store))
+        runs.append(keep_found(found._replace(traces=traces), store))
     if not runs: raise ValueError(f"{folder} has no results of the edge-of-stability or the tail-index program that could be read.")
     return runs
 
@@ -181,7 +213,7 @@ def keep_found(found: Found, store: Store) -> Run:
         recorder = Recorder(run.path, lock=lock)
         recorder.resume(None)
         for name, rows in found.traces.items():
-            for step, answer in rows: recorder.append(name, step, as_row(answer))
+            for step, row in rows: recorder.append(name, step, row)
         recorder.close()
         replace_file(run.path / "spec.json", lambda part: part.write_text(found.spec.to_json(), "utf-8"))
         about = dict(run=run.hash, status="imported", message=f"imported from {found.spec.origin}", began=time.time(), rows=recorder.rows,

@@ -109,7 +109,7 @@ class Identity:
             found = decode(data)
             if not isinstance(found, cls): raise ValueError("this JSON is no gradnb spec.")
             full, text = encode(found), text if isinstance(text, str) else text.decode("utf-8")
-            found.fields
+            json.dumps(found.fields, ensure_ascii=False).encode()        # half a surrogate pair is no word
         except Unreadable: raise
         except Exception as e: raise Unreadable(f"this JSON is no gradnb spec: {type(e).__name__}: {e!s:.300}") from None     # a class of anyone's, given anything
         if text == canonical(data) != found.to_json() and lacks(data, full): object.__setattr__(found, "_written", text)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'find_figures', 'tagged', 'known_parameters', 'as_declared', 'set_parameters', 'figure_specs', 'Snapshot',
-           'read_runs', 'execute', 'kernel_in', 'explain', 'FigureResult', 'make_figure', 'run_figures']
+           'read_runs', 'execute', 'kernel_in', 'explain', 'FigureResult', 'make_figure', 'writable', 'run_figures']
 
 # %% ../../nbs/09_show/03_figures.ipynb #imports
 import ast
 import logging
+import os
 import re
 import time
 import traceback
@@ -25,6 +26,7 @@ from .claims import Claim, claims_table, load_claims
 from ..ground.processes import safe_environment
 from ..ground.registry import literal, unknown
 from ..runs import Spec, Store
+from ..runs.spec import usable
 from ..ground.traces import Trace
 
 # %% ../../nbs/09_show/03_figures.ipynb #find
@@ -167,6 +169,7 @@ def explain(
     notebook: Path,        # as far as it was executed
 ) -> str:                  # lines of text
     "What went wrong and where: the cell and the last frames of the notebook's own error, or ours."
+    if isinstance(error, OSError): return f"{type(error).__name__}: {error}"
     if not hasattr(error, "cell_index"):
         return "".join(traceback.format_exception(error, limit=-3, chain=False)).rstrip()
     cells = nbformat.read(notebook, as_version=4).cells
@@ -219,6 +222,13 @@ def make_figure(
     return tuple(load_claims(wanted[-1]))
 
 # %% ../../nbs/09_show/03_figures.ipynb #run
+def writable(folder: Path):
+    "Raises OSError, naming the folder and the remedy, where nothing can be written to it, or it cannot be made."
+    if "\0" in str(folder): raise OSError(f"{str(folder)!r} is no name of a folder; name another.")
+    there = next(f for f in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(f))
+    why = "is no folder" if not there.is_dir() else "may not be written to" if not os.access(there, os.W_OK | os.X_OK) else None
+    if why: raise OSError(f"nothing can be written to {folder}: {there} {why}; name another folder.")
+
 def run_figures(
     names: Sequence[str] | None = None,      # which; None: all
     out: str | Path = "figures",             # each figure gets a folder of its name there
@@ -234,7 +244,9 @@ def run_figures(
     known, store, results = find_figures(folder), Store(store), []
     for name in names or ():
         if name not in known: raise unknown("figure", name, known)
+    usable(device)
     settings = {name: set_parameters(known[name], size, params or {}) for name in dict.fromkeys(names or known)}
+    for place in (*(Path(out) / name for name in settings), *([] if store.root.is_dir() else [store.root])): writable(place)
     for name, set_ in settings.items():
         began, claims, error = time.monotonic(), (), ""
         try: claims = make_figure(known[name], Path(out) / name, set_, store, device, progress, timeout)

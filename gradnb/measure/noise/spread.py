@@ -32,6 +32,7 @@ class Spread(NamedTuple):
     ) -> "Spread":
         "From the vectors themselves. Raises ValueError on fewer than 2, or naming the first that is not finite."
         if isinstance(draws, Spread): return draws
+        if not isinstance(draws, Tensor): raise TypeError(f"draws are one tensor (n, p), got a {type(draws).__name__}; write torch.stack(draws).")
         if draws.ndim != 2 or len(draws) < 2:
             raise ValueError(f"a spread needs at least 2 draws, (n, p), got shape {tuple(draws.shape)}.")
         row, mean = lambda v: v.sum(1, dtype=torch.float64).cpu(), draws.mean(0)

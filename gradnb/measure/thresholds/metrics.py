@@ -126,7 +126,7 @@ def agd_metric(rule, state, blocks, grads):
     roles = {n: ROLES[i] for n, i in state.role.items()}
     L, inverse = rule.depth or sum(r != "vector" for r in roles.values()), {}
     for n, g in grads.items():
-        scale, dims = unit_of(roles[n], g.shape)
+        scale, dims = unit_of(roles[n], g.shape, rule.kernel)
         norm = torch.linalg.vector_norm(g, dim=dims, keepdim=True)
         inverse[n] = torch.where(norm > 0, rule.gain * scale * state.eta / L / norm, 0.)
     return threshold(1.), inverse, {}

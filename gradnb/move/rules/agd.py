@@ -10,10 +10,10 @@ from dataclasses import InitVar, dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ...models.inits import unit_of
+from ...models.inits import KERNELS, unit_of
 from ...ground.layout import ROLES, role_of
-from ...ground.roles import RULES, check_range, kind
-from .inplace import InPlace
+from ...ground.roles import RULES, check_range, kind, later
+from .inplace import InPlace, check_choice
 
 # %% ../../../nbs/06_move/02_rules/10_agd.ipynb #state
 class AGDState(NamedTuple):
@@ -30,6 +30,7 @@ class AutomaticGradientDescent(InPlace):
     gain: float = 1.           # multiplies every step
     depth: int | None = None   # L; None: the number of blocks that are no vectors
     vectors: bool = False      # experimental: move vectors too
+    kernel: str = later("root", since=2)    # whose unit a convolution has: "root" as in the authors' program, "none", "sum" (see unit_of)
     lr: InitVar[None] = None   # there is none
 
     takes_complex = False
@@ -40,6 +41,7 @@ class AutomaticGradientDescent(InPlace):
                              "leave it out, or multiply the steps by gain=….")
         check_range(self, "gain", 0)
         if self.depth is not None: check_range(self, "depth", 1)
+        check_choice(self, "kernel", *KERNELS)
 
     def init(self, blocks, roles):
         roles = {n: roles.get(n) or role_of(None, b) for n, b in blocks.items()}
@@ -52,7 +54,7 @@ class AutomaticGradientDescent(InPlace):
         return AGDState({n: ROLES.index(r) for n, r in roles.items()}, *next(iter(blocks.values())).new_zeros(2))
 
     def tally(self, state, blocks, grads):   # Σ_k σ_k ‖g_k‖, and how many layers there are
-        layers = [(*unit_of(r, g.shape), g) for n, g in grads.items() if (r := ROLES[state.role[n]]) != "vector"]
+        layers = [(*unit_of(r, g.shape, self.kernel), g) for n, g in grads.items() if (r := ROLES[state.role[n]]) != "vector"]
         sizes = [torch.linalg.vector_norm(g, dim=dims).sum() * scale for scale, dims, g in layers]
         return sum(sizes, state.G.new_zeros(())), len(sizes)
 
@@ -63,7 +65,7 @@ class AutomaticGradientDescent(InPlace):
         G = total[0] / L
         eta = torch.log1p(2 * G / (1 + (1 + 4 * G).sqrt()))           # η = log((1 + √(1 + 4G))/2), exact for small G too
         for n, g in grads.items():
-            scale, dims = unit_of(ROLES[state.role[n]], g.shape)
+            scale, dims = unit_of(ROLES[state.role[n]], g.shape, self.kernel)
             norm = torch.linalg.vector_norm(g, dim=dims, keepdim=True)
             blocks[n].addcmul_(g, torch.where(norm > 0, self.gain * scale * eta / L / norm, 0.), value=-1)
         return AGDState(state.role, eta, G)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from .series import BARS, DASHED, POINTS, STEPS, Line, Panel, Picture, Words, keys, stops, thin
 from ..plots.ticks import log_axes
-from ..plots.traces import palette, style
+from ..plots.traces import palette, plain_text, style
 
 # %% ../../../nbs/09_show/04_explorers/03_drawing.ipynb #look
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def draw_panels(
         handles = [axes[0].plot([], [], color=palette(8)[i % 8], linestyle=DASHES[i // 8 % 4], label=name)[0] for i, name in drawn]
         if handles: fig.legend(handles=handles, loc="outside upper left", ncols=4)
     log_axes(fig)
+    plain_text(fig)
     return fig
 
 def keys_at(panels: list[Panel], look: Look) -> list[str]:
