@@ -54,7 +54,7 @@ _NAMES = {
     "ground.traces": ["Trace"],
     "measure.probes": ["View", "Probe", "PROBES", "probe", "every", "at", "log_spaced"],
     "runs.training": ["train", "Outcome"],
-    "runs.laws": ["check_estimator", "check_problem", "check_rule", "check_stepper", "check_probe"],
+    "runs.laws": ["check_estimator", "check_problem", "check_rule", "check_stepper", "check_probe", "check_statistic"],
     "measure.clusters": ["cluster_table", "inspect_clusters"],
     "runs": ["Spec", "Run", "Store"],
     "runs.sweeps.grid": ["grid"],

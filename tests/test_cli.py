@@ -166,6 +166,22 @@ def test_a_text_that_is_not_utf8_is_named(tmp_path, capsys):
     assert f"{tmp_path}/a.txt is no UTF-8 text: byte 3 is 0xe9" in capsys.readouterr().err
 
 
+def test_a_terminal_without_our_letters_is_told_in_its_own(tmp_path):
+    line = "train --dataset digits-90 --model fc-tanh:width=5 --lr 0.5 --steps 30 --acc-goal 0.01 --goal-every 1"
+    for words, says in (("--help", "usage: gradnb"), ("names --help", "usage"), (line, "training accuracy"), (line, "is already there: training accuracy")):
+        done = subprocess.run([sys.executable, "-m", "gradnb", *words.split()], capture_output=True, cwd=tmp_path,
+                              env={**os.environ, "GRADNB_STORE": "here", "PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0 and says in done.stdout.decode("ascii"), done.stderr
+    assert ">= 0.01 at step 0" in done.stdout.decode("ascii")
+
+
+@pytest.mark.parametrize("words, says", [("--lr inf", "lr=inf"), ("--lr nan", "lr=nan"), ("--lr 1 --probe sharpness:tol=inf", "tol=inf"),
+                                         ("--lr 1 --probe sharpness:every=nan", "n=nan"), ("--lr 1 --goal-every 0", "goal_every=0")])
+def test_numbers_that_are_none_are_refused_by_name(words, says, tmp_path, capsys):
+    assert main(["train", "--dataset", "digits-90", "--store", str(tmp_path / "runs"), *words.split()]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("name", ["digits\x1b[31mred", "digits\n0123456789abcdef  finished", "a\u202eb", "=1+1", "+1", "@x", "a\rb", "a\u2028b", "\x00"])
 def test_names_are_shown_as_names(name, tmp_path, capsys):
     "A stranger's run and a grid: one line each, nothing that a terminal obeys, nothing that a spreadsheet computes."

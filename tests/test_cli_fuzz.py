@@ -38,8 +38,8 @@ def call(random, dest):
     if dest == "dataset" and random.random() < .2: name += random.choice(["-0", "-5", "-1k", "-99999", "-x"])
     try: takes = [p for p in list(inspect.signature(registry[name]).parameters)[given:]]
     except (ValueError, KeyError): takes = []
-    keys = [random.choice([*takes, "every", "lr", "x", "", "name"]) for _ in range(random.choice([0, 0, 1, 1, 2, 3]))]
-    return name + (":" if keys else "") + ",".join(random.choice(["{}={}", "{}={}", "{}={}", "{}={}", "{}{}"]).format(k, random.choice(VALUES)) for k in keys)
+    keys = [random.choice(takes if takes and random.random() < .85 else ["every", "lr", "x", "", "name"]) for _ in range(random.choice([0, 0, 1, 1, 2, 3]))]
+    return name + (":" if keys else "") + ",".join(random.choice(["{}={}"] * 15 + ["{}{}"]).format(k, random.choice(VALUES)) for k in keys)
 
 
 def value(random, action):

@@ -313,3 +313,8 @@ def test_what_cannot_work_is_said_before_any_work(tmp_path, drawn, capsys):
         said = capsys.readouterr()
         assert says in said.err + said.out and "Traceback" not in said.err + said.out
     assert not drawn
+
+
+def test_none_for_a_parameter_of_text_is_no_word():
+    from gradnb.show.figures import as_declared
+    assert as_declared("model", "str", None) is None and as_declared("model", "str", "None") == "None"

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradnb.data import Dataset
+from gradnb.measure.noise.spread import Spread, grad_variance, noise_scale
+from gradnb.problem.network import drawing
 from gradnb.problem.layers import Convolution, Layer, Linear
 from gradnb.models import build_model
 from gradnb.problem import Problem, Quadratic
@@ -242,11 +244,53 @@ class Tied(nn.Module):
         return self.out(self.b(self.a(x)))
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.words, self.cell, self.out = nn.Embedding(7, 4), kind(4, 3, batch_first=True), nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.out(self.cell(self.words((6.99 * x.sigmoid()).long()))[0][:, -1])
+
+
+class TiedWords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(7, 4), nn.Linear(4, 7)
+        self.out.weight = self.words.weight
+
+    def forward(self, x):
+        return self.out(self.words((6.99 * x.sigmoid()).long()).mean(1).tanh())
+
+
+def statistics(): return nn.Sequential(nn.InstanceNorm1d(3, affine=True, track_running_stats=True), nn.Flatten(), nn.Linear(18, 4))
+
+
+@pytest.mark.parametrize("net, shape, says", [
+    (Behind, (6,), "part of the gradient of 'fc.weight'"), (Sideways, (3, 6), "layer 'fc' was given"), (Tied, (6,), "'b.weight' is tied"),
+    (lambda: Recurrent(nn.LSTM), (6,), "layer 'cell' was given"), (lambda: Recurrent(nn.GRU), (6,), "layer 'cell' was given"),
+    (TiedWords, (6,), "'out.weight' is tied"), (statistics, (3, 6), "running_mean")], ids=str)
+def test_where_layers_do_not_work_by_example_gradients_are_taken_one_by_one_and_that_is_said_once(net, shape, says):
+    with drawing(Stream(2), torch.device("cpu")): net = net().double()
+    x = draw(9, *shape)
+    prob = Problem(net, "ce", Dataset(x, torch.arange(9) % 4, x, torch.arange(9) % 4, 4))
+    theta = prob.theta0
+    G = torch.stack([prob.grad_and_loss(theta, Batch(torch.tensor([i])))[0] for i in range(9)])
+    with pytest.warns(UserWarning, match=says) as said:
+        for _ in range(2): parts = list(prob.layer_io(theta, rows=4))
+        spread, rows = Spread.at(prob, theta), prob.example_grads(theta)
+    assert len([w for w in said if "one by one" in str(w.message)]) == 1
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    close(rows, G)
+    for got, want in ((whole(parts, "sq_norms"), G.square().sum(1)), (whole(parts, "example_grads"), G), (sum(io.moments() for io in parts), torch.stack([G.sum(0), G.square().sum(0)])),
+                      (torch.cat([io.dots(theta) for io in parts]), G @ theta), (parts[0].combine(torch.ones(4).double()), G[:4].sum(0)), (parts[0].gram(parts[1]), G[:4] @ G[4:8].T),
+                      (parts[0].paired(parts[1]), (G[:4] * G[4:8]).sum(1)), (torch.cat([io.losses for io in parts]).mean(), prob.loss(theta))): close(got, want)
+    assert grad_variance(spread).value == pytest.approx(float(G.var(0).sum()), rel=1e-9)
+    assert noise_scale(spread).value == pytest.approx(noise_scale(G).value, rel=1e-6)
+
+
 @pytest.mark.parametrize("net, shape, error, says", [
-    (Behind, (6,), TypeError, "part of the gradient of 'fc.weight'"),
-    (Sideways, (3, 6), TypeError, "layer 'fc' was given"),
     (Overwrites, (6,), TypeError, "no gradient of this network.*inplace"),
-    (Tied, (6,), TypeError, "'b.weight' is tied"),
     (lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False)), (6,), TypeError, "GroupNorm"),
 ])
 def test_refusals_name_the_layer_and_the_remedy(net, shape, error, says):

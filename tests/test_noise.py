@@ -207,7 +207,7 @@ def test_layers_give_the_spread_and_the_moments_of_the_gradients(dtype, conv, ro
     for got, want in zip(Spread.at(problem, problem.theta0, turned=True), Spread.of(g)):
         torch.testing.assert_close(torch.as_tensor(got, dtype=torch.float64), torch.as_tensor(want, dtype=torch.float64), **tol)
     some = Batch(torch.arange(5, 45))
-    for got, want in zip(Moments.at(problem, problem.theta0, some), Moments.of(g[5:45])):
+    for got, want in zip(Moments.at(problem, problem.theta0, some)[:3], Moments.of(g[5:45])):
         torch.testing.assert_close(got.double(), want, **tol)
 
 

@@ -1,4 +1,6 @@
 "Derivatives of every model and loss against the dense Hessian and finite differences; chunks, weights, dtypes, devices."
+import subprocess
+import sys
 import warnings
 from copy import deepcopy
 
@@ -7,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from gradnb import GD, Batch, Dataset, Descent, Problem, Stream, build_model, load_dataset, sharpness, train
+from gradnb.problem.graphs import free_memory
 from gradnb.problem.likelihood import sample_targets
 from gradnb.problem.network import drawing
 from gradnb.measure.probes.view import PROBES
@@ -476,3 +479,103 @@ def test_a_network_that_computes_in_single_precision_alone_is_held_to_symmetry()
     def fits(f): return Problem(Single(f), "ce", load_dataset("digits-60"))
     fits(torch.tanh).check_products(), fits(torch.relu).check_products()
     with pytest.raises(TypeError, match="not symmetric.*Once"): fits(Once.apply).check_products()
+
+
+# --- whoever calls, and whatever is called -----------------------------------------------------------------------------
+
+def test_products_do_not_ask_for_grad_mode():
+    problem = make()
+    theta, v = problem.theta0, draw(problem.p)
+    products = ("hvp", "ggn", "fisher", "quadratic")
+    want = [getattr(problem.at(theta), name)(v) for name in products]
+    with torch.no_grad():
+        point = problem.at(theta)
+        for _ in range(3):
+            for name, w in zip(products, want):
+                got = getattr(point, name)(v)
+                assert torch.equal(got, w) and not got.requires_grad and not torch.is_grad_enabled()
+        assert torch.equal(point.curvature_grad(v, v), problem.curvature_grad(theta, v, v))
+
+
+@pytest.mark.parametrize("how", ["whole", "layer", "in place"])
+def test_compiled_modules_have_all_derivatives(how):
+    net = between(torch.tanh).double()
+    plain, compiled = Problem(net, "ce", load_dataset("digits-20")), deepcopy(net)
+    if how == "whole": compiled = torch.compile(compiled, backend="aot_eager")
+    elif how == "layer": compiled[1] = torch.compile(compiled[1], backend="aot_eager")
+    else: compiled.compile(backend="aot_eager")
+    problem, theta, v = Problem(compiled, "ce", load_dataset("digits-20")), plain.theta0, draw(plain.p)
+    assert torch.equal(problem.theta0, theta)
+    for q in (lambda p: p.hvp(theta, v), lambda p: p.at(theta).ggn(v), lambda p: p.example_grads(theta), lambda p: p.curvature_grad(theta, v, v),
+              lambda p: next(p.layer_io(theta)).sq_norms(), lambda p: p.frozen().hvp(theta, v)):
+        torch.testing.assert_close(q(problem), q(plain), rtol=1e-12, atol=1e-14)
+
+
+class Physics(torch.nn.Module):
+    "u and its Laplacian in the inputs, by torch.func in the forward pass."
+    def __init__(self): super().__init__(); self.net = torch.nn.Sequential(torch.nn.Linear(2, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1))
+    def forward(self, x):
+        u = lambda z: self.net(z).squeeze(-1)
+        return torch.stack([torch.func.vmap(lambda z: torch.func.hessian(u)(z).trace())(x), u(x)], 1)
+
+
+def test_networks_that_differentiate_in_their_forward_pass():
+    x, y = draw(12, 2), draw(12, 2, name="y")
+    with drawing(Stream(1), torch.device("cpu")): net = Physics().double()
+    problem = Problem(net, "mse", Dataset(x, y, x, y))
+    theta, v = problem.theta0, draw(problem.p)
+    (a, b), (c, d) = ((m.weight.detach(), m.bias.detach()) for m in (net.net[0], net.net[2]))
+    t = (x @ a.T + b).tanh()
+    laplacian = (-2 * t * (1 - t.square()) * a.square().sum(1)) @ c[0]             # tanh'' = −2 tanh (1 − tanh²)
+    torch.testing.assert_close(problem.outputs(theta, x), torch.stack([laplacian, t @ c[0] + d], 1), rtol=1e-10, atol=1e-12)
+    want = differences(problem, theta, v)
+    assert (problem.hvp(theta, v) - want).norm() <= 1e-6 * want.norm() and problem.graph_bytes > 0
+    torch.testing.assert_close(problem.example_grads(theta).mean(0), problem.grad_and_loss(theta)[0])
+
+
+def system(tmp_path, groups="0::/job/step", files=(), address="unlimited"):
+    "A file system that tells of 64 GB free, and of what else is given."
+    for name, text in {"proc/meminfo": "MemTotal: 99999999 kB\nMemAvailable: 67108864 kB\n", "proc/self/cgroup": groups + "\n",
+                       "proc/self/status": "Name:\tpython\nVmSize:\t 2097152 kB\nVmRSS:\t 1048576 kB\n",
+                       "proc/self/limits": f"Limit  Soft Limit  Hard Limit  Units\nMax address space         {address}   unlimited  bytes\n", **dict(files)}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+G = 2**30
+V2 = lambda place, most, now, cache=0: {f"sys/fs/cgroup/{place}memory.max": str(most), f"sys/fs/cgroup/{place}memory.current": str(now),
+                                        f"sys/fs/cgroup/{place}memory.stat": f"anon 5\ninactive_file {cache}\n"}
+V1 = lambda place, most, now: {f"sys/fs/cgroup/memory/{place}memory.limit_in_bytes": str(most), f"sys/fs/cgroup/memory/{place}memory.usage_in_bytes": str(now)}
+
+
+@pytest.mark.parametrize("groups, files, address, slurm, free", [
+    ("0::/", {}, "unlimited", {}, 64),                                                    # the machine alone
+    ("0::/job/step", V2("job/step/", 8 * G, 3 * G), "unlimited", {}, 5),
+    ("0::/job/step", V2("job/step/", 8 * G, 3 * G, 2 * G), "unlimited", {}, 7),           # of which 2 GB are pages that can go
+    ("0::/job/step", V2("job/step/", "max", 3 * G) | V2("job/", 6 * G, 4 * G), "unlimited", {}, 2),     # the group above
+    ("0::/elsewhere", V2("", 4 * G, 1 * G), "unlimited", {}, 3),                          # a container sees its own group as the top
+    ("5:cpu:/x\n4:memory:/slurm/job_7\n0::/", V1("slurm/job_7/", 2**63 - 4096, G) | V1("slurm/", 9 * G, 5 * G), "unlimited", {}, 4),
+    ("4:cpu,memory:/docker/a", V1("", 3 * G, G), "unlimited", {}, 2),
+    ("0::/", {}, str(12 * G), {}, 10),                                                    # ulimit -v, of which 2 GB are mapped
+    ("0::/", {}, "unlimited", {"SLURM_MEM_PER_NODE": "8192"}, 7), ("0::/", {}, "unlimited", {"SLURM_MEM_PER_NODE": "0"}, 64),
+    ("0::/", {}, "unlimited", {"SLURM_MEM_PER_CPU": "2048", "SLURM_CPUS_ON_NODE": "4"}, 7),
+    ("0::/job/step", V2("job/step/", 2 * G, 3 * G), "unlimited", {}, 0)])
+def test_memory_that_is_free_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch, groups, files, address, slurm, free):
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"): monkeypatch.delenv(name, raising=False)
+    for name, value in slurm.items(): monkeypatch.setenv(name, value)
+    assert free_memory(torch.device("cpu"), system(tmp_path, groups, files, address)) == free * G
+
+
+@pytest.mark.slow
+def test_a_limit_of_this_process_is_seen():
+    code = ("import resource, torch; from gradnb.problem.graphs import free_memory, fields, Path\n"
+            "used = 1024 * fields(Path('/'), 'proc/self/status')['VmSize']; resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, -1))\n"
+            "print(free_memory(torch.device('cpu')))")
+    free = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 2**27 < free <= 2**28
+
+
+def test_nothing_that_tells_means_that_nothing_is_known(tmp_path, monkeypatch):
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"): monkeypatch.delenv(name, raising=False)
+    assert free_memory(torch.device("cpu"), tmp_path) == float("inf")

@@ -1,4 +1,5 @@
 "Automatic gradient descent against its equations written out in loops, and its start."
+from dataclasses import replace
 from itertools import product
 from math import exp, log, prod, sqrt
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from gradnb import Spec
 from gradnb.models.inits import INITS, agd_init, unit_of
 from gradnb.ground.layout import Layout
 from gradnb.measure.thresholds.metrics import METRICS
@@ -166,3 +168,11 @@ def test_the_start_is_a_function_of_the_stream_and_orthogonal_whatever_the_shape
             assert torch.allclose(torch.linalg.svdvals(s), torch.tensor(unit_of("conv" if w.ndim > 2 else "matrix", w.shape).scale,
                                                                         dtype=torch.float64), rtol=1e-12), name
     assert layout.named(a)["4.weight"].eq(1).all() and layout.named(a)["4.bias"].eq(0).all()
+
+
+def test_runs_stored_before_keep_what_they_did():
+    "A spec without the field is of the time when a kernel's positions shared by the sum; its name stays."
+    spec = Spec("digits-50", "vgg11-agd", "mse", AutomaticGradientDescent(kernel="sum"), 5)
+    assert "kernel" not in spec.to_json() and Spec.from_json(spec.to_json()).rule.kernel == "sum"
+    now = replace(spec, rule=AutomaticGradientDescent())
+    assert now.hash != spec.hash and Spec.from_json(now.to_json()) == now

@@ -1,15 +1,18 @@
 "LAMB, LARS and automatic gradient descent keep every law, with every estimator here, and are parts of a spec."
+from collections import deque
 from copy import copy
 from dataclasses import replace
 from itertools import islice, pairwise, product
 
 import pytest
+import pytorch_optimizer
 import torch
 
+from gradnb import optim
 from gradnb.data import load_dataset
 from gradnb.move.estimators.minibatch import FullBatch, MiniBatch
 from gradnb.move.estimators.sam import SAM
-from gradnb.runs.laws import check_rule, check_stepper
+from gradnb.runs.laws import check_rule, check_stepper, stored
 from gradnb.models import build_model
 from gradnb.problem import Problem
 from gradnb.ground.roles import RULES
@@ -21,7 +24,7 @@ from gradnb.move.rules.groups import Groups
 from gradnb.move.rules.kfac import KFAC
 from gradnb.move.rules.lamb import LAMB
 from gradnb.move.rules.lars import LARS
-from gradnb.move.rules.momentum import Momentum
+from gradnb.move.rules.momentum import Momentum, MomentumState
 from gradnb.move.rules.rmsprop import RMSProp
 from gradnb.move.rules.schedule import Cosine, Scheduled
 from gradnb.runs import Spec, Store
@@ -111,3 +114,135 @@ def test_words():
     assert RULES.build("agd:gain=2,vectors=true") == AutomaticGradientDescent(2, vectors=True)
     assert RULES.build("lars-timm:lr=0.5") == LARS.timm(.5)
     with pytest.raises(ValueError, match="takes no learning rate"): RULES.build("agd:lr=0.1")
+
+
+class Lookahead(torch.optim.Optimizer):
+    "Slow weights around an optimizer of its own: a count, tensors, a queue, ids as keys, a generator and its own lr, none of it in `state`."
+    def __init__(self, params, lr=.1, every=3):
+        super().__init__(params, dict(lr=lr))
+        self.fast, self.every, self.k, self.past = torch.optim.SGD(self.param_groups, lr=lr, momentum=.9), every, 0, deque(maxlen=2)
+        self.ps = [p for g in self.param_groups for p in g["params"]]
+        self.slow, self.gen = {id(p): p.detach().clone() for p in self.ps}, torch.Generator().manual_seed(1)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.fast.step()
+        self.k += 1
+        self.past.append(self.ps[0].clone())
+        self.param_groups[0]["lr"] *= .9
+        for p in self.ps: p.add_(torch.randn(p.shape, generator=self.gen, dtype=p.dtype), alpha=.01)
+        if self.k % self.every == 0:
+            for p in self.ps: p.copy_(self.slow[id(p)].lerp_(p, .5))
+            self.ps[0].add_(self.past[0], alpha=-.1)
+
+
+class OnTheClass(torch.optim.SGD):
+    count = 0
+    def step(self, closure=None):
+        type(self).count += 1
+        self.param_groups[0]["lr"] = .1 / type(self).count
+        return super().step(closure)
+
+
+class InASlot(torch.optim.SGD):
+    __slots__ = ("count",)
+    def step(self, closure=None):
+        self.count = getattr(self, "count", 0) + 1
+        if self.count % 5 == 0: self.param_groups[0]["lr"] *= .5
+        return super().step(closure)
+
+
+THEIRS = ["ASGD", "AdaShift", "AdamW", "GrokFastAdamW", "Magma", "NAdam", "QHAdam", "Ranger", "ScheduleFreeSGD", "StableAdamW"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("cls", [Lookahead, torch.optim.NAdam, torch.optim.ASGD, torch.optim.Rprop, *(getattr(pytorch_optimizer, n) for n in THEIRS)],
+                         ids=lambda c: f"{c.__module__}.{c.__name__}" if isinstance(c, type) else str(c))
+def test_what_an_optimizer_keeps_travels(cls, dtype):
+    "Fourteen steps from states that were stored after each, against a loop that keeps the optimizer; to the last bit."
+    gen = torch.Generator().manual_seed(0)
+    draw = lambda: {n: torch.randn(*s, generator=gen, dtype=torch.float64).to(dtype) for n, s in dict(w=(6, 4), v=(3, 6)).items()}
+    blocks, rule = draw(), FromTorch(cls)
+    params = [torch.nn.Parameter(b.clone()) for b in blocks.values()]
+    torch.manual_seed(0)
+    grads, plain = [draw() for _ in range(14)], cls(params)
+    for g in grads:
+        for p, x in zip(params, g.values()): p.grad = x.clone()
+        plain.step()
+    torch.manual_seed(0)
+    like = state = rule.init(blocks, {})
+    for g in grads: blocks, state = rule.step(stored(state, like), blocks, g)
+    assert all(torch.equal(b, p.detach()) for b, p in zip(blocks.values(), params))
+
+
+@pytest.mark.parametrize("cls", [OnTheClass, InASlot])
+def test_what_does_not_travel_is_noticed(cls):
+    with pytest.raises(RuntimeError, match="in the state|plain loop"): check_rule(FromTorch(cls, lr=.1))
+    check_rule(FromTorch(Lookahead))
+
+
+def test_what_cannot_travel_is_named():
+    class Slots:
+        __slots__ = ("n",)
+    class Odd(torch.optim.SGD):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.thing = Slots()
+    with pytest.raises(TypeError, match="a Slots in 'thing'"): FromTorch(Odd, lr=.1).init({"w": torch.ones(2)}, {})
+
+
+def test_a_schedule_still_has_the_last_word():
+    "A learning rate that the optimizer changes stays changed; one that the rule changes is the rule's, as torch's schedulers do."
+    blocks, g = {"w": torch.ones(2)}, {"w": torch.ones(2)}
+    rule = FromTorch(Lookahead, lr=.1)
+    _, state = rule.step(rule.init(blocks, {}), blocks, g)
+    assert rule.step(state, blocks, g)[1].optimizer["param_groups"][0]["lr"] == pytest.approx(.081)
+    assert replace(rule, lr=.5).step(state, blocks, g)[1].optimizer["param_groups"][0]["lr"] == pytest.approx(.45)
+
+
+@pytest.mark.parametrize("rule", [LAMB(.01), LAMB.timm(.01), LAMB.pytorch_optimizer(.01), LAMB(.01, eps=0.)], ids=repr)
+def test_zero_gradients_in_half_precision(rule):
+    blocks = {"w": torch.ones(3, 2, dtype=torch.float16), "v": torch.ones(4, dtype=torch.float16)}
+    state = rule.init(blocks, {})
+    for k in range(4):
+        blocks, state = rule.step(state, blocks, {n: torch.full_like(b, 1e-3 * (k == 2)) for n, b in blocks.items()})
+        assert all(b.isfinite().all() for b in blocks.values()), k
+    assert not torch.equal(blocks["w"], torch.ones_like(blocks["w"]))
+
+
+@pytest.mark.parametrize("rule", [*OURS, GD(.1), Momentum(.1), Adam(), RMSProp(), FromTorch(torch.optim.Adam)], ids=repr)
+def test_parameters_without_dimension_without_entries_and_with_five_dimensions(rule):
+    "The others move as if these were not there, where a rule looks at each alone; and 0-d moves as (1,) does."
+    gen, scalar = torch.Generator().manual_seed(0), torch.tensor(2., dtype=torch.float64)
+    blocks = {"w": torch.randn(4, 3, generator=gen, dtype=torch.float64), "t": scalar, "e": scalar.new_zeros(0),
+              "c": torch.randn(2, 3, 2, 2, 2, generator=gen, dtype=torch.float64)}
+    roles, flat = {"w": "matrix", "t": "vector", "e": "vector", "c": "conv"}, blocks | {"t": scalar.view(1)}
+    if isinstance(rule, Groups): roles = dict.fromkeys(blocks, "matrix")
+    state, other = rule.init(blocks, roles), rule.init(flat, roles)
+    for _ in range(3):
+        grads = {n: b.cos() for n, b in blocks.items()}
+        blocks, state = rule.step(state, blocks, grads)
+        flat, other = rule.step(other, flat, {n: g.view(flat[n].shape) for n, g in grads.items()})
+    assert blocks["t"].shape == () and blocks["e"].shape == (0,) and blocks["t"].isfinite() and blocks["t"] != 2
+    for n in blocks: assert torch.allclose(blocks[n], flat[n].view(blocks[n].shape), rtol=1e-12, atol=0)
+
+
+def test_a_state_without_names_is_refused():
+    class Bare(Momentum):
+        def init(self, blocks, roles): return super().init(blocks, roles)._asdict()
+        def step(self, state, blocks, grads):
+            blocks, state = super().step(MomentumState(**state), blocks, grads)
+            return blocks, state._asdict()
+    with pytest.raises(RuntimeError, match="keeps a dict as its state; make it a NamedTuple"): check_rule(Bare(.1))
+
+
+@pytest.mark.parametrize("make", [optim.LAMB, optim.LARS, optim.Adam, optim.RMSProp, optim.Momentum, optim.GD])
+def test_a_face_of_a_temperature_and_of_nothing(make):
+    "A 0-d parameter moves as one of shape (1,) does."
+    ps = [torch.nn.Parameter(t) for t in (torch.tensor(2.), torch.zeros(0), torch.tensor([2.]), torch.ones(2, 1, 2, 1, 2))]
+    opt = make(ps, lr=.1)
+    for _ in range(3):
+        opt.zero_grad()
+        sum(p.square().sum() for p in ps).backward()
+        opt.step()
+    assert ps[0] == ps[2] != 2 and ps[1].shape == (0,) and all(p.isfinite().all() for p in ps)

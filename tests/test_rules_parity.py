@@ -69,6 +69,8 @@ EQUAL = {
     "no averaging": (LAMB.cybertronai(.02, ratio_eps=1e-6, grad_averaging=False), in_u(grad_averaging=False)),
     "pytorch_optimizer": (LAMB.pytorch_optimizer(.02), lamb_po()),
     "pytorch_optimizer, decay": (LAMB.pytorch_optimizer(.02, weight_decay=.01), lamb_po(weight_decay=.01)),
+    "pytorch_optimizer, eps": (LAMB.pytorch_optimizer(.02, eps=1e-3), lamb_po(eps=1e-3)),
+    "pytorch_optimizer, eps, decay": (LAMB.pytorch_optimizer(.02, eps=.1, weight_decay=.01), lamb_po(eps=.1, weight_decay=.01)),
     "timm": (LAMB.timm(.02), lamb_timm()),
     "timm, one tensor at a time": (LAMB.timm(.02), lamb_timm(foreach=False)),
     "apex": (LAMB.apex(.02), lamb_timm()),

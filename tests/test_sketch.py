@@ -41,7 +41,9 @@ def test_tracking_a_drifting_matrix(k, dtype):
         assert (e.vectors.T @ e.vectors - torch.eye(k, dtype=dtype)).abs().max() < 1e-5
         V = e.sketch.vectors.double()
         assert (V.T @ V - torch.eye(V.shape[1]).double()).abs().max() < 1e-5      # no drift from update to update
-        if sketch is not None: cold, warm = cold + lanczos(A.__matmul__, g, k=k).matvecs, warm + e.matvecs
+        if sketch is not None:                                                       # to settle; looking for what is new costs the same
+            cold += lanczos(A.__matmul__, g, k=k, check=False).matvecs
+            warm += lanczos(A.__matmul__, start, k=k, sketch=sketch, check=False).matvecs
         sketch = e.sketch
     assert warm <= 0.75 * cold
 

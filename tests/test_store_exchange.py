@@ -21,6 +21,8 @@ from gradnb import GD, Run, Spec, Store
 from gradnb.cli.runs import summary
 from gradnb.show.explorers.runs import RunExplorer
 from gradnb.ground.files import seal
+from gradnb.ground.traces import as_row
+from gradnb.runs import Recorder
 from gradnb.runs.exports import export_runs
 from gradnb.runs.originals import import_runs, load_foreign, read_edge, read_tail
 
@@ -382,3 +384,58 @@ def test_one_strange_folder_is_a_line_and_the_rest_is_imported(tmp_path, what):
 def test_the_time_between_eigenvalues_is_a_number_of_steps(tmp_path):
     for wrong in (0, -1, 1.5):
         with pytest.raises(ValueError, match="eig_freq"): import_runs(tmp_path, Store(tmp_path / "runs"), wrong)
+
+
+@pytest.mark.parametrize("entries", [1, 3, 40])
+@pytest.mark.parametrize("rows", [5, 2500])
+def test_a_threshold_for_every_entry_of_a_vector_is_drawn(tmp_path, rows, entries):
+    spec = Spec("digits-60", "fc-tanh:width=3", "mse", GD(0.05), rows)
+    recorder = Recorder(tmp_path / spec.hash)
+    value, edge = np.random.default_rng(0).random((2, rows, 3))
+    edge = np.resize(edge, (rows, entries))
+    for k in range(rows): recorder.append("sharpness", k, as_row({"value": value[k], "threshold": edge[k], "gaussian": value[k]}))
+    recorder.close()
+    (tmp_path / spec.hash / "spec.json").write_text(spec.to_json())
+    panel = next(p for p in RunExplorer(tmp_path, follow=0).panels(RunExplorer(tmp_path, follow=0).look) if p.name == "sharpness")
+    for line in panel.items: assert np.shape(line.y) == np.shape(line.x) == (rows,)
+    drawn = [line.y for line in panel.items if line.label == "threshold"]
+    np.testing.assert_array_equal(drawn, edge.T[:16])
+    assert RunExplorer(tmp_path, follow=0).figure() is not None
+
+
+def test_the_index_says_what_the_files_say_and_may_be_lost(old, monkeypatch):
+    names, looks = ("sharpness", "loss", "train", None), lambda: (old.table(), *map(old.frame, names))
+    plain = looks()
+    assert not list(old.root.glob(".index*"))                    # few runs need none
+    monkeypatch.setattr("gradnb.runs.store.FRESH", 1)
+    def same(but=()):
+        for seen, right in zip(looks(), plain): pd.testing.assert_frame_equal(seen[~seen["run"].isin(but)].reset_index(drop=True), right[~right["run"].isin(but)][seen.columns].reset_index(drop=True), check_dtype=not but, check_categorical=not but)
+    same()
+    files = sorted(old.root.glob(".index*"))
+    assert len(files) == 1 + len(names)
+    with monkeypatch.context() as m:                             # nothing of a run that is done is read again
+        m.setattr("gradnb.runs.store.Run", lambda path: Run(path) if path.name == BROKEN else pytest.fail(f"{path} is read again"))
+        same()
+    for file in files:                                           # torn, tampered with, of nobody
+        whole = file.read_bytes()
+        for text in (whole[:-7], whole[:len(whole) // 2], whole.replace(b"0", b"1", 3), whole[:60] + b"7" + whole[61:], b"", b"\xff" * 99, b"{}"):
+            file.write_bytes(text)
+            same()
+        file.unlink()
+        file.mkdir()
+        same()
+        file.rmdir()
+    same()
+    run = old.open("5037e2b0730c5bad")
+    text = (run.path / "manifest.json").read_text()
+    (run.path / "manifest.json").write_text(seal(run.manifest | {"message": "changed", "rows": {"loss": 20, "sharpness": 3}}))
+    assert old.table().set_index("run").loc[run.hash, "message"] == "changed"
+    with pytest.warns(RuntimeWarning, match="left out.*21 rows, not 20"): assert run.hash not in set(old.frame("loss")["run"])
+    (run.path / "manifest.json").write_text(text)
+    (arrow := run.path / "traces" / "loss.arrow").write_bytes(arrow.read_bytes()[:-300])
+    with pytest.warns(RuntimeWarning, match="loss.arrow is damaged"): assert run.hash not in set(old.frame("loss")["run"])
+    old.remove(run.hash)
+    same(but=[run.hash])
+    moved = shutil.copytree(old.root, old.root.parent / "moved")                     # an index that came with a store is no authority
+    (moved / BROKEN / "manifest.json").unlink()
+    assert Store(moved).table().set_index("run").loc[BROKEN, "status"] == "unfinished"

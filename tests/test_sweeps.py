@@ -201,29 +201,6 @@ def wait_for(true, seconds=120):
     while not true() and time.monotonic() < deadline: time.sleep(0.05)
 
 
-DEAF = """
-import ctypes
-from gradnb import PROBES, Probe
-
-@PROBES.add("deaf")
-def deaf():
-    "Never comes back from C, and lets no other thread have a turn."
-    return Probe("deaf", lambda k: True, lambda view: ctypes.PyDLL(None).sleep(1000))
-"""
-
-
-@pytest.mark.slow
-def test_a_process_that_hears_nothing_is_ended(tmp_path, monkeypatch):
-    (tmp_path / "deaf_probe.py").write_text(DEAF)
-    monkeypatch.syspath_prepend(tmp_path)
-    import deaf_probe  # noqa: F401
-    from gradnb import PROBES
-    specs = [replace(SPEC, probes=("deaf",)), SPEC]
-    try: frame = sweep(specs, tmp_path / "store", Pool(2, timeout=0.5), progress=False)
-    finally: del PROBES["deaf"], sys.modules["deaf_probe"]
-    assert frame.status.tolist() == ["unfinished", "finished"] and "past a time limit" in frame.outcome[0]
-
-
 @pytest.mark.parametrize("wait, status, code", [(0, "running", 1), (60, "finished", 0)])
 def test_a_run_that_another_process_writes_is_not_done_until_it_is(tmp_path, capsys, wait, status, code):
     from gradnb.cli import main

@@ -16,6 +16,7 @@ from gradnb.runs import Store
 from gradnb.measure.selfstabilization import self_stabilization
 from gradnb.move.steppers import Descent, trajectory
 from gradnb.ground.streams import Stream
+from gradnb.ground.traces import Trace, as_row
 from gradnb.measure.trajectories import Projection, first_crossing, projected_distance
 
 
@@ -93,3 +94,16 @@ def test_gradnb_flow(tmp_path, capsys):
                         ("--lr 0.1 --probe preconditioned_sharpness", "is a flow"), ("--lr 0.1 --acc-goal 0.9", "no classes")):
         assert main([*line, *words.split(), "--store", str(tmp_path)]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 10, 30, 51])
+def test_any_number_of_projections_keeps_distances(size):
+    ends = [torch.zeros(400, dtype=torch.float64), torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)]
+    square = [projected_distance(*(Projection(size, Stream(i))(v).numpy() for v in ends))[0]**2 for i in range(300)]
+    assert np.mean(square) == pytest.approx(ends[1].square().sum().item(), abs=4 * np.std(square) / 300**.5)
+
+
+def test_a_column_that_is_called_step_is_not_the_step():
+    trace = Trace("mine")
+    for k in (3, 5): trace.append(k, as_row({"step": -k, "value": 2.}))
+    assert trace.frame().to_dict("list") == {"step": [3, 5], "mine.step": [-3, -5], "value": [2, 2]}

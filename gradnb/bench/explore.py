@@ -57,11 +57,11 @@ def jupyterlab(
         port = s.getsockname()[1]
     places = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "ws", "JUPYTER_CONFIG_DIR": "cfg", "JUPYTER_RUNTIME_DIR": "rt", "IPYTHONDIR": "ipy"}
     path = os.pathsep.join(p for p in sys.path if p)
-    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | {k: str(home / v) for k, v in places.items()} | {"PYTHONPATH": path}
+    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | {k: str(home / v) for k, v in places.items()} | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     options = dict(ip="127.0.0.1", port=port, port_retries=0, disable_check_xsrf=True, root_dir=root, terminals_enabled=False)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--IdentityProvider.token=", "--LabApp.extension_manager=readonly",
                "--LabApp.expose_app_in_browser=True", *(f"--ServerApp.{k}={v}" for k, v in options.items())]
-    with open(home / "lab.log", "w") as log: process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    with open(home / "lab.log", "w") as log: process = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=log)
     try:
         url, until = f"http://127.0.0.1:{port}", time.monotonic() + patience
         while True:

@@ -13,14 +13,15 @@ from collections import UserDict
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib import import_module
+from math import inf, nan
 from pkgutil import iter_modules
 
 # %% ../../nbs/01_ground/04_registry.ipynb #parse
 def literal(
     text: str,  # what stands behind the `=`
 ):
-    "The value that a word spells: a Python literal, true, false, none, or the word itself."
-    words = {"true": True, "false": False, "none": None}
+    "The value that a word spells: a Python literal, true, false, none, inf, nan, or the word itself."
+    words = {"true": True, "false": False, "none": None, "inf": inf, "-inf": -inf, "nan": nan}
     if text.lower() in words: return words[text.lower()]
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text

@@ -107,11 +107,12 @@ def kind(
     return cls
 
 def later(
-    default,      # what was done before there was this field
+    default,
     since: int,   # the schema of specs that has it first
+    *before,      # what was done before there was this field, where that is not the default
 ):
-    "A field that a class gets after runs of it were stored: at its default it is not written, and stored runs keep their names."
-    return field(default=default, metadata={"since": since})
+    "A field that a class gets after runs of it were stored: at what was done before it is not written, and stored runs keep their names."
+    return field(default=default, metadata={"since": since, "before": before[0] if before else default})
 
 # %% ../../nbs/01_ground/08_roles.ipynb #rate
 def learning_rate(stepper: Stepper, step: int) -> float | None:

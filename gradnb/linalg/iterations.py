@@ -7,9 +7,11 @@ __all__ = ['lobpcg', 'power_iteration']
 
 # %% ../../nbs/02_linalg/03_iterations.ipynb #imports
 from collections.abc import Callable
+from math import inf
 import torch
 from torch import Tensor
 from .basis import Basis, Eigs, open_pairs, orthonormalise, start_rows
+from .krylov import certify
 from ..ground.streams import Stream
 
 # %% ../../nbs/02_linalg/03_iterations.ipynb #lobpcg
@@ -19,28 +21,39 @@ def lobpcg(
     k: int | None = None,                # how many of the largest (algebraic) eigenpairs, j unless told
     tol: float = 1e-3,                   # residual to reach, relative to max |λ|; not below 10 roundings
     max_iters: int = 100,                # budget of iterations, at most j products each
-    stream: Stream = Stream(0, ("lobpcg",)),  # random directions, where the block is deficient
+    stream: Stream = Stream(0, ("lobpcg",)),  # random directions
+    check: bool = True,                  # look for larger ones, by at most 200 + 20 k more products; False: nobody does, errors are infinite
 ) -> Eigs:
     "The k largest eigenpairs by locally optimal block conjugate gradients (Knyazev 2001), not preconditioned."
     rows = start_rows(start, 1 if k is None else k)
     j, p = rows.shape
     k = j if k is None else k
     if k > j: raise ValueError(f"start has {j} columns for k = {k} pairs; give at least as many columns as pairs.")
-    B, n = Basis(matvec, rows, min(3 * j, p), j), 0
+    size = min(p, max(3 * j, 40, min(200 + 20 * k + j, 2**26 // p)))
+    B, n = Basis(matvec, rows, min(3 * j, p), max(j, k + 3), limit=size), 0
     B.add(rows)
     while B.m < j: B.add_random(stream)
     while True:
         theta, Y = B.ritz()
         X = Y[:j]
-        R, r = B.residuals(theta[:j], X)
+        R, r = B.residuals(theta[:j, None] * X, X)
         open, allowed = open_pairs(theta, r, r, k, tol, torch.finfo(rows.dtype).eps)
         done = B.m == p or not open.any()
-        if done or n == max_iters: return B.eigs(theta[:k], X[:k], r[:k], r[:k].clamp_min(allowed), bool(done))
+        if done or n == max_iters: break
         P = X.clone()
         P[:, :j] = 0                                             # the change of X: its part outside the old X
         B.rotate(torch.cat([X, P[:orthonormalise(X, P)]]))
         if not B.add(R[open | (r > allowed)]): B.add_random(stream)
         n += 1
+    return _checked(B, k, tol, stream, 200 + 20 * k, bool(done), check)
+
+def _checked(B: Basis, k: int, tol: float, stream: Stream, budget: int, done: bool, check: bool) -> Eigs:
+    "The answer in a basis, once a random direction has agreed."
+    error = torch.full((k,), inf if B.m < B.Q.shape[1] else 0, dtype=torch.float64)
+    if check and done: error, done = certify(B, k, tol, stream / "check", B.products + budget, True)
+    theta, Y = (x[:k] for x in B.ritz())
+    allowed = max(tol, 10 * torch.finfo(B.Q.dtype).eps) * theta.abs().max()
+    return B.eigs(theta, Y, B.residuals(theta[:, None] * Y, Y)[1], error.clamp_min(allowed), done)
 
 # %% ../../nbs/02_linalg/03_iterations.ipynb #power
 def power_iteration(
@@ -48,18 +61,33 @@ def power_iteration(
     start: Tensor,                       # (p,)
     tol: float = 1e-3,                   # residual to reach, relative to |λ|; not below 10 roundings
     max_matvecs: int = 1000,             # budget of products
-    stream: Stream = Stream(0, ("power",)),  # the start, if the one given is zero
-) -> Eigs:
+    stream: Stream = Stream(0, ("power",)),  # random directions, and the start, if the one given is zero
+    check: bool = True,                  # look for larger ones at both ends, within the budget; False: nobody does, the error is infinite
+) -> Eigs:                               # errors: what the largest magnitude may exceed |values| by
     "The eigenpair of largest magnitude, stopped by its residual."
     rows = start_rows(start, 1)
     if len(rows) > 1: raise ValueError(f"power iteration takes one vector (p,), got {tuple(start.shape)}.")
     if max_matvecs < 1: raise ValueError(f"max_matvecs = {max_matvecs}; at least one product is needed.")
-    B = Basis(matvec, rows, 1, 1)
+    size = min(len(rows[0]), max(40, min(max_matvecs, 2**26 // len(rows[0]))))
+    B, tol = Basis(matvec, rows, 1, 4, limit=size), max(tol, 10 * torch.finfo(rows.dtype).eps)
     if not B.add(rows): B.add_random(stream)
     while True:
         theta, Y = B.ritz()
-        r = B.residuals(theta, Y)[1]
-        done = r[0] <= max(tol, 10 * torch.finfo(rows.dtype).eps) * theta[0].abs()
-        if done or B.products >= max_matvecs: return B.eigs(theta, Y, r, r, bool(done))
+        done = bool(B.residuals(theta[:, None] * Y, Y)[1] <= tol * theta[0].abs())
+        if done or B.products >= max_matvecs: break
         B.m = 0
         B.add(B.AQ[:1])
+    found, error = theta[0], torch.full_like(theta, inf if len(rows[0]) > 1 else 0)
+    if check and done:
+        high = found.abs()
+        for end in (1., -1.):                                    # A, then −A, each with a direction of its own
+            sign = end * (1 if found >= 0 else -1)
+            C = Basis(lambda V: sign * matvec(V), rows, 1, 4, limit=size)
+            C.products = B.products
+            C.add(B.Q[:1])
+            rise, sure = certify(C, 1, tol, stream / "check" / int(end), max_matvecs, False, 0, -inf if end > 0 else found.abs().item())
+            top = C.ritz()[0][0] + rise[0]
+            high, done, B.products = torch.maximum(high, top), done and sure, C.products
+        error[0] = high - found.abs()
+        done = done and bool(error <= tol * high)
+    return B.eigs(theta, Y, B.residuals(theta[:, None] * Y, Y)[1], error.clamp_min(tol * found.abs()), done)

@@ -27,6 +27,7 @@ def sharpness(
     max_matvecs: int | None = None, # Hessian products allowed; None: the solver's default
     vectors: bool = False,          # hold the residuals against tol, for whoever needs the eigenvectors
     which: str = "largest",         # or "smallest": the negative end of the spectrum, and a sketch of −H
+    check: bool = True,             # False: nobody looks for what the search has not seen, in half the products; errors are infinite
 ) -> Eigs:                          # values (k,), the outermost first, vectors (p, k), residuals (k,), errors (k,), matvecs, converged
     "The k largest (algebraic) eigenvalues of the Hessian of the training loss. Raises ValueError where θ or ∇L is not finite."
     if which not in ("largest", "smallest"): raise ValueError(f"which is 'largest' or 'smallest', got {which!r}.")
@@ -43,16 +44,16 @@ def sharpness(
     if point.problem.kinks:
         warnings.warn(f"the loss has kinks ({', '.join(point.problem.kinks)}); its Hessian is that of the smooth piece around θ.", stacklevel=2)
     noise = torch.randn(point.problem.p, generator=stream.generator(), dtype=torch.float64).to(point.theta)
-    fresh, sketch, start = unit(point.grad) + 0.1 * unit(noise), None, warm
+    fresh, sketch, start = unit(point.grad) + unit(noise), None, warm
     if warm is None: start = fresh
-    elif isinstance(warm, Tensor): start = torch.column_stack([warm, fresh])
+    elif isinstance(warm, Tensor): start = warm if check else torch.column_stack([warm, fresh])
     else:
         sketch = Sketch(warm[0], warm[1].T.contiguous().T)       # strides decide roundings, and a resumed run has others
         start = sketch.vectors[:, :k].clone()
         start[:, -1] += 0.3 * unit(sketch.vectors[:, k:].sum(1)) + 0.3 * unit(point.grad) + 0.1 * unit(noise)
     sign = 1 if which == "largest" else -1
     product = point.hvp if sign == 1 else lambda v: -point.hvp(v)
-    eigs = lanczos(product, start, k, tol, max_matvecs, stream=stream / "lanczos", sketch=sketch, keep=k + 8, vectors=vectors)
+    eigs = lanczos(product, start, k, tol, max_matvecs, stream=stream / "lanczos", sketch=sketch, keep=k + 8, vectors=vectors, check=check)
     return eigs._replace(values=sign * eigs.values)
 
 def unit(v: Tensor) -> Tensor:

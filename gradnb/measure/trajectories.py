@@ -7,10 +7,11 @@ __all__ = ['Projection', 'projected_distance', 'first_crossing']
 
 # %% ../../nbs/07_measure/07_trajectories.ipynb #imports
 from dataclasses import dataclass
+from math import gcd
 import numpy as np
 import torch
 from torch import Tensor
-from ..ground.estimate import Estimate
+from ..ground.estimate import Estimate, in_unit
 from ..ground.roles import check_range
 from ..ground.streams import Stream
 
@@ -20,10 +21,11 @@ class Projection:
     "A random linear map of p numbers to `size` that keeps squared lengths in expectation (Kane & Nelson 2014)."
     size: int                                     # m: numbers kept
     stream: Stream = Stream() / "projection"      # of hashes and signs
-    groups: int = 4                               # r: non-zeros a column; size must be a multiple
+    groups: int | None = None                     # r: non-zeros a column; size must be a multiple; None: 4, 2 or 1, the first that fits
 
     def __post_init__(self):
         check_range(self, "size", 1)
+        if self.groups is None: object.__setattr__(self, "groups", gcd(self.size, 4))
         check_range(self, "groups", 1)
         if self.size % self.groups:
             raise ValueError(f"Projection needs a size that is a multiple of groups={self.groups}, got size={self.size}.")
@@ -47,7 +49,8 @@ def projected_distance(
     "The distance of two points, or of two paths point by point, from their projections."
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape: raise ValueError(f"projections of shapes {a.shape} and {b.shape} belong to no common projection.")
-    d = np.linalg.norm(a - b, axis=-1)
+    d, unit = in_unit(torch.as_tensor(a - b))
+    d = unit * np.linalg.norm(d.numpy(), axis=-1)
     return d, d / np.sqrt(2 * a.shape[-1])
 
 # %% ../../nbs/07_measure/07_trajectories.ipynb #crossing
@@ -58,8 +61,9 @@ def first_crossing(
     errors: float | np.ndarray = 0.,       # of the values: residuals
 ) -> Estimate | None:                      # a step; None: it is not reached
     "The step at which a curve first reaches a threshold."
-    steps, above = np.asarray(steps, float), np.asarray(values, float) - np.asarray(threshold, float)
-    errors = np.broadcast_to(np.asarray(errors, float), above.shape)
+    values, threshold, errors = (v.numpy() for v in in_unit(*(torch.as_tensor(v, dtype=torch.float64) for v in (values, threshold, errors)))[:3])
+    steps, above = np.asarray(steps, float), values - threshold
+    errors = np.broadcast_to(errors, above.shape)
     if steps.shape != above.shape: raise ValueError(f"{steps.shape} steps and {above.shape} values; give one value a step.")
     if not (hit := np.flatnonzero(above >= 0)).size: return None
     i = hit[0]

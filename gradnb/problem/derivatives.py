@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from .forms import Graph, cuts
 from .graphs import free_memory, kinks_of, saved_bytes
-from .layers import LayerIO, capture, verify
+from .layers import LayerIO, Rows, capture, verify
 from .likelihood import sample_targets
 from .network import twice_differentiable
 from .point import Point
@@ -117,10 +117,13 @@ class Problem(Risk):
         "∇_θ [uᵀ H(θ) v], (p,)."
         return self.at(theta, batch).curvature_grad(u, v)
 
-    @twice_differentiable()      # torch's fused attention cannot be mapped over examples either
     def example_grads(self, theta: Tensor, batch=None) -> Tensor:   # (b, p)
         "∇ℓᵢ(θ) of every example of a batch, unweighted, in chunks of at most 32 MB; one by one where the network cannot be mapped."
         (x, y), theta = self._examples(batch), self.check(theta).detach()
+        return self._rows(theta, x, y)
+
+    @twice_differentiable()      # torch's fused attention cannot be mapped over examples either
+    def _rows(self, theta, x, y):
         if not self._mapped: return self._one_by_one(theta, x, y)
         rows = max(1, 2**25 // (self.p * self.theta0.element_size()))
         return vmap(grad(self._one), (None, 0, 0), chunk_size=rows)(theta, x, y)
@@ -141,7 +144,7 @@ class Problem(Risk):
             vmap(grad(self._one), (None, 0, 0))(self.theta0, x, y)
             return True
         except (RuntimeError, TypeError) as e:
-            warnings.warn(f"gradients of single examples are taken one by one, since torch cannot map this network over examples: {str(e).partition('. ')[0]}.", stacklevel=4)
+            self._one_by_one_since(f"torch cannot map this network over examples: {str(e).partition('. ')[0]}")
             return False
 
     def _losses(self, x: Tensor, y: Tensor, labels: Stream | None = None) -> Callable[[Tensor], Tensor]:
@@ -151,8 +154,18 @@ class Problem(Risk):
         return losses
 
     @cached_property
-    def _layer_bytes(self) -> int:
-        "What one example costs where a layer's output is largest; the layers are verified on 2 and 3 examples, which tells n apart."
+    def _layer_bytes(self) -> int | None:
+        "What one example costs where a layer's output is largest; None where layers do not work by example, which is said once."
+        try: return self._verified_bytes()
+        except (TypeError, RuntimeError) as e: why = str(e).partition("; use")[0].partition(": is it used")[0].partition("\n")[0]
+        self._one_by_one_since(why)
+
+    def _one_by_one_since(self, why: str):
+        if "one by one" not in self._checked: warnings.warn(f"gradients of single examples are taken one by one, since {why}.", stacklevel=5)
+        self._checked["one by one"] = why
+
+    def _verified_bytes(self) -> int:
+        "The layers are verified on 2 and 3 examples, which tells n apart."
         theta = self._beside("layers").requires_grad_()
         for n in (2, 3):
             some = torch.arange(n, device=self.device) % self.n
@@ -168,8 +181,16 @@ class Problem(Risk):
         rows: int | None = None,   # examples in a part; None: as many as keep every layer's output below 32 MB (1 GB on a GPU)
         labels: Stream | None = None,   # draw the targets from the model, for the Fisher matrix; None: those of the data
     ) -> Iterator[LayerIO]:
-        "Inputs and output gradients of every layer for ℓᵢ, neither weighted nor divided by n: one forward and backward pass a part."
-        (x, y), theta = self._examples(batch), self.check(theta)
-        rows = rows or max(1, 2 ** (25 if self.device.type == "cpu" else 30) // self._layer_bytes)
+        """Inputs and output gradients of every layer for ℓᵢ, neither weighted nor divided by n: one forward and backward pass a part.
+
+        Where layers do not work by example (recurrent ones, tied weights) a single layer holds the gradients of whole examples.
+        """
+        (x, y), theta, each = self._examples(batch), self.check(theta), self._layer_bytes
+        rows = rows or max(1, 2 ** (25 if self.device.type == "cpu" else 30) // (each or self.p * self.theta0.element_size()))
         for i in range(0, len(x), rows):
-            yield capture(self.module, self.layout, theta, self._losses(x[i:i + rows], y[i:i + rows], labels and labels / i))
+            some, given, drawn = x[i:i + rows], y[i:i + rows], labels and labels / i
+            if each is not None: yield capture(self.module, self.layout, theta, self._losses(some, given, drawn)); continue
+            with torch.no_grad():
+                if drawn: given = sample_targets(self.per_example, self.outputs(theta, some), drawn.generator())
+                value = self._losses(some, given)(theta)
+            yield LayerIO((Rows("", self.module, self.layout.named(theta.detach()), slice(0, self.p), (), len(some), self._rows(theta.detach(), some, given)),), value)

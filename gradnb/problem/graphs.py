@@ -6,22 +6,54 @@
 __all__ = ['KINKS', 'free_memory', 'saved_bytes', 'nodes', 'kinks_of', 'disagrees', 'wrong_slopes']
 
 # %% ../../nbs/05_problem/04_graphs.ipynb #imports
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from ..ground.streams import Stream
 from .network import scattered
+
+# %% ../../nbs/05_problem/04_graphs.ipynb #told
+def text(root: Path, name: str) -> str:
+    try: return (root / name).read_text()
+    except OSError: return ""
+
+def fields(root: Path, name: str) -> dict[str, int]:
+    "The numbers of a file whose lines are names and numbers."
+    return {words[0].rstrip(":"): int(words[1]) for line in text(root, name).splitlines() if len(words := line.split()) > 1 and words[1].isdigit()}
+
+def group_memory(root: Path, top: str, path: str, limit: str, used: str, cache: str) -> list[int]:
+    "What a control group and those above it leave; a file's pages that can be dropped count as free. In a container its own group is the top."
+    places, left = [top + "/".join(path.split("/")[:i]) for i in range(1, path.rstrip("/").count("/") + 2)], []
+    for place in places:
+        most, now = text(root, f"{place}/{limit}").strip(), text(root, f"{place}/{used}").strip()
+        if most.isdigit() and now.isdigit(): left.append(int(most) - int(now) + fields(root, f"{place}/memory.stat").get(cache, 0))
+    return left
 
 # %% ../../nbs/05_problem/04_graphs.ipynb #memory
 def free_memory(
     device: torch.device,
+    root: Path = Path("/"),    # of the file system that tells
 ) -> float:              # bytes; inf where that cannot be known
-    "What can still be allocated."
+    "What can still be allocated: on a CPU the least that machine, control groups (v1 and v2, with all above), ulimit -v and Slurm leave."
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo") as f: return next(1024. * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration): return float("inf")
+    status = fields(root, "proc/self/status")
+    limits = [1024 * fields(root, "proc/meminfo").get("MemAvailable", float("inf"))]
+    for line in text(root, "proc/self/cgroup").splitlines():
+        _, kinds, path = line.split(":", 2)
+        if kinds == "": limits += group_memory(root, "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in kinds.split(","):
+            limits += group_memory(root, "sys/fs/cgroup/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    if address := re.search(r"Max address space\s+(\d+)", text(root, "proc/self/limits")):
+        limits.append(int(address[1]) - 1024 * status.get("VmSize", 0))
+    mb, cpus = (os.environ.get(f"SLURM_{k}", "") for k in ("MEM_PER_NODE", "CPUS_ON_NODE"))
+    if not mb.isdigit() and (per := os.environ.get("SLURM_MEM_PER_CPU", "")).isdigit(): mb = str(int(per) * int(cpus or 1))
+    if mb.isdigit() and int(mb): limits.append(2**20 * int(mb) - 1024 * status.get("VmRSS", 0))        # 0: the whole node
+    return float(max(0, min(limits)))
 
 def saved_bytes(
     work: Callable[[], object],   # builds a graph and returns it
@@ -31,7 +63,16 @@ def saved_bytes(
     def pack(t):
         seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): kept = work()
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): kept = work()
+    except RuntimeError as e:
+        if "saved tensor hooks" not in str(e): raise
+        seen.clear()                                             # torch.func in a forward pass forbids them: ask the operations
+        with torch.enable_grad(): kept = work()
+        for node in set().union(*(nodes(t) for t in tree_leaves(kept) if isinstance(t, Tensor))):
+            for name in (n for n in dir(node) if n.startswith("_saved_") or n == "saved_tensors"):
+                try: [pack(t) for t in tree_leaves(getattr(node, name)) if isinstance(t, Tensor)]
+                except RuntimeError: pass                        # freed, or torch.func's own and without a storage
     del kept
     return sum(seen.values())
 

@@ -68,6 +68,7 @@ class Linearised:
                 yield piece
 
     @twice_differentiable()
+    @torch.enable_grad()
     def product(self,
         v: Tensor,                                    # direction (p,), or a block of them (p, k)
         middle: Callable[[Piece, Tensor], Tensor],    # M: (piece, Jv) → f's shape

@@ -104,6 +104,8 @@ def copied(
         memo.setdefault(id(t), t.detach().clone())
     twin = deepcopy(module, memo)
     for m in twin.modules():
+        if hasattr(m, "_orig_mod"): m.forward = m._orig_mod.__call__            # compiled graphs are differentiated once
+        if m._compiled_call_impl is not None: m._compiled_call_impl = None
         for held in (vars(m), *(v for v in vars(m).values() if isinstance(v, (dict, list)))):
             for key, f in list(held.items() if isinstance(held, dict) else enumerate(held)):
                 if isinstance(f, FunctionType): held[key] = rebound(f, memo)

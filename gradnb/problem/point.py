@@ -46,6 +46,7 @@ class Point:
     def loss(self) -> Tensor: return self._grad_and_loss[1]
 
     @twice_differentiable()
+    @torch.enable_grad()
     def hvp(self,
         v: Tensor,           # direction (p,), or a block of them (p, k)
     ) -> Tensor:             # H(θ) v, of v's shape
@@ -62,6 +63,7 @@ class Point:
         return self.problem.reduce(total)[0]
 
     @twice_differentiable()
+    @torch.enable_grad()
     def quadratic(self,
         v: Tensor,           # direction (p,), or a block of them (p, k)
     ) -> Tensor:             # vᵀ H(θ) v, () or (k,)

@@ -38,7 +38,7 @@ class Risk:
 
     def __init__(self,
         module: nn.Module,         # the network; its parameters give θ₀, device and dtype; it is copied, in its present mode
-        loss: str | Callable,      # "ce", "mse", "linear_hinge", or per-example: (outputs, targets) → (b,)
+        loss: str | Callable,      # "ce", "mse", …; (outputs, targets) → (b,), or sums and weights (b,) each; torch's averaging losses
         dataset: Dataset,          # training and test examples
         chunk_size: int | None = None,  # examples worked on at a time; None: all at once
     ):
@@ -47,6 +47,7 @@ class Risk:
                             "some of an endless stream, Dataset(x, y, x_test, y_test, classes), or measure its gradients as they "
                             "come: grad_variance(draws).")
         if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+        module = getattr(module, "_orig_mod", module)           # what torch.compile was given
         refuse(module)
         self.given, self.layout, self.chunk_size, self._checked = module, Layout.of(module), chunk_size, {}     # given: left alone; what was checked is shared with copies
         params = dict(module.named_parameters())

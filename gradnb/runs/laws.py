@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['proving_ground', 'law', 'Watch', 'same', 'stored', 'precise', 'off_blocks', 'check_derivatives', 'check_problem',
-           'check_rule', 'check_estimator', 'bias', 'check_stepper', 'check_probe']
+           'check_rule', 'as_alone', 'check_estimator', 'bias', 'check_stepper', 'numbers', 'check_statistic',
+           'check_probe']
 
 # %% ../../nbs/08_runs/02_laws.ipynb #imports
 import json
 import random
+from collections.abc import Callable
 from copy import copy, deepcopy
+from math import frexp
+from warnings import catch_warnings, simplefilter
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from ..move.estimators.minibatch import MiniBatch
@@ -19,6 +24,7 @@ from ..problem import Problem, Quadratic
 from ..problem.graphs import disagrees, wrong_slopes
 from ..problem.network import copied, scattered
 from ..ground.roles import Batch, Estimator, Rule, Stepper
+from ..move.rules.fromtorch import FromTorch
 from ..move.rules.gd import GD
 from ..move.rules.inplace import OVER
 from ..move.steppers import Descent, trajectory
@@ -157,6 +163,8 @@ def check_rule(
         blocks, roles = problem.layout.named(theta), dict(zip(problem.layout.names, problem.layout.roles))
         grads = problem.layout.named(problem.grad_and_loss(theta)[0])
         with Watch(rule, *blocks.values()): state = rule.init(blocks, roles)
+        law(state == () or hasattr(state, "_fields"), rule, f"keeps a {type(state).__name__} as its state; make it a NamedTuple of numbers, "
+            "tensors and dicts by block, whose parts have names.")
         for _ in range(3):
             with Watch(rule, *blocks.values(), *grads.values(), *leaves(state)): out, after = rule.step(state, blocks, grads)
             again, after2 = rule.step(stored(state, state), blocks, grads)
@@ -170,6 +178,19 @@ def check_rule(
                 law(all(torch.equal(out[k], own[k]) for k in out) and same(after, after3), rule,
                     "steps to somewhere else in place; what it reads again must not be written over before.")
             blocks, state = out, after
+        if isinstance(rule, FromTorch): law(as_alone(rule, problem), rule, "leaves the path of the same optimizer in a plain loop; what "
+                                            "changes must be in its state, its param_groups or its attributes, not on its class or elsewhere.")
+
+def as_alone(rule: FromTorch, problem, steps: int = 12) -> bool:
+    "Does a torch optimizer go the same way, to the last bit, step by step as a rule and in a loop that keeps it?"
+    blocks = problem.layout.named(problem.theta0)
+    state, (params, optimizer) = rule.init(blocks, {}), rule.around(blocks)
+    for k in range(steps):
+        grads = problem.layout.named((1 + k % 3) * problem.grad_and_loss(problem.layout.join(blocks.values()))[0])
+        for p, g in zip(params, grads.values()): p.grad = g.clone()
+        optimizer.step()
+        blocks, state = rule.step(state, blocks, grads)
+    return all(torch.equal(b, p.detach()) for b, p in zip(blocks.values(), params))
 
 # %% ../../nbs/08_runs/02_laws.ipynb #estimator
 def check_estimator(
@@ -239,6 +260,48 @@ def check_stepper(
         law(same(other.theta, state.theta), stepper, "moved θ in prepare; only step may.")
         ahead = stepper.prepare(problem, stepper.step(problem, stored(state, like)), stream / (k + 1))
         law(same(ahead, states[k + 1]), stepper, f"continues differently from its stored state at step {k}.")
+
+# %% ../../nbs/08_runs/02_laws.ipynb #statistic
+def numbers(
+    found,          # what a statistic returned: a number, a tensor, an Estimate, nested tuples, dicts and tables of them
+) -> np.ndarray:    # (k,), float64
+    "All numbers of an answer, in order."
+    if isinstance(found, pd.DataFrame): found = dict(found.select_dtypes("number").items())
+    if isinstance(found, dict): found = tuple(found.values())
+    if isinstance(found, tuple): return np.concatenate([np.empty(0), *map(numbers, found)])
+    return np.asarray(found.detach().cpu() if isinstance(found, Tensor) else found, dtype=np.float64).reshape(-1)
+
+def check_statistic(
+    statistic: Callable,             # (n, p) → a number, a tensor, an Estimate, or tuples, dicts and tables of them
+    power: int = 0,                  # of its units in those of the draws: 2 for a variance, 0 for a ratio
+    draws: Tensor | None = None,     # float64; None: 400 × 4 of Student's t with 3 degrees of freedom around a mean
+    rtol: float = 1e-6,              # agreement asked for, relative
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),     # of draws that it takes
+):
+    "Raise RuntimeError naming the law that a statistic breaks, or whatever it raises."
+    if draws is None:
+        gen = (Stream(0) / "laws").generator()
+        normal = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64)
+        draws = .3 + normal(400, 4) / (normal(400, 4, 3).square().mean(2)).sqrt()
+    times = lambda x, k: x * 2.**(k // 2) * 2.**(k - k // 2)      # 2^k alone may be too large
+    for dtype in dtypes:
+        x, room = draws.to(dtype), torch.finfo(dtype)
+        low, high = (x.abs()[x != 0].min().item(), x.abs().max().item())
+        first, last = frexp(room.tiny)[1] - frexp(low)[1] + 1, frexp(room.max)[1] - frexp(high)[1] - 1
+        base = numbers(statistic(x))
+        for k in (first, first // 2, last // 2, last):
+            got = numbers(statistic(times(x, k)))
+            with np.errstate(all="ignore"): want = np.ldexp(base, k * power)
+            close = got.shape == want.shape and np.isclose(got, want, rtol=rtol, atol=rtol * np.abs(want[np.isfinite(want)]).max(initial=0), equal_nan=True).all()
+            law(close, statistic, f"gives {got[:6]} for draws of {dtype} times 2^{k} where {want[:6]} is right: it has the units of the draws to the power "
+                f"{power}; divide by a power of two before squaring, and compare with nothing that has other units.")
+        lost = times(x, frexp(room.tiny * room.eps)[1] - frexp(high)[1] + 2)      # the largest is a few times the smallest number that there is
+        try:
+            with catch_warnings(record=True) as said:
+                simplefilter("always")
+                said = bool(np.isnan(numbers(statistic(lost))).any() or said)
+        except ValueError: said = True
+        law(said, statistic, f"says nothing of draws so small that {dtype} has lost their digits; warn, raise ValueError, or answer nan.")
 
 # %% ../../nbs/08_runs/02_laws.ipynb #probe
 def check_probe(

@@ -145,6 +145,9 @@ def read_edge(
             fits = [f for f in range(1, steps + 1) if steps // f == len(v)] or [1]      # the program keeps steps // f of them
             every = fits[-1]
             if len(fits) > 1: notes.append(f"{name}: measured every {fits[0]} to {fits[-1]} steps, taken as {every}")
+        if name == "iterates":
+            v = v / v.shape[1]**.5                       # its projector is Gaussian and keeps `nproj` times the squared length
+            notes.append(f"iterates: divided by √{v.shape[1]}, so that their distances are those of the parameters")
         traces[trace] = series(range(0, every * len(v), every), v[:, 0] if v.shape[1] == 1 else v)
     if (times := load("time", 1, "times")) is not None: traces["time"] = series(range(len(times)), times)
     if isinstance(weights := folder.load("snapshot_final", "snapshot"), dict): traces["snapshot"] = [(max(steps - 1, 0), weights)]

@@ -132,7 +132,7 @@ class Run:
     ) -> pd.DataFrame:
         "Traces as a table. In the wide one a column is called by its trace, or trace.column where there are several."
         if name is not None: return self.trace(name).frame()
-        called = lambda t, c: t if c == "value" else f"{t}.{c}"
+        called = lambda t, c: t if c == "value" else c if c == f"{t}.step" else f"{t}.{c}"
         frames = {name: t.frame().set_index("step") for name, t in self.traces.items()}
         names = iter(distinct((called(name, c) for name, f in frames.items() for c in f), ["step"]))
         frames = [f.set_axis([next(names) for _ in f], axis=1) for f in frames.values()]

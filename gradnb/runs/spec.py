@@ -34,7 +34,7 @@ class Newer(Unreadable):
 
 def encode(
     obj,
-    whole: bool = True,   # fields that came later are written at their defaults, too
+    whole: bool = True,   # fields that came later are always written
 ):
     "A spec, or a part of one, as plain JSON data. Raises TypeError on what has no name there, ValueError on a number beyond floats."
     if is_dataclass(obj) and not isinstance(obj, type):
@@ -58,8 +58,8 @@ def as_float(f, v):
     return float(v)
 
 def unused(obj, f) -> bool:
-    "Is this a field that came later, and is at its default?"
-    return "since" in f.metadata and getattr(obj, f.name) == f.default
+    "Is this a field that came later, and at what was done before?"
+    return "since" in f.metadata and getattr(obj, f.name) == f.metadata["before"]
 
 def newest(obj) -> int:
     "The schema that whoever reads this must know, by the fields of gradnb that are in use."
@@ -83,7 +83,8 @@ def decode(data):
     allowed = {f.name for f in fields(cls)}
     if wrong := data.keys() - allowed:
         raise Newer(f"{name} has no field {sorted(wrong)} here, only {sorted(allowed)}; a newer gradnb, or a newer definition, has it.")
-    return cls(**{k: decode(v) for k, v in data.items()})
+    before = {f.name: f.metadata["before"] for f in fields(cls) if "since" in f.metadata}
+    return cls(**before | {k: decode(v) for k, v in data.items()})
 
 # %% ../../nbs/08_runs/04_spec.ipynb #identity
 SCHEMA = 2     # of specs and manifests; one more whenever either gets a field

@@ -75,7 +75,7 @@ def as_declared(
     value: Any,       # text is read as a literal unless a str is declared
 ) -> Any:
     "A parameter's value in its declared type. Raises TypeError, naming the parameter, where it does not fit."
-    if kind == "str": return str(value)
+    if kind == "str": return None if value is None else str(value)
     value = literal(value) if isinstance(value, str) else value
     fits = {"int": int, "float": (int, float), "bool": bool, "list": (list, tuple), "dict": dict}.get(kind)
     if fits and (not isinstance(value, fits) or kind != "bool" and isinstance(value, bool)):

@@ -8,7 +8,7 @@ __all__ = ['from_influence', 'radius', 'norm_test', 'inner_product_test', 'ortho
 # %% ../../../nbs/07_measure/01_noise/02_batchsize.ipynb #imports
 from math import inf, nan, sqrt
 from torch import Tensor
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, in_unit
 from .spread import Spread, jackknife, left_out
 
 # %% ../../../nbs/07_measure/01_noise/02_batchsize.ipynb #influence
@@ -19,8 +19,8 @@ def from_influence(
 ) -> Estimate:
     "A smooth statistic with the infinitesimal jackknife's standard error (Jaeckel 1972)."
     if influence is None: return Estimate(value, nan, -inf, inf)
-    n = len(influence)
-    return Estimate.student(value, sqrt(influence.square().sum().item() / (n * (n - 1))), n - 1, level)
+    n, (influence, unit) = len(influence), in_unit(influence)
+    return Estimate.student(value, unit * sqrt(influence.square().sum().item() / (n * (n - 1))), n - 1, level)
 
 def radius(x: Estimate) -> Estimate:
     "√x of an estimate that is not negative."
@@ -73,9 +73,10 @@ def cabs(
     lr: float,                # η
 ) -> Estimate:                # examples
     "η Tr Σ / L, the batch size that goes with a learning rate."
-    V, V_out, _, _ = left_out(Spread.of(draws))
+    spread = Spread.of(draws)
+    V, V_out, _, _ = left_out(spread)
     losses = losses.double().cpu()
     if losses.shape != V_out.shape: raise ValueError(f"cabs takes one loss a draw, {len(V_out)}, got {tuple(losses.shape)}.")
     if losses.mean() <= 0: raise ValueError(f"cabs divides by the mean loss, which is {losses.mean():.3g}; it must be positive.")
     without = (losses.sum() - losses) / (len(losses) - 1)
-    return jackknife(lr * V / losses.mean().item(), lr * V_out / without, positive=True)
+    return jackknife(lr * V / losses.mean().item(), lr * V_out / without, positive=True).times(spread.unit, spread.unit)

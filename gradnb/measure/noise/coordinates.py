@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...problem.designs import finite
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, in_unit
 from .spread import Spread, jackknife, left_out
 from ...ground.roles import Batch
 
@@ -22,6 +22,7 @@ class Moments(NamedTuple):
     count: Tensor     # draws in each group (m,), float64
     first: Tensor     # Σ gᵢ of each group (m, p)
     second: Tensor    # Σ gᵢ² (m, p)
+    unit: float = 1.  # of the gradients, 1 unless squares would leave their dtype's range
 
     @classmethod
     def of(cls,
@@ -33,9 +34,10 @@ class Moments(NamedTuple):
         if draws.ndim != 2 or len(draws) < 3:
             raise ValueError(f"moments need at least 3 draws, (n, p), got shape {tuple(draws.shape)}.")
         finite(draws.sum(1, dtype=torch.float64), what="gradient")
+        draws, unit = in_unit(draws)
         parts = draws.tensor_split(min(groups, len(draws)))
         return cls(torch.tensor([len(g) for g in parts], dtype=torch.float64),
-                   torch.stack([g.sum(0) for g in parts]), torch.stack([g.square().sum(0) for g in parts]))
+                   torch.stack([g.sum(0) for g in parts]), torch.stack([g.square().sum(0) for g in parts]), unit)
 
     @classmethod
     def at(cls,
@@ -55,12 +57,16 @@ class Moments(NamedTuple):
         return cls(torch.tensor([len(i) for i in parts], dtype=torch.float64), *sums)
 
     def without(self) -> list:
-        "The totals (n, mean (p,), unbiased variance (p,), mean square (p,)) of all draws, then without each group."
+        "The totals (n, mean (p,), unbiased variance (p,), mean square (p,)) of all draws, then without each group; in the unit."
         def reduce(n, first, second):
             n, mean = n.item(), first / n.item()
             return n, mean, ((second / n - mean.square()) * (n / (n - 1))).clamp_min(0), second / n
-        whole = [t.sum(0) for t in self]
+        whole = [t.sum(0) for t in self[:3]]
         return [reduce(*whole), *(reduce(*(w - t[j] for w, t in zip(whole, self))) for j in range(len(self.count)))]
+
+    def squared(self, x: Tensor) -> Tensor:
+        "Squares of gradients, worked out in their unit, as they are: in float64 where the unit is not 1."
+        return x if self.unit == 1 else x.double() * self.unit * self.unit
 
 def over_groups(
     statistic: Callable,    # (n, mean, variance, mean square) → ()
@@ -80,9 +86,11 @@ def coordinate_variance(
     draws: Tensor | Moments,   # independent draws (n, p), or their moments
 ) -> PerParameter:
     "Unbiased variance of every coordinate, errors by leaving out groups."
-    whole, *rest = (m[2] for m in Moments.of(draws).without())
-    rest = torch.stack(rest)
-    return PerParameter(whole, ((len(rest) - 1) / len(rest) * (rest - rest.mean(0)).square().sum(0)).sqrt())
+    moments = Moments.of(draws)
+    whole, *rest = (m[2] for m in moments.without())
+    away, unit = in_unit((rest := torch.stack(rest)) - rest.mean(0))
+    stderr = ((len(rest) - 1) / len(rest) * away.square().sum(0)).sqrt() * unit
+    return PerParameter(moments.squared(whole), moments.squared(stderr))
 
 # %% ../../../nbs/07_measure/01_noise/03_coordinates.ipynb #normalized
 class Masked(NamedTuple):
@@ -139,7 +147,7 @@ def tic_trace(
     n, H = spread.n, trace.value
     C = jackknife(V * (1 - 1 / n) + m, V_out * (1 - 1 / (n - 1)) + m_out)
     value = C.value / H
-    return Estimate.normal(value, abs(value) * ((C.stderr / C.value) ** 2 + (trace.stderr / H) ** 2) ** .5)
+    return Estimate.normal(value, abs(value) * ((C.stderr / C.value) ** 2 + (trace.stderr / H) ** 2) ** .5).times(spread.unit, spread.unit)
 
 def tic_diagonal(
     draws: Tensor | Moments,    # gradients of single examples (n, p), or their moments
@@ -147,5 +155,6 @@ def tic_diagonal(
     damping: float = 1e-7,      # added to it
 ) -> Estimate:
     "Σ_p C_pp / H_pp."
+    moments = Moments.of(draws)
     inside = lambda n, mean, variance, square: (square / (diagonal + damping)).sum(dtype=torch.float64)
-    return over_groups(inside, Moments.of(draws))
+    return over_groups(inside, moments).times(moments.unit, moments.unit)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...problem.designs import finite
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, in_unit
 from ...ground.layout import Layout
 
 # %% ../../../nbs/07_measure/01_noise/01_spread.ipynb #spread
@@ -22,6 +22,7 @@ class Spread(NamedTuple):
     far: Tensor                # ‖zᵢ‖² (n,), float64 on the CPU
     along: Tensor              # ⟨zᵢ, ḡ⟩ (n,)
     turned: Tensor | None      # ⟨zᵢ, Sḡ⟩ (n,), S = Σ zᵢzᵢᵀ/(n−1); None: not worked out
+    unit: float = 1.           # of the vectors, 1 unless squares would leave their dtype's range
 
     @property
     def n(self) -> int: return len(self.far)
@@ -35,12 +36,13 @@ class Spread(NamedTuple):
         if not isinstance(draws, Tensor): raise TypeError(f"draws are one tensor (n, p), got a {type(draws).__name__}; write torch.stack(draws).")
         if draws.ndim != 2 or len(draws) < 2:
             raise ValueError(f"a spread needs at least 2 draws, (n, p), got shape {tuple(draws.shape)}.")
+        draws, unit = in_unit(draws)
         row, mean = lambda v: v.sum(1, dtype=torch.float64).cpu(), draws.mean(0)
         if not mean.isfinite().all(): finite(row(draws), what="gradient")           # of zᵢ none would be
         z = draws - mean
         along = row(z * mean)
         turned = row(z * ((along.to(z) @ z) / (len(z) - 1)))
-        return cls(mean.double().square().sum().item(), finite(row(z.square()), what="gradient"), along, turned)
+        return cls(mean.double().square().sum().item(), finite(row(z.square()), what="gradient"), along, turned, unit)
 
     @classmethod
     def at(cls,
@@ -76,8 +78,8 @@ def jackknife(
     level: float = 0.95,      # how often the interval covers the truth
 ) -> Estimate:                # of infinite width from 2 draws, which are too few to leave one out
     "A statistic with the standard error that leaving out draws shows."
-    n = len(without)
-    stderr = sqrt((n - 1) / n * (without - without.mean()).square().sum().item()) if without.isfinite().all() else inf
+    n, (away, unit) = len(without), in_unit(without - without.mean())
+    stderr = unit * sqrt((n - 1) / n * away.square().sum().item()) if without.isfinite().all() else inf
     found = Estimate.student(value, stderr, n - 1, level)
     if not (positive and value > 0): return found
     up = found.high / value - 1
@@ -98,8 +100,9 @@ def grad_variance(
     draws: Tensor | Spread,   # independent draws of a gradient estimate (n, p), n ≥ 2
 ) -> Estimate:                # units (loss per unit θ)²
     "Tr Cov, the total variance of a gradient estimate, without bias."
-    value, without, _, _ = left_out(Spread.of(draws))
-    return jackknife(value, without, positive=True)
+    spread = Spread.of(draws)
+    value, without, _, _ = left_out(spread)
+    return jackknife(value, without, positive=True).times(spread.unit, spread.unit)
 
 def grad_norm_sq(
     draws: Tensor | Spread,   # independent draws of a gradient estimate (n, p), n ≥ 2
@@ -107,7 +110,7 @@ def grad_norm_sq(
     "‖G‖², the squared norm of the mean that the draws scatter around, without bias."
     spread = Spread.of(draws)
     V, V_out, m, m_out = left_out(spread)
-    return jackknife(m - V / spread.n, m_out - V_out / (spread.n - 1))
+    return jackknife(m - V / spread.n, m_out - V_out / (spread.n - 1)).times(spread.unit, spread.unit)
 
 def signal_to_noise(
     draws: Tensor | Spread,   # independent draws of a gradient estimate (n, p), n ≥ 2
@@ -150,7 +153,7 @@ def noise_scale_of_pairs(
     if small_sq.shape != big_sq.shape or len(small_sq) < 2:
         raise ValueError("noise_scale_of_pairs takes as many small as large batches, 2 or more, got shapes "
                          f"{tuple(small_sq.shape)} and {tuple(big_sq.shape)}.")
-    a, b = (v.double().cpu() for v in (small_sq, big_sq))
+    a, b = (v.double().cpu() for v in in_unit(small_sq, big_sq)[:2])
     noise, signal = (a - b) / (1 / small - 1 / big), (big * b - small * a) / (big - small)
     ratio = lambda u, v: u / v.clamp_min(1e-300)
     out = lambda v: (v.sum() - v) / (len(v) - 1)

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from scipy.special import stdtr
 from torch import Tensor
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, in_unit, to_unit
 from ...ground.streams import Stream
 
 # %% ../../../nbs/07_measure/03_tail/07_controls.ipynb #controls
@@ -22,8 +22,8 @@ def gaussian_surrogate(
     generator: torch.Generator,   # on the CPU, so that devices agree
 ) -> Tensor:                      # (n, p)
     "Independent Gaussian rows whose covariance is the sample covariance of x."
-    weights = torch.randn(len(x), len(x), generator=generator, dtype=x.dtype).to(x.device)
-    return weights @ (x - x.mean(0)) / sqrt(len(x) - 1)
+    weights, (x, unit) = torch.randn(len(x), len(x), generator=generator, dtype=x.dtype).to(x.device), in_unit(x)
+    return to_unit(weights @ (x - x.mean(0)) / sqrt(len(x) - 1), 1, unit)
 
 def permuted_columns(
     x: Tensor,                    # (n, p)
@@ -44,7 +44,8 @@ def independent_gaussian(
     generator: torch.Generator,
 ) -> Tensor:                      # (n, p)
     "Independent Gaussian values with each column's own scale."
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) * x.std(0)
+    x, unit = in_unit(x)
+    return to_unit(torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) * x.std(0), 1, unit)
 
 CONTROLS = dict(gaussian=gaussian_surrogate, columns=permuted_columns, signs=flipped_signs, scales=independent_gaussian)
 

@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import brentq, minimize
 from scipy.special import stdtrit
 from torch import Tensor
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, check_level
 from .magnitudes import FINITE, NOT_FINITE, Magnitudes, TailRefusal, bin_edges
 from .stable import ALPHA_MIN, stable_cdf, stable_logpdf
 
@@ -166,7 +166,7 @@ def _design_effect(h: Histograms, alpha: float, log_scale: float) -> float:
 
 def student(level: float, record: Magnitudes) -> float:
     "Student's quantile for an interval from as many folds."
-    return float(stdtrit(len(record.blocks) - 1, (1 + level) / 2))
+    return float(stdtrit(len(record.blocks) - 1, (1 + check_level(level)) / 2))
 
 # %% ../../../nbs/07_measure/03_tail/03_methods.ipynb #mohammadi
 def mohammadi(record: Magnitudes) -> Tensor:       # (1 + folds,), 1/α
@@ -185,7 +185,7 @@ def _tail(h: Histograms, k: int | float | None) -> tuple[int, Tensor]:
     "First bin of a tail of about k draws (below 1: a share; None: n^(2/3)), and log-excesses over its edge."
     n = h.n[0].item()
     k = n**(2 / 3) if k is None else k * n if k < 1 else k
-    if not 1 <= k < h.counts[0].sum(): raise ValueError(f"k must leave a tail of 1 to n − 1 of the {n:.0f} draws, got {k:g}.")
+    if not 1 <= k < h.counts[0].sum(): raise TailRefusal(f"k must leave a tail of 1 to n − 1 of the {n:.0f} draws, got {k:g}.")
     above = h.counts[0].flip(0).cumsum(0).flip(0)                       # (bins,), decreasing
     j = int((above >= k).sum()) - 1
     return j, (h.middle[j:] / h.low[j]).log()
@@ -214,7 +214,7 @@ def pickands(h: Histograms, k: int | float | None = None) -> Tensor:
     "Spacings of the order statistics k, 2k and 4k."
     n = h.n[0].item()
     share = (n**(-1 / 3) if k is None else k if k < 1 else k / n)
-    if not 0 < 4 * share < 1: raise ValueError(f"pickands looks at the largest 4k draws of {n:.0f}, got k = {share * n:g}.")
+    if not 0 < 4 * share < 1: raise TailRefusal(f"pickands looks at the largest 4k draws of {n:.0f}, got k = {share * n:g}.")
     a, b, c = (h.quantile(1 - i * share) for i in (1, 2, 4))
     return ((a - b) / (b - c)).log() / log(2)
 

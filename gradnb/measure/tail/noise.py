@@ -13,6 +13,7 @@ from dataclasses import replace
 from math import nan, sqrt
 import torch
 from torch import Tensor
+from ...ground.estimate import in_unit, to_unit
 from ...ground.roles import Batch, Estimator, draw
 from ...ground.streams import Stream
 from .controls import control_row, gaussian_surrogate
@@ -68,7 +69,8 @@ def noise_norms(
     noise: Tensor,      # (n, p)
 ) -> Tensor:            # (n,)
     "The norm of each draw. Its tail is another thing than that of a coordinate."
-    return noise.norm(dim=1)
+    noise, unit = in_unit(noise)
+    return to_unit(noise.norm(dim=1), 1, unit)
 
 def iterate_differences(
     states: Iterable,   # of a trajectory

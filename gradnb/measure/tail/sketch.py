@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, in_unit, to_unit
 from ...ground.layout import Layout
 from .estimators import compare_records, default_m, estimate_index, k_plot, m_profile
 from .magnitudes import BINS, FINITE, FOLDS, NOT_FINITE, Magnitudes, TailRefusal, count_logs, histogram
@@ -31,6 +31,7 @@ class SketchState(NamedTuple):
     partial: Tensor           # (ms without 1, p), unfinished sums
     partial_logs: Tensor      # (ms without 1, groups, 2), of the draws in them
     records: tuple            # of each group and m: (group, m, width, blocks, where, counts, logs)
+    unit: float | None = 1.   # of all of them; None: nothing but zeros seen
 
 class TailSketch:
     "Magnitudes of gradient noise, one gradient at a time, for each group of parameters and block length."
@@ -46,6 +47,7 @@ class TailSketch:
             raise ValueError(f"block lengths must start at 1 and each be a multiple of the one before, got {tuple(ms)}.")
         self.groups, self.ms, self.paired, self.scale, self.folds = dict(groups), tuple(ms), paired, scale, folds
         self.rows, self.held, self.partial, self.partial_logs, self.records = 0, None, None, None, {}
+        self.unit = None if scale is None else 1.     # that gradients are divided by: 1 unless the first is far from it
 
     def add(self,
         g: Tensor,      # (p,), one mini-batch gradient
@@ -53,6 +55,8 @@ class TailSketch:
         "Take one gradient. Raises TailRefusal on infinities and NaN."
         if g.ndim != 1: raise ValueError(f"a sketch takes one flat gradient (p,) at a time, got shape {tuple(g.shape)}.")
         g = g.detach().float() if g.dtype in (torch.float16, torch.bfloat16) else g.detach()
+        if self.unit is None and g.any(): self.unit = in_unit(g, room=60)[1]
+        if self.unit not in (None, 1.): g = to_unit(g, self.unit)
         if self.paired and self.held is None:
             self.held = g.clone()
             return
@@ -96,6 +100,9 @@ class TailSketch:
             raise ValueError(f"sketches of groups {list(self.groups)}, m in {self.ms}, paired={self.paired} and of groups "
                              f"{list(other.groups)}, m in {other.ms}, paired={other.paired} do not merge.")
         both = TailSketch.restore(self.state(), self.groups, self.ms, self.paired, self.scale, self.folds)
+        if both.unit != other.unit and None not in (both.unit, other.unit):
+            raise ValueError(f"sketches in units of {both.unit:g} and {other.unit:g} do not merge; give both a common scale.")
+        both.unit = both.unit or other.unit
         if not both.records: return TailSketch.restore(other.state(), self.groups, self.ms, self.paired, self.scale, self.folds)
         both.records = {key: r + other.records[key] if other.records else r for key, r in both.records.items()}
         return both
@@ -106,7 +113,7 @@ class TailSketch:
         records = tuple((name, m, r.width, r.blocks.clone(), *packed(r.counts), r.logs.clone())
                         for (name, m), r in self.records.items())
         copy = lambda t: None if t is None else t.clone()
-        return SketchState(self.rows, copy(self.held), copy(self.partial), copy(self.partial_logs), records)
+        return SketchState(self.rows, copy(self.held), copy(self.partial), copy(self.partial_logs), records, self.unit)
 
     @classmethod
     def restore(cls, state: SketchState, *args, **kwargs) -> "TailSketch":
@@ -114,6 +121,7 @@ class TailSketch:
         sketch = cls(*args, **kwargs)
         copy = lambda t: None if t is None else t.clone()
         sketch.rows, sketch.held, sketch.partial, sketch.partial_logs = state[0], *map(copy, state[1:4])
+        sketch.unit = state[5] if len(state) > 5 else 1.      # older states have none
         for name, m, width, blocks, where, found, logs in state[4]:
             counts = torch.zeros(len(blocks) * BINS, dtype=torch.int32)
             counts[where] = found

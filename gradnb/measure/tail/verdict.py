@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest, kurtosis, shapiro
 from torch import Tensor
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, check_level
 from ...ground.streams import Stream
 from .estimators import LEAST_BLOCKS
 from .fit import KS, LAWS, as_columns, compare_laws, ks_test
-from .magnitudes import TailRefusal
+from .magnitudes import TailRefusal, near_one
 
 # %% ../../../nbs/07_measure/03_tail/09_verdict.ipynb #profile
 def profile_change(
@@ -28,7 +28,7 @@ def profile_change(
 ) -> Estimate:              # 0 for a stable law; negative: the index rises with m; positive: it falls
     "How 1/α from m to m² differs from 1/α from 1 to m. Raises TailRefusal on fewer than 20 blocks, ValueError on m < 2."
     if m < 2: raise ValueError(f"a profile needs m of 2 or more, got {m}.")
-    x = as_columns(x)
+    x = near_one(as_columns(x), wide=True)
     blocks = len(x) // m**2
     if blocks < LEAST_BLOCKS:
         raise TailRefusal(f"{len(x)} draws make {blocks} blocks of m² = {m**2}, at least {LEAST_BLOCKS} are needed; "
@@ -58,7 +58,7 @@ def gaussianity(
     directions: int = 300,    # projections, and coordinates
 ) -> pd.DataFrame:            # rows projections, coordinates; columns shapiro, anderson with _low and _high, excess_kurtosis
     "Shares of directions in which normality is rejected at 5 %. Raises ValueError on fewer than 20 draws."
-    x = as_columns(x)
+    x = near_one(as_columns(x))
     if len(x) < 20: raise ValueError(f"tests of normality need at least 20 draws, got {len(x)}.")
     g = (stream / "directions").generator()
     way = torch.randn(x.shape[1], directions, generator=g, dtype=x.dtype)
@@ -94,8 +94,8 @@ def verdict(
     draws: int = 199,         # simulated columns for each test of a fit
 ) -> Verdict:
     "Is this noise stable, or what else? Raises TailRefusal on fewer than 20 blocks or more than 5 % zeros."
-    x = as_columns(x)
-    third = 1 - (1 - level) / 3
+    x = near_one(as_columns(x))
+    third = 1 - (1 - check_level(level)) / 3
     profile = profile_change(x, m or next((m for m in (8, 4) if len(x) >= LEAST_BLOCKS * m * m), 2), third)
     laws = compare_laws(x)
     best = laws.index[0]

@@ -30,7 +30,7 @@ class AutomaticGradientDescent(InPlace):
     gain: float = 1.           # multiplies every step
     depth: int | None = None   # L; None: the number of blocks that are no vectors
     vectors: bool = False      # experimental: move vectors too
-    kernel: str = later("root", since=2)    # whose unit a convolution has: "root" as in the authors' program, "none", "sum" (see unit_of)
+    kernel: str = later("root", 2, "sum")    # whose unit a convolution has: "root" as in the authors' program, "none", "sum" (see unit_of)
     lr: InitVar[None] = None   # there is none
 
     takes_complex = False

@@ -73,10 +73,10 @@ class LAMB(InPlace):
 
     @classmethod
     def pytorch_optimizer(cls, lr=1e-3, **more):
-        return cls(**dict(lr=lr, decay="outside", bias_correction="first", norm_high=10., ratio_eps=1e-6) | more)
+        return cls(**dict(lr=lr, decay="outside", bias_correction="first", norm_high=10., ratio_eps=more.get("eps", 1e-6)) | more)
 
     def init(self, blocks, roles):
-        zeros = lambda *shape: {n: b.new_zeros(*shape or b.shape) for n, b in blocks.items()}
+        zeros = lambda *shape: {n: b.new_zeros(*shape or (b.shape,)) for n, b in blocks.items()}
         return LAMBState(0, zeros(), zeros(), zeros(()), zeros(()), zeros(()))
 
     def tally(self, state, blocks, grads):
@@ -101,6 +101,8 @@ class LAMB(InPlace):
         scale = root / first if self.bias_correction == "both" else 1.        # u = scale · m / (√v + ε·root) saves a pass
         u = torch._foreach_sqrt(v)
         torch._foreach_add_(u, self.eps * root)
+        for a in u:                                        # where v is zero in half precision; a root that is not is four times as large
+            if a.dtype == torch.float16: a.clamp_(min=torch.finfo(a.dtype).tiny)
         torch._foreach_reciprocal_(u)
         torch._foreach_mul_(u, m)
         if wd and any(decays):

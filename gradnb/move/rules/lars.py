@@ -55,7 +55,7 @@ class LARS(InPlace):
     def pytorch_optimizer(cls, lr=1e-3, **more): return cls(**dict(lr=lr, rate="outside", adapt="matrices") | more)
 
     def init(self, blocks, roles):
-        zeros = lambda *shape: {n: b.new_zeros(*shape or b.shape) for n, b in blocks.items()}
+        zeros = lambda *shape: {n: b.new_zeros(*shape or (b.shape,)) for n, b in blocks.items()}
         return LARSState(zeros(), zeros(()), zeros(()), zeros(()))
 
     def update(self, state, blocks, grads, total, ops):

@@ -108,7 +108,7 @@ ENGINES = Registry("engine", "gradnb.runs.sweeps.slurm")
 @ENGINES.add("here")
 @dataclass(frozen=True)
 class Here:
-    "One spec after the other, in this process."
+    "One spec after the other, in this process and on its threads; a pool's runs have one thread each, and so other last digits where this has more."
     timeout: float | None = None   # seconds that a run may take; None: no limit
 
     def __post_init__(self):

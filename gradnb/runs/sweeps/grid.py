@@ -10,6 +10,8 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
+import numpy as np
+from torch import Tensor
 from ...models import MODELS
 from ...measure.probes.view import PROBES
 from ...ground.registry import parse_call, unknown
@@ -25,7 +27,7 @@ def changed(
     field: str = "",   # the field of the spec that this is a part of
 ):                     # the same with the change
     "A copy of a spec in which one thing is another. Raises ValueError on a name that is not there, and names the nearest."
-    if not path: return value
+    if not path: return value.item() if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0 else value
     key, *rest = path
     if is_dataclass(obj):
         names = [f.name for f in fields(obj)]

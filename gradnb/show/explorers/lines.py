@@ -32,6 +32,7 @@ def quantities(
 ) -> dict[str, tuple[str, str]]:       # name of a panel → (kind, column)
     "What can be drawn of a trace."
     columns, found = trace.columns, {}
+    columns = {c: v for c, v in columns.items() if v.shape[1:] != (0,)}
     vectors = {c for c, v in columns.items() if v.ndim == 2 and v.shape[1] > FEW} | {*next(iter(trace.arrays.values()), ())}
     words = [w for band in BANDS for w in band] + ["masked"]
     said = {n for c in columns for w in words if (n := beside(columns, c, w))} | (OF_VALUE if "value" in columns else set())
@@ -65,7 +66,7 @@ def trace_lines(
     columns, steps, lines = trace.columns, trace.steps, []
     many = lambda c: columns[c].T if columns[c].ndim == 2 else [columns[c]]
     names = next((n for band in BANDS if all(n := [beside(columns, column, w) for w in band])), [])
-    sides = [many(n) for n in names]
+    sides = [many(n) for n in names if columns[n].shape[1:] != (0,)]
     for i, v in enumerate(many(column)):
         side = [s[min(i, len(s) - 1)] for s in sides]
         low, high = side if len(side) == 2 else (v - side[0], v + side[0]) if side else (None, None)
@@ -74,11 +75,13 @@ def trace_lines(
         else: lines.append(Line(steps, v, low, high, key=key))
     if column != "value": return lines
     edge = columns["threshold"] if "threshold" in columns else edge
-    if edge is not None: lines.append(Line(steps, edge, key=key, label="threshold", style=DASHED))
+    each = lambda v: list(v.T[:FEW]) if v.ndim == 2 else [v]         # a threshold for every entry of a vector
+    if edge is not None: lines += [Line(steps, e, key=key, label="threshold", style=DASHED) for e in each(edge)]
     if "gaussian" in columns:
-        sides = [columns[f"gaussian_{w}"] for w in ("low", "high") if f"gaussian_{w}" in columns and alone]
+        sides = [each(columns[f"gaussian_{w}"]) for w in ("low", "high") if f"gaussian_{w}" in columns and alone]
         how = {} if alone else dict(key=key, style=DASHED)
-        lines.append(Line(steps, columns["gaussian"], *(sides if len(sides) == 2 else ()), label="Gaussian", **how))
+        for i, v in enumerate(each(columns["gaussian"])):
+            lines.append(Line(steps, v, *([s[i] for s in sides] if len(sides) == 2 and all(i < len(s) for s in sides) else ()), label="Gaussian", **how))
     return lines
 
 def positive(lines: list[Line]) -> bool: return any((line.y > 0).any() for line in lines)

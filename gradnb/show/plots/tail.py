@@ -24,7 +24,7 @@ from ...ground.streams import Stream
 from ...measure.tail.controls import control_row, gaussian_surrogate, gaussian_verdict
 from ...measure.tail.estimators import LEAST_BLOCKS, MOST_ZEROS, default_m, k_plot, m_profile, tail_index
 from ...measure.tail.fit import LAWS, Fit, as_columns, fit_law
-from ...measure.tail.magnitudes import Magnitudes
+from ...measure.tail.magnitudes import Magnitudes, near_one
 from ...measure.tail.noise import alive, gradient_draws, noise_index, noise_norms, paired_noise
 from ...measure.tail.sketch import layer_groups
 from ...measure.tail.stable import stable_sample
@@ -74,6 +74,7 @@ def profile_frame(
 ) -> pd.DataFrame:                              # m, value, stderr, low, high
     "Mohammadi's index across draws for several block lengths."
     kept = [m for m in ms if len(noise) // m >= LEAST_BLOCKS]
+    noise = near_one(noise, wide=True)
     return m_profile({m: Magnitudes.of(noise, m, counts=False) for m in kept})
 
 def column_indices(
@@ -217,7 +218,7 @@ def tail_panels(
         plot_ccdf(axes["ccdf"], (some / unit).flatten(), near)
         for x, label, color in ((some / unit, "coordinates", DATA), (noise_norms(noise), "norms", OTHER)):
             shares = np.geomspace(max(1e-4, 10 / x.numel()), .2, 20).tolist()
-            plot_against(axes["extremes"], k_plot(Magnitudes.of(x, logs=False), shares), "k", label=label, color=color, marker=None)
+            plot_against(axes["extremes"], k_plot(Magnitudes.of(near_one(x), logs=False), shares), "k", label=label, color=color, marker=None)
         axes["extremes"].set(title="Hill's index", xlabel="share of draws in the tail", ylabel="index", ylim=(0, 12))
         axes["extremes"].legend()
         for x, label, color, shift in ((z, "noise", DATA, 0.), (gauss, "gaussian", GREY, .2)):

@@ -1,0 +1,4 @@
+"python -m gradnb"
+from gradnb.cli import main
+
+if __name__ == "__main__": raise SystemExit(main())

@@ -1,0 +1,81 @@
+"One law over all statistics: they follow the units of their draws, over the whole range of a dtype."
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gradnb import check_statistic
+from gradnb.ground.estimate import Estimate
+from gradnb.ground.streams import Stream
+from gradnb.measure import trajectories as paths
+from gradnb.measure.noise import batchsize, comparing, coordinates, spread
+from gradnb.measure.tail import controls, fit, noise, verdict
+from gradnb.measure.tail.estimators import METHODS, compare_tails, tail_index
+from gradnb.measure.tail.magnitudes import TailRefusal
+from gradnb.measure.tail.sketch import TailSketch
+from gradnb.measure.tail.stable import stable_sample
+
+stream, one = Stream(0) / "controls", Estimate.normal(3., .1)
+halves = lambda x: (x[:200], x[200:])
+
+
+def sketched(x):
+    sketch = TailSketch({"network": slice(None), "half": slice(0, 2)}, (1, 2, 4))
+    for row in x: sketch.add(row)
+    return tuple(sketch.tail_index("half", method) for method in METHODS)
+
+
+def crossing(x):
+    rising = x[:, 0].abs().double().cummax(0).values
+    return paths.first_crossing(np.arange(400), rising.numpy(), rising[-1].item() / 3, rising[-1].item() / 9)
+
+
+STATISTICS = {
+    "grad_variance": (spread.grad_variance, 2), "grad_norm_sq": (spread.grad_norm_sq, 2), "signal_to_noise": (spread.signal_to_noise, 0),
+    "normalized_variance": (spread.normalized_variance, 0), "noise_scale": (spread.noise_scale, 0),
+    "noise_scale of batches": (lambda x: spread.noise_scale(x, 5, 100), 0),
+    "norm_test": (batchsize.norm_test, 0), "inner_product_test": (batchsize.inner_product_test, 0),
+    "orthogonality_test": (batchsize.orthogonality_test, 0), "cabs": (lambda x: batchsize.cabs(x, torch.ones(len(x)), .1), 2),
+    "bias": (lambda x: comparing.bias_check(*halves(x)).sq, 2), "distance": (lambda x: comparing.bias_check(*halves(x))[1:], 1),
+    "bias of the mean": (lambda x: comparing.bias_check(x, 2 * x[0]).sq, 2),
+    "efficiency": (lambda x: comparing.efficiency(spread.grad_variance(x), 7.), 2),
+    "coordinate_variance": (coordinates.coordinate_variance, 2), "normalised by coordinate": (coordinates.coordinate_normalized_variance, 0),
+    "gsnr": (coordinates.gsnr, 0), "stopping_evidence": (coordinates.stopping_evidence, 0),
+    "tic_trace": (lambda x: coordinates.tic_trace(x, one), 2), "tic_diagonal": (lambda x: coordinates.tic_diagonal(x, torch.ones(4), 0.), 2),
+    "Estimate.mean": (lambda x: Estimate.mean(x[:, 0]), 1),
+    "profile_change": (verdict.profile_change, 0), "gaussianity": (lambda x: verdict.gaussianity(x, stream, 20), 0),
+    "compare_laws": (lambda x: fit.compare_laws(x, {k: fit.LAWS[k] for k in ("gaussian", "student")}, 2).drop(columns="held_out"), 0), "ks_test": (lambda x: fit.ks_test(fit.LAWS["student"], x, stream, 8), 0),
+    "a fitted scale": (lambda x: fit.fit_law(fit.LAWS["student"], x).scale, 1),
+    "ks_test of a vector": (lambda x: fit.ks_test(fit.LAWS["laplace"], x[:, 0].repeat(6), stream, 3), 0),
+    "noise_norms": (noise.noise_norms, 1), "noise_index": (lambda x: noise.noise_index(x, stream, surrogates=3), 0),
+    "controls": (lambda x: controls.control_row(x, lambda z: tail_index(z, "mohammadi"), stream, 3, {k: controls.CONTROLS[k] for k in ("gaussian", "scales")}), 0),
+    "compare_tails": (lambda x: compare_tails(x, (2, 8)), 0), "first_crossing": (crossing, 0),
+    "projected_distance": (lambda x: tuple(map(torch.as_tensor, paths.projected_distance(x.double().numpy(), 0 * x.double().numpy()))), 1),
+} | {f"tail_index {m}": (lambda x, m=m: tail_index(x, m), 0) for m in METHODS} \
+  | {f"tail_index {m} of a vector": (lambda x, m=m: tail_index(x[:, 0], m), 0) for m in METHODS} \
+  | {"a sketch": (sketched, 0), "pairs": (lambda x: spread.noise_scale_of_pairs(x[:, 0].abs() / 2 + x[:, 1].abs() / 2, x[:, 1].abs() / 2, 1, 8), 0)}
+
+SLOW = "compare_tails", "a sketch", "tail_index mle", "ks_test"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in STATISTICS])
+def test_a_statistic_follows_the_units_of_its_draws(name):
+    check_statistic(*STATISTICS[name], dtypes=(torch.float64,) if name in ("first_crossing", "projected_distance") else (torch.float64, torch.float32))
+
+
+@pytest.mark.parametrize("scale", [1e39, 1e-40, 1e-300, 1e290])
+def test_cauchy_is_cauchy_in_any_units(scale):
+    cauchy = stable_sample(1., (20_000,), Stream(1).generator(), dtype=torch.float64)
+    for method in METHODS: assert tail_index(cauchy * scale, method).value == pytest.approx(1, abs=.12 if method in ("pickands", "dedh") else .05)
+
+
+def test_digits_that_a_dtype_has_lost_are_said():
+    cauchy = stable_sample(1., (2000,), Stream(1).generator(), dtype=torch.float64)
+    assert tail_index((cauchy * 1e-40).float(), "hill").value == pytest.approx(1, abs=.15)         # subnormal, with digits enough
+    with pytest.raises(TailRefusal, match="float32 has lost their digits"): tail_index((cauchy * 1e-43).float())
+    with pytest.warns(RuntimeWarning, match="fewer than 12 bits"): spread.grad_variance((cauchy.view(-1, 4) * 1e-45).float().clamp(-1e-43, 1e-43))
+    z = torch.randn(50, 3, generator=Stream(2).generator())
+    assert spread.grad_variance(z * 1e-25).value == pytest.approx(spread.grad_variance(z).value * 1e-50, rel=1e-5)      # 0 in float32
+    assert math.isinf(spread.grad_variance(z.double() * 1e200).value) and spread.grad_variance(z.double() * 1e-200).value == 0
