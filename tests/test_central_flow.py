@@ -117,6 +117,7 @@ def test_third_derivatives_share_their_graphs(monkeypatch):
     problem, calls = network(), 0
     theta = problem.theta0
     U = torch.linalg.qr(torch.randn(problem.p, 3, generator=Stream(1).generator(), dtype=D))[0]
+    problem.hvp(theta, U[:, 0])                            # what is tried out before the first product
     point = problem.at(theta)
     point.grad
     grad = torch.autograd.grad

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from gradnb import GD, Adam, Cosine, FromTorch, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
 from gradnb.runs import Recorder
-from gradnb.runs.tracefiles import read_trace
+from gradnb.runs.tracefiles import compact, read_arrow, read_trace
 from gradnb.ground.traces import as_row
 
 SPEC = Spec("digits-200", "fc-tanh:width=10", "mse", Momentum(0.02), 400, MiniBatch(20), ("sharpness:every=20", "train:every=50"))
@@ -215,6 +215,130 @@ def test_a_field_that_came_later_changes_no_hash_at_its_default(tmp_path):
     with pytest.raises(ValueError, match="goal_every"): Spec("digits", "fc-relu", "ce", GD(1.), 5, goal_every=0)
 
 
+def entries():
+    "What a probe may return, and more."
+    finite = st.floats() | st.integers(-2**80, 2**80) | st.booleans()
+    shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
+    dtypes = st.sampled_from(["<f4", ">f8", "f2", "<i8", "u1", "?", "<u2", "g"])
+    arrays = st.builds(lambda shape, dtype: np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype), shapes, dtypes)
+    tensors = st.builds(lambda shape, dtype: torch.full(shape, 1.5).to(dtype), shapes, st.sampled_from([torch.float32, torch.bfloat16, torch.int32, torch.bool]))
+    odd = st.sampled_from([None, "x", 1j, [], [[1, 2], [3]], 10**400, [10**400], {"a": 1}, np.float32("inf"), torch.tensor(float("nan")), [2**70, 1], float("-inf")])
+    return finite | arrays | tensors | odd | st.lists(finite, max_size=4)
+
+
+column_names = st.sampled_from(["value", "step", "run", "seed", "a", "a.0", "a.1", "", ".", "loss", "__metadata__", "\ud800", "\0", "λ", "crc", "c0"]) | st.text(max_size=5)
+
+
+@settings(max_examples=250, deadline=None)
+@given(answers=st.lists(st.dictionaries(column_names, entries(), min_size=1, max_size=4), min_size=1, max_size=3),
+       steps=st.lists(st.integers(-1, 4), min_size=3, max_size=3), repeat=st.booleans())
+def test_what_is_recorded_is_read(tmp_path_factory, answers, steps, repeat):
+    "In each form, or it is refused before anything of it is written. What is read is compared with what was given, not with another table."
+    path = tmp_path_factory.mktemp("run")
+    recorder, kept = Recorder(path), []
+    for step, answer in zip(steps, answers * 3 if repeat else answers):
+        try: recorder.append("x", step, as_row(answer))
+        except (TypeError, ValueError) as e: assert str(e)
+        else: kept.append((step, answer))
+    recorder.close()
+    file = path / "traces" / "x.trace"
+    if not kept: return
+    for trace in (read_trace(file), read_arrow(compact(file)).trace):
+        assert trace.steps.tolist() == [k for k, _ in kept] == sorted({k for k, _ in kept})
+        for i, (step, answer) in enumerate(kept):
+            for name, given in answer.items():
+                found = trace.columns[name][i] if name in trace.columns else trace.arrays[step][name]
+                given = given.double().numpy() if isinstance(given, torch.Tensor) else np.asarray(given, np.float64)
+                np.testing.assert_array_equal(np.asarray(found, np.float64), given)
+        table = trace.frame()
+        assert table.columns.is_unique and table["step"].tolist() == trace.steps.tolist()
+        assert table.shape[1] == 1 + sum(int(np.prod(v.shape[1:])) for v in trace.columns.values())
+    (path / "spec.json").write_text("{}")
+    assert Run(path).frame().columns.is_unique
+
+
+def test_a_probe_that_returns_an_empty_vector_keeps_its_trace(tmp_path):
+    from gradnb import PROBES, Probe
+    PROBES["empty test"] = lambda: Probe("empty", lambda step: True, lambda view: {"none": torch.zeros(0), "some": view.step})
+    try: run = Store(tmp_path).run(Spec("digits-60", "fc-tanh:width=3", "mse", GD(0.01), 3, probes=("empty test",)), progress=False)
+    finally: del PROBES["empty test"]
+    assert run.traces["empty"].columns["none"].shape == (4, 0) and run.damage() == {} and run.frame("empty")["some"].tolist() == [0, 1, 2, 3]
+
+
+STRANGERS = ["loss (conflicted copy).arrow", "loss (1).trace", "._loss.trace", ".DS_Store", "loss.tmp", "Thumbs.db", "loss.trace~", ".nfs0001",
+             "loss.sync-conflict-20240101-120000-ABC.trace", "~$loss.arrow", "loss-DESKTOP-1.trace"]
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_strangers_among_the_traces_are_named_and_left_alone(tmp_path, done):
+    from gradnb.ground import files
+    spec = Spec("digits-60", "fc-tanh:width=3", "mse", GD(0.01), 6, probes=("sharpness:every=3",))
+    whole, run = Store(tmp_path / "whole").run(spec, progress=False), Store(tmp_path).run(spec, progress=False)
+    if not done:
+        (run.path / "manifest.json").unlink()
+        recorder = Recorder(run.path)
+        recorder.resume(run_state(spec))                     # the traces are rows again
+        recorder.close()
+    form = ".arrow" if done else ".trace"
+    if not (source := run.path / "traces" / f"loss{form}").exists(): source = None
+    for name in STRANGERS: (run.path / "traces" / name).write_bytes(source.read_bytes() if source and name.endswith(form) else b"junk")
+    (run.path / "arrays" / "loss (conflicted copy)").mkdir(parents=True)
+    (run.path / "arrays" / "loss (conflicted copy)" / "3.safetensors").write_bytes(b"junk")
+    files.SAID.clear()
+    with pytest.warns(RuntimeWarning, match="is no trace of this run and is left alone; move it elsewhere") as said: traces, frame = run.traces, run.frame()
+    assert {*traces} <= {"loss", "sharpness"} and len(said) >= len(STRANGERS) - 1
+    assert not done or frame.equals(whole.frame()) and run.damage() == {}
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if done else "ignore")                   # said once
+        again = Store(tmp_path).run(spec, progress=False)
+    assert again.frame().equals(whole.frame()) and again.status == "finished" and again.damage() == {}
+    assert {*STRANGERS[:-1]} <= {p.name for p in (run.path / "traces").iterdir()}
+    assert (run.path / "arrays" / "loss (conflicted copy)" / "3.safetensors").exists()
+
+
+def run_state(spec):
+    problem, stepper, _ = spec.build("cpu")
+    return stepper.init(problem, problem.theta0)
+
+
+def test_infinite_floats_are_checkpointed(tmp_path):
+    "Freshness starts its best distance at infinity."
+    spec = Spec("digits-60", "fc-tanh:width=3", "mse", GD(0.01), 6, MiniBatch(10), probes=("freshness",))
+    run = Store(tmp_path).run(spec, progress=False, interval=0.0)
+    assert run.status == "finished" and len(run.traces["freshness"]) > 0
+
+
+def test_resuming_takes_memory_that_does_not_grow_with_the_rows(tmp_path):
+    "Measured in a process of its own; a set of two million steps alone has over 100 MB."
+    script = """
+import resource, sys
+from pathlib import Path
+import numpy as np, torch
+from gradnb.ground.roles import State
+from gradnb.ground.traces import Trace
+from gradnb.runs import Recorder
+from gradnb.runs.tracefiles import TraceLayout, write_rows
+path, n = Path(sys.argv[1]), int(sys.argv[2])
+(path / "traces").mkdir(parents=True)
+steps = np.arange(n)
+write_rows(path / "traces" / "loss.trace", TraceLayout(path.name, "loss", [("value", ())]), Trace("loss", steps, {"value": steps / 2}), n)
+state = State(n - 5, torch.zeros(3))
+recorder = Recorder(path)
+recorder._written = {"loss": (n - 5, n - 6)}
+recorder.checkpoint(state, {}, last=True)
+del steps
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tracked = __import__("tracemalloc"); tracked.start()
+found, _ = Recorder(path).resume(state)
+print(found.step, (path / "traces" / "loss.trace").stat().st_size // 20, tracked.get_traced_memory()[1])
+"""
+    peaks = []
+    for n in (200_000, 2_000_000):
+        out = subprocess.run([sys.executable, "-c", script, str(tmp_path / str(n)), str(n)], capture_output=True, text=True, check=True).stdout.split()
+        assert int(out[0]) == n - 5 and n - 5 <= int(out[1]) < n + 9
+        peaks.append(int(out[2]))
+    assert peaks[1] < 1.5 * peaks[0], peaks
 HOSTILE = """[core]
 	repositoryFormatVersion = 0
 	fsmonitor = {trap}

@@ -204,9 +204,11 @@ def test_a_run_of_an_older_version_is_continued(old):
     old.run(run.spec, progress=False)
     assert run.status == "finished" and run.damage() == {} and (run.path / "spec.json").read_text() == text
     assert len(run.frame()) == 401 and run.frame("loss")["value"][:218].equals(whole.frame("loss")["value"][:218])
-    if same == (before["torch"], before["processor"]):
-        assert run.frame().equals(whole.frame()) and torch.equal(run.theta, whole.theta)
-    else: pd.testing.assert_frame_equal(run.frame(), whole.frame(), rtol=1e-3)
+    looks = [c for c in whole.frame() if c.startswith("sharpness")]        # by another search; its errors are 1e-3 of the value
+    ours, theirs = (r.frame().drop(columns=looks) for r in (run, whole))
+    if same == (before["torch"], before["processor"]): assert ours.equals(theirs) and torch.equal(run.theta, whole.theta)
+    else: pd.testing.assert_frame_equal(ours, theirs, rtol=1e-3)
+    pd.testing.assert_series_equal(run.frame("sharpness")["value"], whole.frame("sharpness")["value"], rtol=3e-3)
 
 
 # what a spec of another version looks like: a run's folder is called by the hash of its text, whatever that says

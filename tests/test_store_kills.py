@@ -2,6 +2,7 @@
 resumes bitwise: the same parameters, the same rows, the same arrays, none lost and none doubled.
 """
 import errno
+import json
 import os
 import random
 import resource
@@ -11,14 +12,16 @@ import tempfile
 import threading
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gradnb import PROBES, MiniBatch, Momentum, Probe, Spec, Store
+from gradnb import PROBES, MiniBatch, Momentum, Probe, Run, Spec, Store
 from gradnb.bench.runs import Fault, struck
 from gradnb.runs import Lock, Recorder
 from gradnb.runs.tracefiles import read_trace
+from gradnb.ground import files
 from gradnb.ground.traces import as_row
 
 POINTS = 240
@@ -61,7 +64,7 @@ def sound(root, whole):
     run = train(root, interval=1e9)
     assert run.status == "finished" and run.damage() == {}
     assert content(run) == whole
-    left = [p.name for p in run.path.rglob("*") if p.is_file() and p.suffix not in (".json", ".arrow", ".safetensors") and p.name != "lock"]
+    left = [p.name for p in run.path.rglob("*") if p.is_file() and p.suffix not in (".json", ".arrow", ".safetensors") and not p.name.startswith("lock")]
     assert all(".trace.corrupt-" in name for name in left), f"what is put in place as a whole is never damaged: {left}"
     assert not (run.path / "checkpoint.previous.safetensors").exists()
 
@@ -222,3 +225,176 @@ def test_the_lock_of_a_dead_process_is_no_lock(disk):
     os.waitpid(pid, 0)
     assert not Lock(root).held() and f"process {pid} on" in (root / "lock").read_text()
     assert train(disk).status == "finished"
+
+
+def in_forks(works):
+    "Each in a process of its own; what they return as exit statuses, in order."
+    pids = []
+    for work in works:
+        if pid := os.fork(): pids.append(pid)
+        else:
+            code = 99
+            try: code = work()
+            finally: os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def no_flock(*_): raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+@pytest.fixture(params=["flock", "turns"])
+def locking(request, monkeypatch):
+    "With the system's lock, and on a file system that has none."
+    if request.param == "turns": monkeypatch.setattr("fcntl.flock", no_flock)
+    warnings.filterwarnings("ignore", message=".*has no locks")
+    return request.param
+
+
+def test_ten_processes_in_one_folder_one_at_a_time(disk, locking):
+    "Each adds one to a number, in two steps with time between them: whoever is not alone loses a count."
+    (disk / "count").write_text("0")
+
+    def add():
+        for _ in range(5):
+            with Lock(disk / "run", wait=120) as lock:
+                seen = int((disk / "count").read_text())
+                time.sleep(random.random() / 100)
+                lock.check()
+                (disk / "count").write_text(str(seen + 1))
+        return 0
+
+    assert in_forks([add] * 10) == [0] * 10
+    assert (disk / "count").read_text() == "50"
+    assert not Lock(disk / "run").held()
+
+
+def test_a_killed_owner_of_a_turn_is_succeeded_and_a_living_one_is_not(disk, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", no_flock)
+    files.SAID.clear()
+    with pytest.warns(RuntimeWarning, match="has no locks"), Lock(disk / "a"): pass
+    assert in_forks([lambda: (Lock(disk / "run").__enter__(), os.kill(os.getpid(), 9))]) == [-9]
+    assert not Lock(disk / "run").held()
+    with Lock(disk / "run") as lock:
+        assert in_forks([lambda: 3 if Lock(disk / "run").held() else 4]) == [3]
+        with pytest.raises(RuntimeError, match=rf"written by process {os.getpid()} on"), Lock(disk / "run"): pass
+        name, = (p for p in (disk / "run").iterdir() if p.name.startswith("lock."))
+        about = json.loads(name.read_text())
+        for age, machine, free in [(30, "far", False), (90, "far", True), (90, about["machine"], False)]:       # of the last sign of life
+            other = disk / f"{age} {machine[:3]}"
+            other.mkdir()
+            (other / "lock.7").write_text(json.dumps(about | {"machine": machine}))
+            os.utime(other / "lock.7", (time.time() - age,) * 2)
+            assert Lock(other).held() != free
+            if free:
+                with Lock(other): assert [p.name for p in other.glob("lock.*")] == ["lock.8"]
+            else:
+                with pytest.raises(RuntimeError, match="is being written by"), Lock(other): pass
+        lock.check()
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_run_without_locks_and_flushes(disk, whole, monkeypatch, error):
+    def cannot(*_): raise OSError(error, os.strerror(error))
+    monkeypatch.setattr("fcntl.flock", cannot)
+    monkeypatch.setattr("os.fsync", cannot)
+    assert content(train(disk)) == whole and content(train(disk)) == whole
+
+
+def test_a_folder_that_is_removed_while_one_waits(disk, whole, locking):
+    "The waiting process writes a whole run in a folder of its own."
+    train(disk)
+    run = Store(disk).open(SPEC)
+    (run.path / "manifest.json").unlink()
+
+    def wait(): return 0 if Store(disk).run(SPEC, progress=False, wait=60).done else 2
+
+    def remove():
+        Store(disk).remove(SPEC)
+        return 0
+
+    with Lock(run.path):
+        waiting = threading.Thread(target=lambda: results.extend(in_forks([wait] * 3)))
+        results = []
+        waiting.start()
+        time.sleep(0.5)
+        os.rename(run.path, disk / "away")                      # as Store.remove does, which would wait for us
+    waiting.join(120)
+    assert results == [0] * 3 and not any((disk / "away" / "traces").glob("*.trace"))
+    sound(disk, whole)
+    assert in_forks([remove]) == [0] and not (disk / SPEC.hash).exists() and not [*disk.glob(".removed*")]
+
+
+@pytest.mark.parametrize("what, again", [("", False), ("", True), ("traces", False), ("traces/loss.trace", False), ("arrays", False), ("lock", False), ("lock", True)])
+def test_a_run_whose_files_are_removed_says_so(disk, whole, monkeypatch, what, again, locking):
+    "At step 4; another process may have begun the run again, which this one must not touch."
+    spec, struck_once, before = replace(SPEC, probes=(*SPEC.probes, "kill test/strike")), [], []
+    run = disk / spec.hash
+
+    def strike(view):
+        if view.step == 4 and not struck_once:
+            struck_once.append(True)
+            (disk / "away").mkdir()
+            for path in [run / what] if what != "lock" else [*run.glob("lock*")]: os.rename(path, disk / "away" / (path.name or "run"))
+            if again: assert in_forks([lambda: 0 if Store(disk).run(spec, progress=False).done else 1]) == [0]
+            before.extend((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
+        return 0.0
+
+    monkeypatch.setitem(PROBES, "kill test/strike", lambda: Probe("strike", lambda step: True, strike))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(RuntimeError, match="removed or (replaced|changed).*the same call"): Store(disk).run(spec, progress=False, interval=1e9)
+        if again: assert before == [(p, p.stat().st_mtime_ns) for p in run.rglob("*")]
+        done = Store(disk).run(spec, progress=False)
+    assert done.status == "finished" and done.damage() == {} and len(done.traces["loss"]) == 8
+
+
+def test_a_link_in_place_of_a_run_is_refused(disk, whole):
+    run = train(disk / "there")
+    (disk / "here").mkdir()
+    (disk / "here" / SPEC.hash).symlink_to(run.path)
+    (run.path / "x.part").write_text("not ours")
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in run.path.rglob("*"))
+    store = Store(disk / "here")
+    for call in (lambda: store.run(SPEC), lambda: store.run(SPEC, verify=True), lambda: store.open(SPEC), lambda: store.remove(SPEC),
+                 lambda: Recorder(store.root / SPEC.hash), lambda: Lock(store.root / SPEC.hash).__enter__(), lambda: Run(store.root / SPEC.hash).spec,
+                 lambda: Run(store.root / SPEC.hash).traces, lambda: Run(store.root / SPEC.hash).theta):
+        with pytest.raises(ValueError, match="is a link"): call()
+    files.SAID.clear()
+    assert store.list() == [] and len(store.table()) == 0
+    assert before == sorted((str(p), p.stat().st_mtime_ns) for p in run.path.rglob("*"))
+    (disk / "here" / SPEC.hash).unlink()
+    (disk / "here" / SPEC.hash).symlink_to(disk / "nowhere")
+    with pytest.raises(ValueError, match="is a link"): store.run(SPEC, progress=False)
+    assert not (disk / "nowhere").exists()
+
+
+@pytest.mark.parametrize("name", ["write", "fsync"])
+def test_a_failing_disk_is_said_and_the_run_goes_on_elsewhere(disk, whole, monkeypatch, name):
+    for at in (2, 7, 12):
+        root, count, real = disk / str(at), iter(range(1, 10**6)), getattr(os, name)
+
+        def failing(*args):
+            if next(count) >= at: raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, failing)
+            with pytest.raises(OSError, match="see to the disk that failed, and the same call resumes it"): train(root)
+        sound(root, whole)
+
+
+def test_the_clock_may_go_backwards(disk, whole, monkeypatch):
+    ticks, real = iter(range(10**9)), time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 3600 * next(ticks))
+    run = train(disk)
+    assert content(run) == whole and 0 <= run.manifest["seconds"] < 600
+
+
+def test_ten_processes_on_one_run_some_of_which_are_killed(disk, whole):
+    def work(i):
+        if i % 2: threading.Timer(0.05 + i / 20, os.kill, (os.getpid(), 9)).start()
+        try: return 0 if Store(disk).run(SPEC, progress=False, interval=0.0, wait=60).done else 2
+        finally:
+            if i % 2: os.kill(os.getpid(), 9)
+    assert in_forks([lambda i=i: work(i) for i in range(10)]) == [0, -9] * 5
+    sound(disk, whole)

@@ -6,7 +6,9 @@
 __all__ = ['flatten', 'unflatten', 'leaves']
 
 # %% ../../nbs/01_ground/05_trees.ipynb #imports
+import math
 from collections import namedtuple
+import numpy as np
 from torch import Tensor
 
 # %% ../../nbs/01_ground/05_trees.ipynb #tree
@@ -18,6 +20,7 @@ def flatten(tree, tensors: dict[str, Tensor]):
     if hasattr(tree, "_asdict"): return {"fields": {k: flatten(v, tensors) for k, v in tree._asdict().items()}}
     if isinstance(tree, dict): return {"dict": [[flatten(k, tensors), flatten(v, tensors)] for k, v in tree.items()]}
     if isinstance(tree, (list, tuple)): return {type(tree).__name__: [flatten(v, tensors) for v in tree]}
+    if isinstance(tree, float) and not math.isfinite(tree): return {"float64": np.array(tree, ">f8").tobytes().hex()}
     if tree is None or isinstance(tree, (bool, int, float, str)): return {"is": tree}
     raise TypeError(f"a state holds tensors, numbers, words, tuples and dicts; got {type(tree).__name__}.")
 
@@ -26,6 +29,7 @@ def unflatten(node: dict, tensors: dict[str, Tensor], like=None, device="cpu"):
     (what, v), *_ = node.items()
     if what == "tensor": return tensors[v] if node["cpu"] else tensors[v].to(device)
     if what == "is": return v
+    if what == "float64": return np.frombuffer(bytes.fromhex(v), ">f8").item()
     if what == "dict":
         get = lambda k: like.get(k) if isinstance(like, dict) else None
         pairs = ((unflatten(k, tensors), w) for k, w in v)
@@ -33,6 +37,7 @@ def unflatten(node: dict, tensors: dict[str, Tensor], like=None, device="cpu"):
     if what in ("list", "tuple"):
         likes = like if isinstance(like, (list, tuple)) and len(like) == len(v) else [None] * len(v)
         return {"list": list, "tuple": tuple}[what](unflatten(w, tensors, l, device) for w, l in zip(v, likes))
+    if what != "fields": raise ValueError(f"a stored state has no {what!r}.")
     if like is None: like = namedtuple("Stored", v)(*[None] * len(v))     # nobody knows its class: fields by name all the same
     if getattr(like, "_fields", None) != tuple(v):
         raise ValueError(f"the stored state has fields {list(v)}, this stepper's has {getattr(like, '_fields', None)}.")

@@ -211,10 +211,9 @@ def import_runs(
 def keep_found(found: Found, store: Store) -> Run:
     "Write one run; the same results again are the same run."
     run = Run(store.root / found.spec.hash)
-    run.path.mkdir(parents=True, exist_ok=True)
-    with Lock(run.path):
+    with Lock(run.path) as lock:
         if run.done: return run
-        recorder = Recorder(run.path)
+        recorder = Recorder(run.path, lock=lock)
         recorder.resume(None)
         for name, rows in found.traces.items():
             for step, row in rows: recorder.append(name, step, row)

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from torch import Tensor
-from ..ground.files import plain_file, read_small, unseal
-from .record import CHECKPOINTS, Lock, read_checkpoint
+from ..ground.files import plain_file, read_small, say_once, unseal
+from ..ground.locks import Lock
+from .record import CHECKPOINTS, read_checkpoint
 from .spec import SCHEMA, Identity, Imported, Newer, Spec, Unreadable
-from .tracefiles import open_trace, sound_trace, trace_names
-from ..ground.traces import Trace
+from .tracefiles import file_name, is_copy, open_trace, sound_trace, trace_names
+from ..ground.traces import Trace, distinct
 
 # %% ../../nbs/08_runs/06_run.ipynb #run
 DONE = "finished", "goal", "diverged", "imported"
@@ -44,7 +45,7 @@ class Run:
     def spec(self) -> Spec | Imported:
         "What was asked for. Raises ValueError where that is damaged: Newer where a newer gradnb wrote it, Unreadable where it means nothing here."
         file = self.path / "spec.json"
-        text = read_small(plain_file(file, self.path))
+        text = read_small(plain_file(file, self.path.parent))
         if sha256(text).hexdigest()[:16] != self.hash: raise ValueError(f"{file} is damaged, or belongs to another run than {self.hash}.")
         try: return Identity.from_json(text)
         except Unreadable as e: raise type(e)(f"{file}: {e}") from None
@@ -54,7 +55,7 @@ class Run:
     def manifest(self) -> dict:
         "Status, outcome, versions, device and times. Raises ValueError where it is damaged, Newer where it is not and its status is not known here."
         file = self.path / "manifest.json"
-        try: found = unseal(read_small(plain_file(file, self.path)))
+        try: found = unseal(read_small(plain_file(file, self.path.parent)))
         except FileNotFoundError: return {"status": "unfinished"}
         except (ValueError, RecursionError) as e: raise ValueError(f"{file} is damaged: {e}") from None
         if found.get("run") != self.hash or not isinstance(found.get("status"), str): raise ValueError(f"{file} is damaged: it belongs to another run.")
@@ -88,12 +89,22 @@ class Run:
         "Every trace by name, as far as it is written. Raises ValueError, naming the file, where one is damaged."
         found = {}
         for name in self.names():
-            with suppress(KeyError): found[name] = self.trace(name)     # one that a resuming process has just begun again is not there
+            try:
+                with suppress(KeyError): found[name] = self.trace(name)     # one that a resuming process has just begun again is not there
+            except ValueError:
+                if name in self._promised() or not is_copy(self.path, name): raise
+                self._stray(name)
         return found
 
+    def _stray(self, name: str):
+        file = self.path / "traces" / file_name(name)
+        say_once(file, f"{file}.* is no trace of this run and is left alone; move it elsewhere.")
+
     def names(self) -> list[str]:
-        "The traces that there are."
-        return sorted({*trace_names(self.path), *self._promised()})
+        "The traces that there are; a run that is done has those that its manifest names."
+        there, promised = trace_names(self.path), self._promised()
+        for name in {*there} - promised.keys() if promised else (): self._stray(name)
+        return sorted(promised or there)
 
     def trace(self, name: str) -> Trace:
         "One trace. Raises KeyError where there is none, ValueError where it is damaged."
@@ -122,7 +133,9 @@ class Run:
         "Traces as a table. In the wide one a column is called by its trace, or trace.column where there are several."
         if name is not None: return self.trace(name).frame()
         called = lambda t, c: t if c == "value" else c if c == f"{t}.step" else f"{t}.{c}"
-        frames = [t.frame().set_index("step").rename(columns=lambda c: called(name, c)) for name, t in self.traces.items()]
+        frames = {name: t.frame().set_index("step") for name, t in self.traces.items()}
+        names = iter(distinct((called(name, c) for name, f in frames.items() for c in f), ["step"]))
+        frames = [f.set_axis([next(names) for _ in f], axis=1) for f in frames.values()]
         wide = pd.concat(frames, axis=1).sort_index() if frames else pd.DataFrame(index=pd.Index([], dtype=np.int64, name="step"))
         return wide.reset_index()
 
@@ -142,12 +155,18 @@ class Run:
                 if file in needed: found[file] = f"{self.path / file} is missing."
             except Unreadable: pass
             except ValueError as e: found[file] = str(e)
-        needed = {"spec.json"}
-        if (check("manifest.json", lambda: self.manifest) or {}).get("status") in DONE[:-1]: needed.add(CHECKPOINTS[0])
+        needed, rows = {"spec.json"}, {}
+        manifest = check("manifest.json", lambda: self.manifest) or {"status": None}
+        if manifest["status"] in DONE[:-1]: needed.add(CHECKPOINTS[0])
         check("spec.json", lambda: self.spec)
-        for file in CHECKPOINTS: check(file, lambda: dict(read_checkpoint(self.path, file)))
-        for name in trace_names(self.path):
-            for file, why in sound_trace(self.path, name)[2].items(): found[str(file.relative_to(self.path))] = why
+        last, _ = (check(file, lambda: {"about": (stored := read_checkpoint(self.path, file)).about, "tensors": dict(stored)}) for file in CHECKPOINTS)
+        for name in manifest["rows"] if manifest["status"] in DONE and "rows" in manifest else trace_names(self.path):
+            sound = sound_trace(self.path, name)
+            rows[name] = sound.rows
+            for file, why in sound.damaged.items(): found[str(file.relative_to(self.path))] = why
+        for name, n in last["about"]["rows"].items() if last and not found else ():
+            file = f"traces/{file_name(name)}.trace"
+            if rows.get(name, 0) < n: found[file] = f"{self.path / file} has {rows.get(name, 0)} rows, and had {n} at the last checkpoint."
         if not found: check("traces", lambda: self.traces)
         return found
 

@@ -120,7 +120,7 @@ class Motion:
             noise = torch.randn(len(root), generator=(stream / k).generator(), dtype=torch.float64).to(root)
             fresh = noise / noise.norm() + (g := self.grad / root) / g.norm().clamp_min(torch.finfo(root.dtype).tiny)
             start = fresh if vectors is None else torch.column_stack([vectors[:, :k], fresh])[:, :len(root)]
-            eigs = lanczos(product, start, k, 1e-4, stream=stream / k / "lanczos", vectors=True)
+            eigs = lanczos(product, start, k, 1e-4, stream=stream / k / "lanczos", vectors=True, check=False)
             c, vectors = c._replace(products=c.products + eigs.matvecs), eigs.vectors
             if k == len(root) or eigs.values[-1] <= self.flow.bound: break
             if k == 16: raise RuntimeError("16 eigenvalues are at the limit of stability; the third derivatives of all their pairs "

@@ -52,7 +52,7 @@ def track_sharpness(
     noise = torch.randn(problem.p, generator=stream.generator(), dtype=torch.float64).to(theta)
     fresh = noise / noise.norm() + point.grad / point.grad.norm().clamp_min(torch.finfo(theta.dtype).tiny)
     start = fresh if vector is None else torch.column_stack([vector, fresh])[:, :problem.p]
-    eigs = lanczos(point.hvp, start, 1, tol, stream=stream / "lanczos", vectors=True)
+    eigs = lanczos(point.hvp, start, 1, tol, stream=stream / "lanczos", vectors=True, check=False)
     return float(eigs.values[0] + eigs.residuals[0]), eigs.vectors[:, 0].contiguous(), eigs.matvecs
 
 # %% ../../../nbs/06_move/04_flows/02_gradient.ipynb #flow

@@ -24,6 +24,7 @@ def positions(
     "What a layer's weights meet at every position. Raises TypeError where a layer has no Kronecker factors."
     refuse = lambda why: TypeError(f"K-FAC has no factors for layer {layer.name!r} ({why}); use linear layers and convolutions with "
                                    "groups=1 and zero padding, freeze its parameters, or take another rule.")
+    if not layer.name and next(layer.module.children(), None) is not None: raise refuse("it holds parameters that no layer has to itself")
     if not layer.calls: raise refuse("it took no part in the loss")
     if "weight" not in layer.params: raise refuse(f"its weight is made of {', '.join(layer.params)}")
     module, ins, outs = layer.module, [], []

@@ -56,6 +56,7 @@ def stacks(
 class Member:
     "A run on its way in a stack."
     run: Run
+    lock: Lock
     spec: Spec
     watching: Watching
     before: dict = field(default_factory=dict)    # the probes' memories at the beginning of this step
@@ -139,10 +140,9 @@ def enter(spec: Spec, store: Store, device: str, locks: ExitStack) -> Member | N
     if is_done(run) or any(run.path.glob("checkpoint*")): return None
     problem, stepper, probes = spec.build(device)
     if problem.buffers or problem.noisy: return None
-    run.path.mkdir(parents=True, exist_ok=True)
-    try: locks.enter_context(Lock(run.path))
+    try: lock = locks.enter_context(Lock(run.path))
     except RuntimeError: return None
-    return None if is_done(run) else Member(run, spec, Watching(problem, stepper, spec.steps, probes, spec.seed, spec.loss_goal, spec.acc_goal, spec.goal_every))
+    return None if is_done(run) else Member(run, lock, spec, Watching(problem, stepper, spec.steps, probes, spec.seed, spec.loss_goal, spec.acc_goal, spec.goal_every))
 
 def batches(members: list[Member], k: int) -> list:
     "Each run's batch of step k, from its own stream."
@@ -183,7 +183,7 @@ def write(
 ) -> Run:             # done
     "Store a run that was trained in a stack."
     run, spec, outcome = member.run, member.spec, member.outcome
-    recorder = Recorder(run.path)
+    recorder = Recorder(run.path, lock=member.lock)
     recorder.resume(state)                                    # clears what a killed process has left
     replace_file(run.path / "spec.json", lambda part: part.write_text(spec.to_json(), "utf-8"))
     try:
@@ -194,5 +194,6 @@ def write(
     manifest |= {"began": began, "seconds": round(about["seconds"] / about["runs"], 3), "damaged": recorder.damaged,
                  "vectorized": about | {"gradient_error": member.error}, "status": outcome.kind, "step": outcome.step,
                  "message": outcome.message, "rows": recorder.rows}
+    member.lock.check()
     replace_file(run.path / "manifest.json", lambda part: part.write_text(seal(manifest, indent=1), "utf-8"))
     return tidy(run)
