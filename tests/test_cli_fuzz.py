@@ -16,7 +16,7 @@ import pytest
 
 from gradnb import MODELS, PROBES, SOURCES, GD, Spec, Store
 from gradnb.cli import main
-from gradnb.ground.roles import ESTIMATORS, FLOWS, RULES
+from gradnb.ground.roles import ESTIMATORS, RULES
 from gradnb.models.losses import LOSSES
 from gradnb.move.flows.integrators import METHODS
 from gradnb.runs.sweeps.engines import ENGINES

@@ -24,7 +24,7 @@ def literal(
     words = {"true": True, "false": False, "none": None, "inf": inf, "-inf": -inf, "nan": nan}
     if text.lower() in words: return words[text.lower()]
     try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): return text
+    except (ValueError, SyntaxError, MemoryError, RecursionError): return text     # the last two: brackets without end
 
 def parse_call(
     text: str,                # "name:key=value,key=value"
