@@ -221,7 +221,7 @@ def test_a_run_that_another_process_writes_is_not_done_until_it_is(tmp_path, cap
 
 @pytest.mark.parametrize("engine, says", [
     ("pool:workers=0", "1 ≤ workers"), ("pool:threads=0", "1 ≤ threads"), ("pool:threads=none", "1 ≤ threads"), ("pool:workers=1.5", "whole number"),
-    ("pool:timeout=0", "timeout=0"), ("here:timeout=-1", "timeout=-1"), ("here:timeout=nan", "timeout='nan'"), ("slurm:pack=0", "1 ≤ pack"),
+    ("pool:timeout=0", "timeout=0"), ("here:timeout=-1", "timeout=-1"), ("here:timeout=nan", "timeout=nan"), ("slurm:pack=0", "1 ≤ pack"),
     ("slurm:minutes=0", "1 ≤ minutes"), ("slurm:threads=x", "threads='x'"), ("slurm:poll=0", "poll=0"), ("slurm:timeout=0", "timeout=0")])
 def test_engines_refuse_by_name(tmp_path, capsys, engine, says):
     from gradnb.cli import main
