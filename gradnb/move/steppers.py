@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from torch import Tensor, optim
 from .estimators.minibatch import FullBatch
 from ..ground.roles import Estimator, Rule, State, draw
-from .rules.inplace import InPlace
 from ..ground.streams import Stream
 
 # %% ../../nbs/06_move/03_steppers.ipynb #descent
@@ -49,9 +48,9 @@ class Descent:
         "The state at k + 1."
         if state.grad is None: raise RuntimeError(f"the state at step {state.step} has no gradient; call prepare first.")
         layout, grads = problem.layout, problem.layout.named(state.grad)
-        if getattr(type(self.rule), "step", None) is InPlace.step:       # of copies of the blocks; here they are one
+        if move := getattr(self.rule, "move", None):       # all blocks are one copy
             theta = state.theta.clone()
-            rule = self.rule.move(state.rule, layout.named(theta), grads)
+            rule = move(state.rule, layout.named(theta), grads)
         else:
             blocks, rule = self.rule.step(state.rule, layout.named(state.theta), grads)
             theta = layout.join(blocks[n] for n in layout.names)

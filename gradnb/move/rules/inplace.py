@@ -22,6 +22,10 @@ class InPlace(Rule):
     takes_complex = True    # is the rule of a complex block that of its real and imaginary parts?
     scratch = True          # does an update need further tensors of the blocks' sizes for a while?
 
+    def __init_subclass__(cls, **more):
+        super().__init_subclass__(**more)
+        if "step" in vars(cls): cls.move = None      # who writes a step of their own is asked for that
+
     def tally(self, state, blocks: dict[str, Tensor], grads: dict[str, Tensor]) -> tuple:
         "What must be known of all blocks before any of them moves, each entry a sum over blocks."
         return ()
@@ -37,7 +41,7 @@ class InPlace(Rule):
     def step(self, state, blocks, grads):
         "The next blocks and the next state; what came in stays as it is."
         blocks = {n: b.clone() for n, b in blocks.items()}
-        return blocks, self.move(state, blocks, grads)
+        return blocks, InPlace.move(self, state, blocks, grads)
 
 def columns(
     names: Iterable[str],          # of the blocks, in the order wanted
