@@ -206,7 +206,7 @@ def torchs(loss, outputs, targets):
     return F.cross_entropy(outputs[there], targets[there])          # the mean over all tokens
 
 
-@pytest.mark.parametrize("kind, loss", [(k, l) for k, ls in (("classes", CLASSES), ("numbers", NUMBERS), ("texts", TEXTS)) for l in ls], ids=str)
+@pytest.mark.parametrize("kind, loss", [(k, l) for k, ls in (("classes", CLASSES), ("numbers", NUMBERS), ("texts", TEXTS)) for l in ls])
 def test_a_mean_of_torchs_is_torchs_number_with_all_that_follows(kind, loss):
     net, data = weighted_case(kind)
     whole, parts = Problem(net, loss, data), Problem(net, loss, data, chunk_size=7)
@@ -299,7 +299,7 @@ def test_single_examples_may_fail_a_loss_of_few():
     (nn.CrossEntropyLoss(reduction="sum"), TypeError, "reduction='mean'"),
     (lambda f, y: (ce(f, y), f.square().sum(1)), TypeError, "depend on the outputs"),
     (lambda f, y: (ce(f, y), 0 * y.to(f)), ValueError, "add up to 0"),
-    (nn.NLLLoss(weight=torch.zeros(3)), ValueError, "add up to 0")], ids=str)
+    (nn.NLLLoss(weight=torch.zeros(3)), ValueError, "add up to 0")])
 def test_a_mean_that_is_not_understood_is_refused_without_another_objective(loss, error, says):
     net, data = weighted_case("classes")
     with pytest.raises(error, match=says) as e: Problem(net, loss, data)
