@@ -145,13 +145,13 @@ class Sample:
         if isinstance(source, IterableDataset): source = data
         if isinstance(source, (list, tuple)) and loader is None or not hasattr(source, "__getitem__"): return cls._kept(source, name, batches)
         single = loader is not None and loader.batch_sampler is None        # each item is a batch
-        if loader is not None: count = 1 if single else loader.batch_size or count
-        parts = (_consecutive(range(len(source)), count) if loader is None or single else _parts(loader, len(source), count))[:batches]
+        count = 1 if single else getattr(loader, "batch_size", None) or count
+        parts = (_consecutive(range(len(source)), count) if loader is None else _parts(loader, len(source), count))[:batches]
         if not parts: raise ValueError(f"{name} is empty.")
-        def one(i):
-            with everywhere(Stream() / "example" / i): return source[i]
+        def one(i, key=None):
+            with everywhere(Stream() / "example" / i): return source[i if key is None else key]
         collate = default_collate if loader is None else loader.collate_fn
-        read = (lambda numbers: collate(one(numbers[0]))) if single else (lambda numbers: collate([one(i) for i in parts[numbers[0]]]))
+        read = (lambda numbers: collate(one(numbers[0], parts[numbers[0]]))) if single else (lambda numbers: collate([one(i) for i in parts[numbers[0]]]))
         many = cls(Examples(read, torch.arange(len(parts)), True), torch.ones(len(parts), dtype=torch.float64), name)
         return many if single else replace(many.weighing([len(p) for p in parts]), count=count, one=one, parts=parts, collate=collate)
 
@@ -171,11 +171,14 @@ def _consecutive(numbers: Iterable[int], count: int) -> tuple[tuple[int, ...], .
     numbers = tuple(numbers)
     return tuple(numbers[i:i + count] for i in range(0, len(numbers), count))
 
-def _parts(loader: DataLoader, n: int, count: int) -> tuple[tuple[int, ...], ...]:
+def _parts(loader: DataLoader, n: int, count: int) -> tuple:
     "The numbers of the examples of each batch: in order, or as a sampler of the loader's own has them once."
-    batched, plain = type(loader.batch_sampler) is BatchSampler, type(loader.sampler) in (SequentialSampler, RandomSampler)
-    if batched and plain and not getattr(loader.sampler, "replacement", False): return _consecutive(range(n), count)
+    batched, plain = type(loader.batch_sampler) in (BatchSampler, type(None)), type(loader.sampler) in (SequentialSampler, RandomSampler)
+    if batched and plain and not getattr(loader.sampler, "replacement", False):
+        return tuple(range(n)) if loader.batch_sampler is None else _consecutive(range(n), count)
     own = loader.sampler if batched else loader.batch_sampler
-    warnings.warn(f"the loader chooses by {type(own).__name__}: what is measured is one choice of it, made once.", stacklevel=5)
+    if not isinstance(getattr(own, "sampler", None), (SequentialSampler, range)):
+        warnings.warn(f"the loader chooses by {type(own).__name__}: what is measured is one choice of it, made once.", stacklevel=5)
     with everywhere(Stream() / "sampler"): chosen = list(own)
+    if loader.batch_sampler is None: return tuple(chosen)
     return _consecutive(map(int, chosen), count) if batched else tuple(tuple(map(int, part)) for part in chosen)

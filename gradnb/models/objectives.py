@@ -44,7 +44,7 @@ class Objective:
         y: Tensor,      # the members' weights relative to their mean (n,)
     ) -> Tensor:        # (n,), whose mean over all members is the loss
         if out.ndim == 2: return (out[:, 0].sum(0, keepdim=True) if self.whole else out[:, 0]) / self.mean
-        return (out.mean() * y if self.whole else out)
+        return out.mean() * y.to(out) if self.whole else out
 
 def posed(
     loss: str | Callable,    # an objective; or by name, or a loss of torch's, of (outputs, targets)

@@ -18,7 +18,7 @@ from torch.func import grad, vmap
 from ..data import Dataset
 from ..data.samples import Examples, mapped
 from .forms import Graph, cuts
-from .graphs import free_memory, kinks_of, saved_bytes
+from .graphs import free_memory, keeps_double, kinks_of, saved_bytes
 from .layers import LayerIO, Rows, capture, verify
 from .likelihood import sample_targets
 from .network import twice_differentiable
@@ -42,9 +42,9 @@ class Problem(Risk):
         (x, y, *_), other = self._few(3), copy(self)
         few = replace(self.dataset, x=x, y=y, x_test=x, y_test=y, augment=None) if isinstance(self.dataset, Dataset) else self.dataset
         other.dataset, other.network, other.theta0 = few.to(self.device, torch.float64), self.network.to(torch.float64), self.theta0.double()
-        try: other.piece(other.theta0, *other._few(3))
+        few = other._few(3)
+        try: return other if keeps_double(lambda blocks: other.piece(blocks, *few), other.layout.named(other._beside("double"))) else self
         except (RuntimeError, TypeError): return self
-        return other
 
     def check_products(self, linear: bool = False):
         """Raises TypeError where torch's second derivatives of this network are wrong, and names the blocks; `linear`: those that

@@ -296,8 +296,10 @@ class Network:
             out = self(params, x)
             if not out.requires_grad: return [torch.zeros_like(p) for p in params.values()]
             ours, theirs = {id(p) for p in params.values()}, {id(p): k for k, p in self.module.named_parameters()}
-            for t in leaves(out):
-                if id(t) in ours or id(t) in theirs and not self.fresh: continue
+            odd = [t for t in leaves(out) if id(t) not in ours and (id(t) not in theirs or self.fresh)]
+            again = {id(t) for t in leaves(self(params, x))} if odd else ()
+            for t in odd:
+                if id(t) not in again: continue      # made in the forward pass itself, as inputs that a loss differentiates by
                 what = f"parameter {theirs[id(t)]!r} by a way that cannot be followed" if id(t) in theirs else \
                        f"a trainable tensor of shape {tuple(t.shape)} that is none of its parameters"
                 raise TypeError(f"the outputs of this network depend on {what}; register it (nn.Parameter, nn.ParameterList, nn.ModuleList), "
@@ -330,7 +332,7 @@ class Network:
 
     def _quiet(self, params, x, buffers):
         if not self.hush: return self._forward(self.module, params, x, buffers)
-        with Hush(), drawing(Stream() / "fixed" if self.draws else None, x.device): return self._forward(self.module, params, x, buffers)
+        with Hush(), drawing(Stream() / "fixed" if self.draws else None, self.device): return self._forward(self.module, params, x, buffers)
 
     def __call__(self,
         params: dict[str, Tensor],      # parameters by name
@@ -340,7 +342,7 @@ class Network:
         "The outputs, and no trace of having been asked."
         buffers = self.buffers if self.is_frozen else {k: v.clone() for k, v in self.buffers.items()}
         if noise is None or not self.noisy: return self._quiet(params, x, buffers)
-        with drawing(noise, x.device): return self._forward(self.loud, params, x, buffers)
+        with drawing(noise, self.device): return self._forward(self.loud, params, x, buffers)
 
     @torch.no_grad()
     def settle(self,
@@ -353,7 +355,7 @@ class Network:
         after = {k: v.clone() for k, v in buffers.items()}
         if noise is None or not self.noisy: self._quiet(params, x, after)
         else:
-            with drawing(noise, x.device): self._forward(self.loud, params, x, after)
+            with drawing(noise, self.device): self._forward(self.loud, params, x, after)
         return after
 
     def frozen(self,

@@ -13,12 +13,12 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 from ..data import Dataset
-from ..data.samples import Examples, Sample, size_of
+from ..data.samples import Sample, size_of
 from ..ground.layout import Layout
 from ..models.losses import LOSSES, accuracy, resolve_loss
 from ..models.means import Ratio, couples, for_examples
 from ..models.objectives import Objective, posed
-from .graphs import wrong_slopes
+from .graphs import keeps_double, wrong_slopes
 from .network import Network, chosen, copied, drawing, refuse, scattered, unwrapped
 from ..ground.streams import Stream
 
@@ -113,7 +113,9 @@ class Risk:
         "Raise TypeError naming blocks whose gradient is wrong, in float64 where the network can; a gradient and 2 to 4 losses of 3 examples."
         def wrong(network, dtype):
             a, b = (t.to(dtype) if t.is_floating_point() else t for t in (x, y))
-            return wrong_slopes(lambda blocks: self.per_example(network(blocks, a), b).sum(), {k: v.to(dtype) for k, v in blocks.items()})
+            f, there = lambda blocks: self.per_example(network(blocks, a), b).sum(), {k: v.to(dtype) for k, v in blocks.items()}
+            if dtype != self.dtype and not keeps_double(f, there): raise TypeError("some of it is rounded to less")
+            return wrong_slopes(f, there)
         gen = (Stream() / "beside").generator()
         blocks = {k: v + scattered(v, gen) for k, v in self.layout.named(self.theta0).items()}
         with drawing(Stream() / "trial", x.device) as drew:
@@ -122,7 +124,7 @@ class Risk:
             if drew(): raise TypeError("the loss draws random numbers, so it is no function of the parameters; let the network draw them.")
         if names:
             raise TypeError(f"the gradient of {', '.join(map(repr, names[:5]))}{', …' * (len(names) > 5)} is not the slope of the loss: where these move, "
-                            "the loss moves otherwise. Is it used under no_grad, detached, changed by a hook, or behind a backward pass written by hand? "
+                            "the loss moves otherwise. Is it used under no_grad, detached, changed by a hook, an embedding's padding_idx that is read all the same, or behind a backward pass written by hand? "
                             "requires_grad_(False) leaves a parameter out.")
 
     def _try_sample(self, module, size):
@@ -134,8 +136,9 @@ class Risk:
             out, single = network(params, first), sample.by_example() if size is None else None
             if single is not None and out.ndim and len(out) == len(single.parts[0]):
                 theta = self.layout.named(self._beside("company"))
-                alone = torch.cat([network(theta, single.x[i:i + 1]) for i in range(min(3, len(out)))])
-                if torch.allclose(alone, network(theta, first)[:len(alone)], rtol=1e-3, atol=1e-5, equal_nan=True):
+                try: alone = torch.cat([network(theta, single.x[i:i + 1]) for i in range(min(3, len(out)))])
+                except (RuntimeError, ValueError, IndexError): alone = None          # BatchNorm refuses one example
+                if alone is not None and torch.allclose(alone, network(theta, first)[:len(alone)], rtol=1e-3, atol=1e-5, equal_nan=True):
                     sample, objective = single, replace(objective, whole=False)
                     self.chunk_size = self.chunk_size or sample.count
             if sample.whole: self.chunk_size = 1
