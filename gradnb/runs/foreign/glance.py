@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
-from types import MethodType
+from types import MethodType, SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,11 @@ class InUse(FromTorch):
         own = lambda group: [number[id(p)] for p in group["params"] if id(p) in number]
         groups = [{k: own(g) if k == "params" else deepcopy(v) for k, v in g.items() if k != "param_names"} for g in optimizer.param_groups if own(g)]
         if not groups: raise ValueError(f"the {type(optimizer).__name__} moves no parameter of this network; build it over model.parameters() of the model that is watched.")
-        lr = max((float(g["lr"]) for g in groups if g.get("lr") is not None), default=None)
-        for name, v in dict(cls=type(optimizer), lr=lr, hyper={}, optimizer=optimizer, groups=groups, params=params).items(): object.__setattr__(self, name, v)
+        for name, v in dict(cls=type(optimizer), lr=None, hyper={}, optimizer=optimizer, groups=groups, params=params).items(): object.__setattr__(self, name, v)
+
+    def at(self, step: int):
+        "With the largest of its groups' learning rates."
+        return SimpleNamespace(lr=max((float(g["lr"]) for g in self.groups if g.get("lr") is not None), default=None))
 
     def twin(self, params: list[Tensor]) -> torch.optim.Optimizer:
         "The optimizer with its settings, around other tensors and without memory; its step calls nobody's hooks."
@@ -84,8 +87,7 @@ class InUse(FromTorch):
         twin = self.twin(params)
         twin.state.update((p, {k: v.detach().to(dtype, copy=True) if like(v, p) else deepcopy(v) for k, v in self.optimizer.state[p].items()})
                           for p in params if p in self.optimizer.state)
-        kept = self._state(params, twin, None).optimizer
-        return TorchState(kept | {"more": {**kept.get("more", {}), "lr": self.lr}})     # each group has its own
+        return self._state(params, twin, None)
 
 # %% ../../../nbs/08_runs/13_foreign/01_glance.ipynb #unknown
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class Watch:
 
     def _lose(self, loss, step: int):
         if step <= self._told:
-            return self._say("twice", f"watch.step was told a second loss since step {step} of the optimizer, which is not kept.")
+            return self._say("twice", f"watch.step was told a second loss since step {self.steps} of the optimizer, which is not kept.")
         self._told = step
         if isinstance(loss, torch.Tensor): loss = loss.detach()
         if isinstance(loss, torch.Tensor) and not loss.is_cpu: self._losses.append((step, loss.clone()))     # without waiting for the device
