@@ -188,7 +188,7 @@ def test_a_config_is_whatever_a_script_has(store):
     store.record("args", args).close()                                                       # another table is another config
     loop = {}
     loop["self"] = loop
-    for config, word in (({"step": 1}, "has a 'step' of its own"), ({"source": {"x": 1}}, None), ({"a.b": 1, "a": {"b": 2}}, "'a.b' twice"), (3, "names and values"), (loop, "holds itself"),
+    for config, word in (({"again": 1}, "has a 'again' of its own"), ({"step": 1, "source": 2, "run": 3}, None), ({"a.b": 1, "a": {"b": 2}}, "'a.b' twice"), (3, "names and values"), (loop, "holds itself"),
                          ({"\ud800": 1}, "must be text")):
         if word is None: store.record("fine", config).close()
         else:
@@ -199,7 +199,7 @@ def test_a_config_is_whatever_a_script_has(store):
     for again, step in (("refuse", 3), ("new", 3), ("go on", -1), ("go on", 1.5)):
         with pytest.raises(ValueError, match="again='go on', step=800"): store.record("a", again=again, step=step)
     with pytest.raises(ValueError, match="Did you mean 'finished'"): store.record("a").close("finish")
-    assert {line["source"] for line in store.about().values()} == {"args", "fine", "a"}
+    assert {line["source"] for line in store.about().values()} == {"args", "fine", "a"} and store.table(source="fine")["settings.step"].tolist() == [1]
 
 
 def test_a_damaged_trace_is_set_aside_and_the_rest_goes_on(store):

@@ -30,11 +30,11 @@ from ..ground.traces import as_row
 from .record import Recorder
 from .run import Run
 from .spec import SCHEMA, Imported, Newer
-from .store import BESIDE, STRETCH, Store, environment, room, stretches, there, tidy
+from .store import STRETCH, Store, environment, room, stretches, there, tidy
 from .tracefiles import file_name
 
 # %% ../../nbs/08_runs/08_recordings.ipynb #settings
-OWN = "origin", "source", "run", "again", "commit", *BESIDE     # of a table's line, what no config can say
+OWN = "again", "commit"     # what is known of every such run, whatever its config says
 
 def settings_of(
     config,     # names and values, nested as they like; None: nothing
