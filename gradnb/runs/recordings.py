@@ -18,7 +18,6 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from math import inf, isfinite
 from operator import index
-from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import torch
