@@ -56,6 +56,7 @@ _NAMES = {
     "runs.training": ["train", "Outcome"],
     "runs.laws": ["check_estimator", "check_problem", "check_rule", "check_stepper", "check_probe", "check_statistic"],
     "measure.clusters": ["cluster_table", "inspect_clusters"],
+    "runs.foreign.watch": ["Watch", "watch"],
     "runs": ["Spec", "Run", "Store"],
     "runs.sweeps.grid": ["grid"],
     "runs.sweeps.many": ["results", "sweep"],

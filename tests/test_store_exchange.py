@@ -16,13 +16,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from gradnb import GD, Run, Spec, Store
+from gradnb.cli import main
 from gradnb.cli.runs import summary
 from gradnb.show.explorers.runs import RunExplorer
-from gradnb.ground.files import seal
+from gradnb.ground.files import SAID, seal
 from gradnb.ground.traces import as_row
-from gradnb.runs import Recorder
+from gradnb.runs import Imported, Lock, Recorder
 from gradnb.runs.exports import export_runs
 from gradnb.runs.originals import import_runs, load_foreign, read_edge, read_tail
 
@@ -454,3 +456,78 @@ def test_distances_of_imported_iterates_are_those_of_the_parameters(tmp_path):
     run, = import_runs(tmp_path, Store(tmp_path / "runs"))
     kept = torch.stack([torch.as_tensor(run.arrays["iterates"][t]["value"]) for t in range(3)]).float()
     torch.testing.assert_close(torch.cdist(kept, kept), torch.cdist(thetas, thetas), rtol=.1, atol=1e-3)
+
+
+CLASHES = ["loss", "seed", "run", "step", "value", "trace", "a", "a.b", "a.0", "a.b.0", "rule.lr", "status", "trace.loss", "loss (2)", "a.seed", "origin"]
+
+
+def keep(store, spec, traces):
+    "A run that is done, with these rows: {trace: {column: values of the rows, (T,) or (T, m)}}."
+    with Lock(store.root / spec.hash) as lock:
+        recorder = Recorder(store.root / spec.hash, lock=lock)
+        for name, columns in traces.items():
+            for k, row in enumerate(zip(*columns.values())): recorder.append(name, k, as_row(dict(zip(columns, row))))
+        recorder.close()
+    (store.root / spec.hash / "spec.json").write_text(spec.to_json())
+    (store.root / spec.hash / "manifest.json").write_text(seal({"run": spec.hash, "status": "finished", "rows": recorder.rows}))
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@example([{"trace": {"loss": 0}, "loss": {"value": 0}}])
+@example([{"a.b": {"value": 0}}, {"a": {"b": 0}}])
+@example([{"a": {"a": 2}}, {"a": {"a.0": 0}}])
+@example([{"a": {"seed": 0, "a.seed": 0, "run": 1, "step": 2, "step.0": 0, "loss": 0}, "step": {"value": 0}}])
+@given(st.lists(st.dictionaries(st.sampled_from(CLASHES), st.dictionaries(st.sampled_from(CLASHES), st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=4),
+                min_size=1, max_size=3))
+def test_no_column_of_a_frame_is_written_over_or_shared(tmp_path_factory, shapes):
+    store, draw, true = Store(tmp_path_factory.mktemp("clash")), iter(range(10**6)), {}
+    for seed, traces in enumerate(shapes):          # each number is another one; a vector has 2 entries
+        spec = Spec("digits", "fc", "mse", GD(.25), 7, seed=-1 - seed)
+        values = {t: {c: np.array([[next(draw) for _ in range(max(m, 1))] for _ in range(2)], float)[:, slice(None) if m else 0] for c, m in columns.items()}
+                  for t, columns in traces.items()}
+        keep(store, spec, values)
+        for t, columns in values.items():
+            for c, v in columns.items():
+                for place in np.ndindex(v.shape[1:]): true[t, c, place, -1 - seed] = v[(..., *place)].tolist()
+    for name in (None, *{t for t, *_ in true}):
+        frame = store.frame(name)
+        assert frame.columns.is_unique and {*frame["loss"].astype(str)} == {"mse"} and {*frame["rule.lr"]} == {.25} and {*frame["steps"]} == {7} and {*frame["step"]} == {0, 1}
+        found = [(v, (c, r, s)) for c in frame for v, r, s in zip(frame[c], frame["seed"], frame["step"]) if isinstance(v, float) and v >= 0 and c != "rule.lr"]
+        cells = dict(found)
+        assert len(cells) == len(found)                                                # nothing twice
+        holds = {}
+        for (t, c, place, seed), values in true.items():
+            if name not in (None, t): continue
+            for k, v in enumerate(values):
+                column, r, s = cells.pop(v)
+                assert (r, s) == (seed, k)
+                holds.setdefault(column, set()).add((t, c, place))
+        assert not cells and all(len(v) == 1 for v in holds.values()), holds           # nothing lost, two quantities never in one column
+        assert len(holds) == len(set().union(*holds.values()))                         # one quantity never in two
+    for run in store.list():
+        assert all(f.columns.is_unique for f in (run.frame(), *map(run.frame, run.names())))
+
+
+def test_settings_of_another_program_are_all_kept(tmp_path):
+    spec = Imported("elsewhere", "here/1", {"run": 1, "status": "odd", "step": 2, "origin": "x", "a": {"b": 3}, "a.b": 4, "seconds": None, "settings.run": 5})
+    keep(Store(tmp_path), spec, {"loss": {"value": np.arange(3.)}})
+    line = Store(tmp_path).table().iloc[0].to_dict()
+    assert (line["run"], line["status"], line["origin"]) == (spec.hash, "finished", "elsewhere")
+    assert [line[k] for k in ("settings.run", "settings.status", "settings.step", "settings.origin", "a.b", "a.b (2)", "settings.run (2)")] == [1, "odd", 2, "x", 3, 4, 5]
+    frame = Store(tmp_path).frame("loss")
+    assert frame["value"].tolist() == [0, 1, 2] == frame["step"].tolist() and {*frame["settings.step"]} == {2}
+
+
+def test_a_link_among_the_runs_is_said_once_by_name(store, tmp_path, capsys):
+    here, link = tmp_path / "here", tmp_path / "here" / store.list()[0].hash
+    here.mkdir()
+    shutil.copytree(store.list()[1].path, here / store.list()[1].hash)
+    link.symlink_to(store.list()[0].path)
+    (here / ("f" * 16)).symlink_to("/nowhere")
+    with pytest.warns(RuntimeWarning) as said: assert [len(look()) for look in (Store(here).table, Store(here).list, Store(here).about)] == [1, 1, 1]
+    words = [str(w.message) for w in said]
+    assert len(words) == 2 and all("is a link" in w and "left out" in w for w in words) and {str(link), str(here / ("f" * 16))} == {w.split(" is a link")[0] for w in words}
+    SAID.clear()
+    assert main(["runs", "list", "--store", str(here)]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and err.count(f"gradnb: {link} is a link") == 1 and "Warning" not in err

@@ -18,7 +18,7 @@ from ..ground.locks import Lock
 from .record import CHECKPOINTS, read_checkpoint
 from .spec import SCHEMA, Identity, Imported, Newer, Spec, Unreadable
 from .tracefiles import file_name, is_copy, open_trace, sound_trace, trace_names
-from ..ground.traces import Trace, distinct
+from ..ground.traces import Trace, column_names
 
 # %% ../../nbs/08_runs/06_run.ipynb #run
 DONE = "finished", "goal", "diverged", "imported"
@@ -131,13 +131,22 @@ class Run:
         name: str | None = None,   # one trace; None: all, side by side on the step
     ) -> pd.DataFrame:
         "Traces as a table. In the wide one a column is called by its trace, or trace.column where there are several."
-        if name is not None: return self.trace(name).frame()
-        called = lambda t, c: t if c == "value" else c if c == f"{t}.step" else f"{t}.{c}"
-        frames = {name: t.frame().set_index("step") for name, t in self.traces.items()}
-        names = iter(distinct((called(name, c) for name, f in frames.items() for c in f), ["step"]))
-        frames = [f.set_axis([next(names) for _ in f], axis=1) for f in frames.values()]
-        wide = pd.concat(frames, axis=1).sort_index() if frames else pd.DataFrame(index=pd.Index([], dtype=np.int64, name="step"))
-        return wide.reset_index()
+        steps, series = self.series(name)
+        return pd.DataFrame({"step": steps} | dict(zip(column_names(series, ["step"], name or "trace"), series.values())))
+
+    def series(self,
+        name: str | None = None,   # one trace; None: all
+    ) -> tuple[np.ndarray, dict[tuple, np.ndarray]]:      # steps (T,); by column and, in a vector, place, of all with the trace before: (T,)
+        "Every number over the steps; NaN at those of other traces."
+        if name is not None: return (trace := self.trace(name)).steps, trace.series
+        traces = self.traces
+        steps, found = np.unique(np.concatenate([np.empty(0, np.int64), *(t.steps for t in traces.values())])), {}
+        for name, trace in traces.items():
+            at = slice(None) if len(trace) == len(steps) else np.searchsorted(steps, trace.steps)
+            for key, values in trace.series.items():
+                found[name, *key] = np.full(len(steps), np.nan)
+                found[name, *key][at] = values
+        return steps, found
 
     @property
     def theta(self) -> Tensor:
@@ -157,8 +166,8 @@ class Run:
             except ValueError as e: found[file] = str(e)
         needed, rows = {"spec.json"}, {}
         manifest = check("manifest.json", lambda: self.manifest) or {"status": None}
-        if manifest["status"] in DONE[:-1]: needed.add(CHECKPOINTS[0])
-        check("spec.json", lambda: self.spec)
+        spec = check("spec.json", lambda: self.spec)
+        if manifest["status"] in DONE[:-1] and not isinstance(spec, Imported): needed.add(CHECKPOINTS[0])
         last, _ = (check(file, lambda: {"about": (stored := read_checkpoint(self.path, file)).about, "tensors": dict(stored)}) for file in CHECKPOINTS)
         for name in manifest["rows"] if manifest["status"] in DONE and "rows" in manifest else trace_names(self.path):
             sound = sound_trace(self.path, name)
