@@ -125,7 +125,7 @@ def test_losses_that_people_have():
 
     value, grad, H = brute(NET, lambda model: F.cross_entropy(model(X), Y))
     theta = torch.cat([p.detach().reshape(-1) for p in NET.parameters()])
-    agrees(Problem(NET, penalised, DATA["a list of unequal batches"]), (value + .01 * theta.square().sum(), grad + .02 * theta, H + .02 * torch.eye(len(theta))))
+    agrees(Problem(NET, penalised, DATA["a list of unequal batches"]), (value + .01 * theta.square().sum(), grad + .02 * theta, H + .02 * torch.eye(len(theta), dtype=F64)))
 
     speech, lengths = normal(6, 8, 4), torch.full((6,), 8)
     targets = torch.randint(1, 3, (6, 2), generator=GEN)

@@ -173,7 +173,7 @@ def _consecutive(numbers: Iterable[int], count: int) -> tuple[tuple[int, ...], .
 
 def _parts(loader: DataLoader, n: int, count: int) -> tuple:
     "The numbers of the examples of each batch: in order, or as a sampler of the loader's own has them once."
-    batched, plain = type(loader.batch_sampler) in (BatchSampler, type(None)), type(loader.sampler) in (SequentialSampler, RandomSampler)
+    batched, plain = type(loader.batch_sampler) in (BatchSampler, type(None)), isinstance(loader.sampler, (SequentialSampler, RandomSampler))
     if batched and plain and not getattr(loader.sampler, "replacement", False):
         return tuple(range(n)) if loader.batch_sampler is None else _consecutive(range(n), count)
     own = loader.sampler if batched else loader.batch_sampler
