@@ -154,6 +154,22 @@ def averaged(look):
     return model, mean, opt
 
 
+def loaded(look):
+    "A shuffling loader whose data set augments, an objective of its own, and steps told under inference mode."
+    model, loader = net(), torch.utils.data.DataLoader(Augmented(), 32, shuffle=True)
+    opt = torch.optim.NAdam(model.parameters(), .01)
+    def objective(model, batch): return ce(model(batch[0]), batch[1])
+    with look((model, objective, loader), opt) as seen:
+        for _ in range(3):
+            for batch in loader:
+                loss = objective(model, batch)
+                loss.backward()
+                opt.step()
+                opt.zero_grad()
+                with torch.inference_mode(): seen.step(loss)
+    return model, opt
+
+
 class Nobody:
     "No watch."
     def __enter__(self): return self
@@ -185,11 +201,12 @@ def run(loop, look):
     return everything(loop(look))
 
 
-@pytest.mark.parametrize("loop", [sgd, accumulated, mixed, noisy, compiled, averaged])
+@pytest.mark.parametrize("loop", [sgd, accumulated, mixed, noisy, compiled, averaged, loaded], ids=lambda f: f.__name__)
 def test_bitwise_as_if_nobody_had_looked(loop, capsys):
     watches = []
     def look(model, opt):
-        watches.append(gradnb.watch(model, "ce", DATA, PROBES, opt, batch_size=16))
+        parts, size = (model, {}) if isinstance(model, tuple) else ((model, "ce", DATA), dict(batch_size=16))
+        watches.append(gradnb.watch(*parts, probes=[p for p in PROBES if parts[2] is DATA or not str(p).startswith(("test", "tail"))], optimizer=opt, **size))
         return watches[-1]
     with warnings.catch_warnings(record=True) as words:
         warnings.simplefilter("always")
@@ -197,8 +214,9 @@ def test_bitwise_as_if_nobody_had_looked(loop, capsys):
     with torch.random.fork_rng([]): alone = run(loop, lambda *_: Nobody())
     for k in alone: assert equal(watched[k], alone[k]), k
     (seen, *_), said = watches, " ".join({str(w.message) for w in words})
-    due = {0, 3, 6}
+    due = {0, 3, 6, 9} if loop is loaded else {0, 3, 6}
     for name in ("sharpness", "grad_variance", "preconditioned_sharpness", "update_variance", "critical_sharpness", "relative_updates", "test"):
+        if name == "test" and loop is loaded: continue
         assert {*seen.traces[name].steps} == due and np.isfinite(seen.traces[name].values).all(), (name, seen.failures)
     for name, why in dict(fails="MemoryError: no room", torch_draws="drew from torch's global generator", writes="wrote into the run's state").items():
         assert why in next(iter(seen.failures[name].values())) and np.isnan(seen.traces[name].values).all() and said.count(f"probe {name!r} failed") == 1
@@ -219,9 +237,9 @@ RANKS = textwrap.dedent("""
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
         wrapped = nn.parallel.DistributedDataParallel(model)
         opt = torch.optim.Adam(wrapped.parameters(), .01)
-        seen = look(model, opt)
+        seen = look(wrapped, opt)
         for k in range(6):
-            i = torch.randint(data.n, (16,)) + 0 * dist.get_rank()
+            i = torch.randint(data.n, (16,))
             loss = nn.functional.cross_entropy(wrapped(data.x[i]), data.y[i])
             loss.backward(), opt.step(), opt.zero_grad()
             if seen: seen.step(loss)
@@ -562,3 +580,21 @@ def test_a_run_that_is_not_closed_says_so(tmp_path):
     run, = gradnb.Store(tmp_path).list()
     assert run.status == "interrupted" and "close() was forgotten" in run.manifest["message"]
     assert run.manifest["failures"]["never"] == {"0": "ValueError: no such thing", "1": "ValueError: no such thing"} and len(run.traces["never"]) == 2
+
+
+def test_a_block_that_the_optimizer_does_not_move_has_no_part_in_its_metric():
+    model, data = small()
+    opt = torch.optim.SGD(model[2].parameters(), .05, momentum=.9)
+    row = plain(model, data, opt, gradnb.watch(model, "mse", data, "preconditioned_sharpness:every=2,tol=1e-9", opt), 2)["preconditioned_sharpness"].frame().iloc[-1]
+    problem = Problem(model, "mse", data)
+    H = problem.hvp(problem.theta0, torch.eye(50, dtype=DOUBLE))
+    assert row["value"] == pytest.approx(torch.linalg.eigvalsh(H[36:, 36:])[-1].item(), rel=1e-6) and row["threshold"] == pytest.approx(2 * 1.9 / .05)
+
+
+def test_a_word_points_to_the_loop():
+    model, data = small()
+    opt = torch.optim.SGD(model.parameters(), .05)
+    with pytest.warns(RuntimeWarning, match="batch_size") as words:
+        seen = gradnb.watch(model, "mse", data, "grad_variance:every=1", opt)
+    with pytest.warns(RuntimeWarning, match="no weight has moved") as more: seen.step()
+    assert {words[0].filename, more[0].filename} == {__file__}

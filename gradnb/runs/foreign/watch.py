@@ -8,6 +8,7 @@ __all__ = ['HOW', 'numbers', 'Watch', 'trained', 'bare', 'watch', 'known_of']
 # %% ../../../nbs/08_runs/13_foreign/02_watch.ipynb #imports
 import atexit
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from time import perf_counter
@@ -255,8 +256,11 @@ class Watch:
 
     def _say(self, key, words: str):
         "In words, once."
-        if key not in self._said: warnings.warn(words, RuntimeWarning, stacklevel=4)
+        if key in self._said: return
         self._said.add(key)
+        frame, level = sys._getframe(), 1
+        while frame.f_back and frame.f_globals.get("__name__", "").startswith(("gradnb.", "torch.", "contextlib")): frame, level = frame.f_back, level + 1
+        warnings.warn(words, RuntimeWarning, stacklevel=level)         # at a line of the loop
 
 def trained(module: nn.Module) -> dict[str, tuple]:
     "Shapes of the trainable parameters by name."
