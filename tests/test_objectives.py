@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from gradnb import GD, Batch, Dataset, Descent, MiniBatch, Problem, sharpness, train
+from gradnb import GD, Batch, Dataset, Descent, MiniBatch, Problem, check_problem, sharpness, train
 
 F64 = torch.float64
 GEN = torch.Generator().manual_seed(0)
@@ -55,6 +55,17 @@ DATA = {"a data set": TensorDataset(X, Y), "a shuffled loader": DataLoader(Tenso
 def test_whatever_the_examples_come_in_the_loss_is_that_of_all(data, loss):
     known = loss if isinstance(loss, nn.Module) else F.cross_entropy
     agrees(Problem(NET, loss, DATA[data]), brute(NET, lambda model: known(model(X), Y)))
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("loss", [each, mean, nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 5.]))])
+def test_the_laws_of_problems_hold(data, loss):
+    single = deepcopy(NET).float()
+    change = lambda batch: (batch[0].float(), batch[1])
+    rows = DATA[data]
+    rows = [change(batch) for batch in rows] if isinstance(rows, list) else TensorDataset(X.float(), Y) if isinstance(rows, TensorDataset) else DataLoader(
+        TensorDataset(X.float(), Y), batch_size=rows.batch_size, sampler=rows.sampler)
+    check_problem(single, loss, rows)
 
 
 def test_a_stream_is_kept_as_far_as_was_said():
