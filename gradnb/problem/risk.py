@@ -37,6 +37,7 @@ def examples(
 
 class Risk:
     "L(θ) = mean ℓᵢ(θ) over a training set, and its gradient, pure in θ (p,)."
+    bounded = True  # is chunk_size a bound that somebody set, for memory?
     share = 0, 1    # (k, m): the k-th of m equal parts of every batch is worked on here, and `reduce` adds the parts up
 
     def __init__(self,
@@ -66,7 +67,7 @@ class Risk:
             if size is not None or batches is not None: raise ValueError("size= and batches= are for a loader's or a stream's batches; a Dataset has examples.")
             self.per_example, self.dataset = resolve_loss(loss), dataset.to(self.device, self.dtype)
         else:
-            sample = dataset if isinstance(dataset, Sample) else Sample.of(dataset, batches)
+            sample, self.bounded = dataset if isinstance(dataset, Sample) else Sample.of(dataset, batches), chunk_size is not None
             self.per_example = loss if isinstance(loss, Objective) else Objective(posed(loss))
             self.dataset = sample.to(self.device, self.dtype)
         self.network = self._try_sample(module, size) if isinstance(self.dataset, Sample) else self._try_out(module)
