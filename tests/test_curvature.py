@@ -136,3 +136,35 @@ def test_a_direction_that_overtakes_over_several_looks(k, seed):
         sketch, off = eigs.sketch, lam.sort(descending=True).values[:k] - eigs.values
         if (off > eigs.errors + 1e-9).any(): missed.append(look)
     assert missed in ([], [9])                                                 # the first look after the crossing
+
+
+@pytest.mark.parametrize("k, dtype", [(1, torch.float32), (4, F64)])
+@pytest.mark.parametrize("lam", [
+    torch.cat([torch.tensor([3., 1., -5.]), torch.linspace(-.5, .5, 117)]),
+    torch.linspace(-1, -.01, 120),                                             # nothing positive: the largest are zeros
+    torch.linspace(0, 1, 120), torch.cat([torch.ones(60), -torch.ones(60)]), torch.tensor([1., -1.0005]).repeat(7),
+])
+def test_largest_in_absolute_value(lam, dtype, k):
+    hill = Quadratic(torch.diag(lam.to(dtype)), theta0=draw(len(lam), name="magnitude").to(dtype))
+    found, again = (sharpness(hill, hill.theta0, k, which="magnitude", warm=w) for w in (None, None))
+    truth = torch.linalg.eigvalsh(hill.H.double()).abs().sort(descending=True).values[:k]
+    for eigs in (found, sharpness(hill, hill.theta0, k, which="magnitude", warm=found.sketch)):
+        assert eigs.converged and ((eigs.values.abs() - truth).abs() <= eigs.errors).all() and (eigs.errors <= 2.1e-3 * truth[0]).all(), eigs
+        off = hill.H @ eigs.vectors - eigs.vectors * eigs.values.to(dtype)
+        torch.testing.assert_close(off.norm(dim=0).double(), eigs.residuals, rtol=1e-3, atol=1e-5)
+    assert torch.equal(found.values, again.values)
+
+
+@pytest.mark.filterwarnings("ignore:the loss has kinks")
+@pytest.mark.parametrize("model, loss", SMOOTH[:3])
+def test_magnitudes_of_a_family_and_the_probe_of_that_name(model, loss):
+    from gradnb.measure.probes.view import PROBES, View
+    from gradnb.move.rules.gd import GD
+    from gradnb.move.steppers import Descent, trajectory
+    problem, point, H = small(model, loss)
+    truth = torch.linalg.eigvalsh(H).abs().sort(descending=True).values[:3]
+    stepper, lens = Descent(GD(1e-3)), PROBES.build("sharpness:k=3,which=magnitude,tol=1e-5")
+    row = lens.measure(View(problem, stepper, next(trajectory(problem, stepper))))
+    assert lens.name == "magnitude_sharpness" and row["converged"]
+    torch.testing.assert_close(torch.from_numpy(row["value"]).abs(), truth, rtol=0, atol=1e-5 * truth[0].item() + 1e-9)
+    with pytest.raises(ValueError, match="choose 1 ≤ k"): sharpness(point, k=problem.p + 1, which="magnitude")

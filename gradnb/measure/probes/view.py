@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ..curvature import sharpness
+from ..curvature import WHICH, sharpness
 from ...problem import Point, Problem
 from ...ground.registry import Registry
 from ...ground.roles import Batch, State, check_number, check_range, draw
@@ -151,13 +151,13 @@ def sharpness_probe(
     tol: float = 1e-3,      # errors allowed, relative to the largest eigenvalue
     frozen: bool = False,   # in evaluation mode? BatchNorm then normalises by its running statistics
     examples: int = 0,      # on the first so many training examples only; 0: all
-    which: str = "largest", # or "smallest": the negative end
+    which: str = "largest", # or "smallest": the negative end; "magnitude": largest in absolute value, of both ends
 ) -> Probe:
-    "The k outermost Hessian eigenvalues, each search warm from the last; columns value, error (above it; below the smallest), residual, converged, matvecs."
+    "The k outermost Hessian eigenvalues, each search warm from the last; columns value, error (above it; below the smallest; to both sides of a magnitude), residual, converged, matvecs."
     check_number("probe 'sharpness'", "k", k, 1, whole=True)
     check_number("probe 'sharpness'", "examples", examples, 0, whole=True)
     check_number("probe 'sharpness'", "tol", tol, 1e-15, 1)
-    if which not in ("largest", "smallest"): raise ValueError(f"which is 'largest' or 'smallest', got {which!r}.")
+    if which not in ("largest", "smallest", "magnitude"): raise ValueError(f"which is {WHICH}, got {which!r}.")
     def measure(view):
         point = view.frozen_point if frozen else view.point
         if examples: point = point.problem.at(view.theta, Batch(torch.arange(min(examples, view.problem.n))))
@@ -165,7 +165,7 @@ def sharpness_probe(
         view.memory["sketch"] = eigs.sketch
         one = lambda v: v[0] if k == 1 else v
         return dict(value=one(eigs.values), error=one(eigs.errors), residual=one(eigs.residuals), converged=eigs.converged, matvecs=eigs.matvecs)
-    return Probe("frozen_" * frozen + "smallest_" * (which == "smallest") + "sharpness", every, measure)
+    return Probe("frozen_" * frozen + f"{which}_" * (which != "largest") + "sharpness", every, measure)
 
 @PROBES.add("grad_norm")
 def grad_norm_probe(

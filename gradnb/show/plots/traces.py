@@ -72,7 +72,7 @@ def plot_sharpness(
     lines = plot_trace(ax, trace, **line)
     values, errors = (np.reshape(v, (len(trace), -1)).T for v in (trace.values, eigenvalue_errors(trace)))   # (k, T)
     for drawn, v, e in zip(lines, values, errors):
-        ax.fill_between(trace.steps, v, v + e, color=drawn.get_color(), alpha=.3, linewidth=0)
+        ax.fill_between(trace.steps, v - e if "magnitude" in trace.name else v, v + e, color=drawn.get_color(), alpha=.3, linewidth=0)
     if threshold is None: threshold = trace.columns.get("threshold")
     if threshold is not None:
         at = np.broadcast_to(np.asarray(threshold, dtype=float), len(trace))
