@@ -604,3 +604,18 @@ def test_a_word_points_to_the_loop():
         seen = gradnb.watch(model, "mse", data, "grad_variance:every=1", opt)
     with pytest.warns(RuntimeWarning, match="no weight has moved") as more: seen.step()
     assert {words[0].filename, more[0].filename} == {__file__}
+
+
+def test_the_same_numbers_three_ways():
+    "Of our own run, in a plain loop, and of its checkpoints."
+    model, data = small()
+    opt, words = torch.optim.Adam(model.parameters(), .01), ["sharpness:every=2,tol=1e-9", "grad_variance:every=2,draws=6"]
+    seen, saved = gradnb.watch(model, "mse", data, words, opt, batch_size=7), {0: deepcopy(model.state_dict())}
+    class Saving(Open):
+        def __init__(self): super().__init__(seen); self.step = lambda loss: (seen.step(loss), saved.update({seen.steps: deepcopy(model.state_dict())}))
+    plain(model, data, opt, Saving(), 4)
+    problem = Problem(small()[0], "mse", data)
+    _, ours = train(problem, Descent(FromTorch(torch.optim.Adam, lr=.01)), 4, words[:1], progress=False)
+    after = gradnb.measure_weights(problem, {k: saved[k] for k in (0, 2, 4)}, words, batch_size=7)
+    np.testing.assert_allclose(seen.traces["sharpness"].values, ours["sharpness"].values, rtol=1e-6)
+    for name in ("sharpness", "grad_variance"): np.testing.assert_allclose(after[name].values, seen.traces[name].values, rtol=1e-6)
