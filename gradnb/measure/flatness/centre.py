@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, in_unit
 from ...models.losses import accuracies
 from ...problem import Problem
 from ...ground.registry import Registry
@@ -76,6 +76,7 @@ class Centre:
 
     def _known(self, loss: float) -> float:
         if not isfinite(loss): raise ValueError(f"the loss at the centre is {loss}; flatness needs a point with a finite loss.")
+        in_unit(torch.tensor(loss, dtype=self.theta.dtype))      # says where it has lost its digits
         self._loss = loss
         return loss
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...problem.designs import finite
+from ...problem.layers.capture import unit_of
 from ...ground.estimate import Estimate, in_unit
 from .spread import Spread, jackknife, left_out
 from ...ground.roles import Batch
@@ -49,12 +50,17 @@ class Moments(NamedTuple):
         "Of single examples' gradients ∇ℓᵢ(θ), without forming them."
         idx = torch.arange(problem.n) if batch is None else batch.idx
         if len(idx) < 3: raise ValueError(f"moments need at least 3 examples, got {len(idx)}.")
-        parts = idx.tensor_split(min(groups, len(idx)))
-        sums = theta.new_zeros(2, len(parts), len(theta))
+        return cls._at(lambda part: problem.layer_io(theta, Batch(part)), theta, idx, idx.tensor_split(min(groups, len(idx))))
+
+    @classmethod
+    def _at(cls, given, theta, idx, parts, unit=1.):
+        sums, ios = theta.new_zeros(2, len(parts), len(theta)), lambda part: (io.in_unit(unit) for io in given(part))
         for j, part in enumerate(parts):
-            for io in problem.layer_io(theta, Batch(part)): io.moments(sums[:, j])
-            if not sums[:, j].isfinite().all(): finite(torch.cat([io.sq_norms() for io in problem.layer_io(theta, Batch(part))]), part)
-        return cls(torch.tensor([len(i) for i in parts], dtype=torch.float64), *sums)
+            for io in ios(part): io.moments(sums[:, j])
+        if unit == 1 and (other := unit_of(sums[1], theta.dtype, lambda: given(idx))) != 1: return cls._at(given, theta, idx, parts, other)
+        for part, row in zip(parts, sums.unbind(1)):
+            if not row.isfinite().all(): finite(torch.cat([io.sq_norms() for io in ios(part)]), part)
+        return cls(torch.tensor([len(i) for i in parts], dtype=torch.float64), *sums, unit)
 
     def without(self) -> list:
         "The totals (n, mean (p,), unbiased variance (p,), mean square (p,)) of all draws, then without each group; in the unit."

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...problem.designs import finite
+from ...problem.layers.capture import unit_of
 from ...ground.estimate import Estimate, in_unit
 from ...ground.layout import Layout
 
@@ -52,13 +53,18 @@ class Spread(NamedTuple):
         turned: bool = False,        # for intervals of the inner-product and orthogonality tests, at one more pass
     ) -> "Spread":
         "Of single examples' gradients ∇ℓᵢ(θ), without forming them."
-        parts = lambda: problem.layer_io(theta, batch)
-        ios, mean, sq, n = [], 0, [], 0
+        return cls._at(lambda: problem.layer_io(theta, batch), theta, None if batch is None else batch.idx, turned)
+
+    @classmethod
+    def _at(cls, given, theta, idx, turned, unit=1.):
+        parts, ios, mean, sq, n = lambda: (io.in_unit(unit) for io in given()), [], 0, [], 0
         for io in parts():                                                # kept as long as there is only one
             ios, n = [io] if n == 0 else [], n + io.n
             mean, sq = mean + io.combine(torch.ones_like(io.losses)), [*sq, io.sq_norms().double().cpu()]
         if n < 2: raise ValueError(f"a spread needs at least 2 examples, got {n}.")
-        mean, sq = mean / n, finite(torch.cat(sq), None if batch is None else batch.idx)
+        mean, sq = mean / n, torch.cat(sq)
+        if unit == 1 and (other := unit_of(sq, theta.dtype, given)) != 1: return cls._at(given, theta, idx, turned, other)
+        finite(sq, idx)
         sweep = lambda f: [f(io) for io in ios or parts()]
         dots = torch.cat(sweep(lambda io: io.dots(mean).double().cpu()))
         size = mean.double().square().sum().item()
@@ -68,7 +74,7 @@ class Spread(NamedTuple):
             twist = sum(sweep(lambda io: io.combine(next(weights)))) / (n - 1)                    # Sḡ
             twist = torch.cat(sweep(lambda io: io.dots(twist).double().cpu()))
             twist = twist - twist.mean()
-        return cls(size, (sq - 2 * dots + size).clamp_min(0), along, twist)
+        return cls(size, (sq - 2 * dots + size).clamp_min(0), along, twist, unit)
 
 # %% ../../../nbs/07_measure/01_noise/01_spread.ipynb #jackknife
 def jackknife(
