@@ -13,7 +13,7 @@ from ..linalg import Eigs, Sketch, lanczos
 from ..problem.designs import NotFinite
 from ..problem import Point
 from ..ground.estimate import in_unit, to_unit
-from ..ground.roles import check_number
+from ..ground.roles import check_given, check_number
 from ..ground.streams import Stream
 
 # %% ../../nbs/07_measure/02_curvature.ipynb #unit
@@ -79,8 +79,7 @@ def sharpness(
     "The k largest (algebraic, unless told) eigenvalues of the Hessian of the training loss. Raises ValueError where θ or ∇L is not finite."
     if which not in WHICH: raise ValueError(f"which is {', '.join(map(repr, WHICH))}; got {which!r}.")
     check_number("sharpness", "tol", tol, 0)
-    if not hasattr(problem, "at") and not isinstance(problem, Point):
-        raise TypeError(f"sharpness takes a Problem and θ, got {type(problem).__name__}; write p = Problem(net, loss, data) and sharpness(p, p.theta0).")
+    if not isinstance(problem, Point): check_given("sharpness", problem, "point")
     point = problem if isinstance(problem, Point) else problem.at(theta, batch)
     if point.theta.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"eigenvalues need float32 or float64, and this problem is {point.theta.dtype}; build it from module.float().")

@@ -11,12 +11,13 @@ from functools import cached_property
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from ..data import Dataset
 from ..ground.layout import Layout
 from ..models.losses import LOSSES, accuracy, resolve_loss
 from ..models.means import Ratio, couples, for_examples
 from .graphs import wrong_slopes
-from .network import Network, drawing, refuse, scattered
+from .network import Network, drawing, leaves, refuse, refuse_inference, scattered
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/08_risk.ipynb #risk
@@ -48,6 +49,7 @@ class Risk:
                             "come: grad_variance(draws).")
         if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         module = getattr(module, "_orig_mod", module)           # what torch.compile was given
+        refuse_inference()
         refuse(module)
         self.given, self.layout, self.chunk_size, self._checked = module, Layout.of(module), chunk_size, {}     # given: left alone; what was checked is shared with copies
         params = dict(module.named_parameters())
@@ -93,8 +95,20 @@ class Risk:
             raise ValueError(f"the network has {out.shape[-1]} outputs, and dataset {self.dataset.name!r} has {classes} classes; give its last "
                              f"layer {classes}.")
         self.per_example = for_examples(self.per_example, out, y, self.dataset.y)
+        self._check_still(module, out, y)
         self._check_slopes(network, x[:3], y[:3])
         return network
+
+    def _check_still(self, module, out, y):
+        "Raise TypeError naming what the loss learns by itself, or has of the network: it would stay as it is."
+        out = out.detach().requires_grad_(out.is_floating_point())
+        with torch.enable_grad(): value = self.per_example(out, y)
+        owners = [m for m in (module, *tree_leaves((getattr(self.per_example, "loss", self.per_example), [c.cell_contents for c in getattr(self.per_example, "__closure__", None) or ()])))
+                  if isinstance(m, nn.Module)]
+        names = {id(p): f"{k!r} of {type(m).__name__}" for m in owners for k, p in m.named_parameters()}
+        if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if t is not out]:
+            raise TypeError(f"the loss has parameters of its own, which would stay as they are: {', '.join(still[:5])}; make them part of the network, "
+                            "or call requires_grad_(False) on them.")
 
     def _check_slopes(self, network, x, y):
         "Raise TypeError naming blocks whose gradient is wrong, in float64 where the network can; a gradient and 2 to 4 losses of 3 examples."
@@ -125,7 +139,7 @@ class Risk:
         if (vec.dtype, vec.device) != (self.dtype, self.device):
             raise TypeError(f"{what} is {vec.dtype} on {vec.device}, the problem {self.dtype} on {self.device}; "
                             "build the problem from a module of the dtype and device you want.")
-        return vec
+        return vec.clone() if vec.is_inference() and not torch.is_inference_mode_enabled() else vec
 
     def outputs(self, theta: Tensor | dict[str, Tensor], x: Tensor, noise: Stream | None = None) -> Tensor:
         "The network's outputs on inputs x with parameters theta, flat or by name."
@@ -204,6 +218,7 @@ class Risk:
 
     def _examples(self, batch=None) -> tuple[Tensor, Tensor]:
         "Inputs and targets of a batch, without its noise."
+        refuse_inference()
         self.rows(batch)
         self.check_examples()
         where = slice(None) if batch is None else batch.idx.to(self.device)
@@ -217,6 +232,7 @@ class Risk:
 
     def grad_and_loss(self, theta: Tensor, batch=None) -> tuple[Tensor, Tensor]:   # (p,), ()
         "∇L(θ) and L(θ), on a batch or on all examples."
+        refuse_inference()
         blocks = {k: b.requires_grad_() for k, b in self.layout.named(self.check(theta).detach().contiguous()).items()}
         total, value = None, theta.new_zeros(())
         for chunk in self.chunks(batch):

@@ -17,7 +17,7 @@ from ...ground.estimate import Estimate, in_unit
 from ...models.losses import accuracies
 from ...problem import Problem
 from ...ground.registry import Registry
-from ...ground.roles import Batch
+from ...ground.roles import Batch, check_given
 from ...ground.streams import Stream
 
 # %% ../../../nbs/07_measure/05_flatness/01_centre.ipynb #reading
@@ -62,6 +62,7 @@ class Centre:
         batch: Batch | None = None,             # on which examples, with which noise; None: all, without
         stream: Stream = Stream() / "flatness", # of everything random; equal streams give two networks equal draws
     ):
+        check_given("flatness", problem, "problem")
         self.problem, self.theta, self.batch, self.stream, self.cost = problem, problem.check(theta).detach(), batch, stream, 0.
         self._loss = self._point = None
         self.n = problem.n if batch is None else len(batch.idx)

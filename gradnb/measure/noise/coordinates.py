@@ -15,7 +15,7 @@ from ...problem.designs import finite
 from ...problem.layers.capture import unit_of
 from ...ground.estimate import Estimate, in_unit
 from .spread import Spread, jackknife, left_out
-from ...ground.roles import Batch
+from ...ground.roles import Batch, check_given
 
 # %% ../../../nbs/07_measure/01_noise/03_coordinates.ipynb #moments
 class Moments(NamedTuple):
@@ -32,6 +32,7 @@ class Moments(NamedTuple):
     ) -> "Moments":
         "From the draws themselves. Raises ValueError on fewer than 3."
         if isinstance(draws, Moments): return draws
+        check_given("moments", draws, "draws")
         if draws.ndim != 2 or len(draws) < 3:
             raise ValueError(f"moments need at least 3 draws, (n, p), got shape {tuple(draws.shape)}.")
         finite(draws.sum(1, dtype=torch.float64), what="gradient")
@@ -48,6 +49,7 @@ class Moments(NamedTuple):
         groups: int = 10,    # 2 (m, p) matrices are kept
     ) -> "Moments":
         "Of single examples' gradients ∇ℓᵢ(θ), without forming them."
+        check_given("Moments.at", problem, "point")
         idx = torch.arange(problem.n) if batch is None else batch.idx
         if len(idx) < 3: raise ValueError(f"moments need at least 3 examples, got {len(idx)}.")
         return cls._at(lambda part: problem.layer_io(theta, Batch(part)), theta, idx, idx.tensor_split(min(groups, len(idx))))

@@ -140,7 +140,9 @@ def compare_tails(
     "Every estimator on the same draws, a row each; a refusal is a note without numbers."
     x = _as_draws(x)
     try: x = near_one(x, wide=standardise and x.ndim == 2)
-    except TailRefusal as refusal: return _table((1, *ms), lambda method, m: _refused(refusal))
+    except TailRefusal as refusal:
+        note = _refused(refusal)
+        return _table((1, *ms), lambda method, m: note)
     scale = geometric_scale(x) if standardise and x.ndim == 2 else None
     return compare_records({m: Magnitudes.of(x, m, scale) for m in (1, *ms)}, level)
 
