@@ -95,18 +95,15 @@ class Risk:
             raise ValueError(f"the network has {out.shape[-1]} outputs, and dataset {self.dataset.name!r} has {classes} classes; give its last "
                              f"layer {classes}.")
         self.per_example = for_examples(self.per_example, out, y, self.dataset.y)
-        self._check_still(module, out, y)
         self._check_slopes(network, x[:3], y[:3])
         return network
 
-    def _check_still(self, module, out, y):
+    def _check_still(self, value, blocks):
         "Raise TypeError naming what the loss learns by itself, or has of the network: it would stay as it is."
-        out = out.detach().requires_grad_(out.is_floating_point())
-        with torch.enable_grad(): value = self.per_example(out, y)
-        owners = [m for m in (module, *tree_leaves((getattr(self.per_example, "loss", self.per_example), [c.cell_contents for c in getattr(self.per_example, "__closure__", None) or ()])))
+        owners = [m for m in (self.given, *tree_leaves((getattr(self.per_example, "loss", self.per_example), [c.cell_contents for c in getattr(self.per_example, "__closure__", None) or ()])))
                   if isinstance(m, nn.Module)]
         names = {id(p): f"{k!r} of {type(m).__name__}" for m in owners for k, p in m.named_parameters()}
-        if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if t is not out]:
+        if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if not any(t is b for b in blocks.values())]:
             raise TypeError(f"the loss has parameters of its own, which would stay as they are: {', '.join(still[:5])}; make them part of the network, "
                             "or call requires_grad_(False) on them.")
 
@@ -114,7 +111,11 @@ class Risk:
         "Raise TypeError naming blocks whose gradient is wrong, in float64 where the network can; a gradient and 2 to 4 losses of 3 examples."
         def wrong(network, dtype):
             a, b = (t.to(dtype) if t.is_floating_point() else t for t in (x, y))
-            return wrong_slopes(lambda blocks: self.per_example(network(blocks, a), b).sum(), {k: v.to(dtype) for k, v in blocks.items()})
+            def loss(blocks):
+                value = self.per_example(network(blocks, a), b).sum()
+                if value.requires_grad: self._check_still(value, blocks)
+                return value
+            return wrong_slopes(loss, {k: v.to(dtype) for k, v in blocks.items()})
         gen = (Stream() / "beside").generator()
         blocks = {k: v + scattered(v, gen) for k, v in self.layout.named(self.theta0).items()}
         with drawing(Stream() / "trial", x.device) as drew:
