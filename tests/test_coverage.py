@@ -157,7 +157,7 @@ for name, (values, products) in TRACES.items():
 
 # --- the laws ---------------------------------------------------------------------------------------------------
 
-FEW = ("eigenvalues, cold, clustered", "eigenvalues, warm, multiple", "xtrace, rank 30", "hutchinson, 1/i²")
+FEW = ("eigenvalues, cold, clustered", "eigenvalues, warm, multiple", "xtrace, rank 30", "hutchinson, 1/i²", "spectrum, 1/i²", "at a place, 1/i²")
 
 @pytest.mark.parametrize("claim", [c for c in CLAIMS if any(w in c.name for w in FEW)], ids=lambda c: c.name)
 def test_four_draws(claim): assert enough(claim, coverage(claim, 4)[0], 4)

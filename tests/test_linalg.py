@@ -1,11 +1,13 @@
 "Eigenvalues and traces against dense eigenvalues, SciPy, a textbook Lanczos and closed forms."
 from contextlib import contextmanager
-from math import sqrt
+from math import pi, sqrt
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from scipy.sparse.linalg import LinearOperator, eigsh
+from gradnb.ground.estimate import Estimate
 from gradnb.linalg import Eigs, hutchinson, lanczos, lobpcg, power_iteration
+from gradnb.linalg.spectra import spectrum
 from gradnb.ground.streams import Stream
 
 F64 = torch.float64
@@ -316,6 +318,28 @@ def test_hutchinson_covers_at_its_nominal_rate():
     held = sum(A.trace().item() in hutchinson(A.__matmul__, 60, 64, Stream(0) / i, dtype=F64) for i in range(200)) / 200
     rate = .9456                                     # Student with 63 degrees of freedom at the Gaussian 1.96
     assert abs(held - rate) < 3.3 * sqrt(rate * (1 - rate) / 200)
+
+
+@pytest.mark.parametrize("name", ["hutchinson", "spectrum", "density"])
+def test_intervals_hold_where_one_eigenvalue_is_all(name):
+    "Forms like χ² with one degree of freedom: an interval from the spread of 8 of them holds in 85 %."
+    u = randn(5, 20); u = u / u.norm()
+    H = lambda v: u.outer(u) @ v
+    def stated(s):
+        if name == "hutchinson": return hutchinson(H, 20, 8, s, F64)
+        if name == "spectrum": return spectrum(H, 20, 8, 3, s, F64).trace(torch.square)
+        d = spectrum(H, 20, 8, 3, s, F64).density([1.], .01)
+        return Estimate(*(v.item() * .01 * sqrt(2 * pi) * 20 for v in (d.value, d.high - d.value, d.low, d.high)))
+    held = sum(1. in stated(Stream(i) / name) for i in range(300))
+    assert .93 * 300 <= held < 300, held
+
+
+@pytest.mark.parametrize("statistic, unit", [(lambda H: hutchinson(H, 20, 8, dtype=F64), 2.**600),
+                                             (lambda H: spectrum(H, 20, 4, 5, dtype=F64).trace(), 2.**400)])
+def test_errors_of_traces_scale(statistic, unit):
+    A, _ = symmetric(torch.linspace(-1, 3, 20, dtype=F64))
+    one, far = statistic(A.__matmul__), statistic((A * unit).__matmul__)
+    torch.testing.assert_close(tuple(far), tuple(v * unit for v in one), rtol=1e-9, atol=0)
 
 
 def test_hutchinson_is_exact_on_diagonals_and_blind_to_blocks():

@@ -90,6 +90,8 @@ class Dataset:
     words: int | None = None      # number of different tokens; None: inputs are numbers
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None   # (inputs (b, …), generator) → inputs (b, …)
 
+    whole = False    # its members are examples
+
     def __post_init__(self):
         for x, y, end in ((self.x, self.y, ""), (self.x_test, self.y_test, "_test")):
             check_inputs(x, f"x{end}", self.words)

@@ -45,11 +45,12 @@ def check_words(*names):
         if name != name.encode(errors="replace").decode(): raise TypeError(f"a probe's names must be text, got {name!r:.60}.")
 
 def as_row(
-    answer,      # a number, a tensor, or a dict or NamedTuple of those
+    answer,      # a number, a tensor, a dict or NamedTuple of those, or what has an `as_row` that gives one
 ) -> Row:
     "What a probe returned, as one row of a table. Raises TypeError on anything else."
     if isinstance(answer, Row): return answer
-    if isinstance(answer, tuple) and hasattr(answer, "_asdict"): answer = answer._asdict()
+    if hasattr(answer, "as_row"): answer = answer.as_row()
+    elif isinstance(answer, tuple) and hasattr(answer, "_asdict"): answer = answer._asdict()
     elif not isinstance(answer, dict): answer = {"value": answer}
     if not answer: raise TypeError("a probe must return at least one number.")
     if {*map(type, answer)} != {str}:

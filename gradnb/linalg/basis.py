@@ -26,6 +26,11 @@ class Eigs(NamedTuple):
     converged: bool    # False: the budget ran out first
     sketch: "Sketch | None" = None   # what else the search learned, for the next one
 
+    def as_row(self) -> dict:
+        "What a trace keeps: value, error, residual, numbers where k = 1; converged and matvecs."
+        one = lambda v: v[0] if len(v) == 1 else v
+        return dict(value=one(self.values), error=one(self.errors), residual=one(self.residuals), converged=self.converged, matvecs=self.matvecs)
+
     def __repr__(self):
         pairs = ", ".join(f"{v:.6g} ± {r:.1g}" for v, r in zip(self.values.tolist(), self.errors.tolist()))
         paid = f"{self.matvecs} product{'s' * (self.matvecs != 1)}"

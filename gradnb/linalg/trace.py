@@ -7,9 +7,10 @@ __all__ = ['hutchinson']
 
 # %% ../../nbs/02_linalg/04_trace.ipynb #imports
 from collections.abc import Callable
+from math import sqrt
 import torch
 from torch import Tensor
-from ..ground.estimate import Estimate
+from ..ground.estimate import Estimate, in_unit, to_unit
 from .basis import apply
 from ..ground.streams import Stream
 
@@ -23,11 +24,18 @@ def hutchinson(
     device: str | torch.device = "cpu",  # of the probes
     block: int = 8,                      # probes per call of matvec; the estimate does not depend on it
 ) -> Estimate:
-    "The trace and its 95 % interval, from random sign vectors. Raises ValueError on fewer than 2 samples."
+    """The trace and its 95 % interval, from random sign vectors; it keeps two vectors in float64. Raises ValueError on fewer than 2 samples."""
     if samples < 2: raise ValueError(f"hutchinson needs at least 2 samples to see a spread, got {samples}.")
     signs = lambda i: torch.randint(2, (p,), generator=(stream / i).generator(), dtype=torch.int8)
-    forms = []
+    forms, square = [], 0.
     for i in range(0, samples, block):
         Z = torch.stack([signs(n) for n in range(i, min(i + block, samples))], 1).to(device, dtype) * 2 - 1
-        forms.append((Z.double() * apply(matvec, Z, i)).sum(0).cpu())
-    return Estimate.mean(torch.cat(forms))
+        own = Z.double() * apply(matvec, Z, i)                            # (p, block), the diagonal on average
+        forms.append(own.sum(0).cpu())
+        if i == 0: first, unit = in_unit(own[:, 0]); total = torch.zeros_like(first)
+        for d in own.unbind(1):
+            away = to_unit(d, unit) - first
+            total, square = total + away, square + away.square().sum().item()
+    spread = 2 * (square - total.square().sum().item() / samples) / (samples - 1)             # 2 Σ Aᵢⱼ², i ≠ j, without bias
+    found = Estimate.mean(torch.cat(forms))
+    return Estimate.student(found.value, max(found.stderr, unit * sqrt(max(spread, 0.) / samples)), samples - 1)

@@ -15,8 +15,10 @@ from typing import Callable
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from ..data import Dataset
+from ..data.samples import Examples, mapped
 from .forms import Graph, cuts
-from .graphs import free_memory, kinks_of, saved_bytes
+from .graphs import free_memory, keeps_double, kinks_of, saved_bytes
 from .layers import LayerIO, Rows, capture, verify
 from .likelihood import sample_targets
 from .network import twice_differentiable
@@ -38,11 +40,11 @@ class Problem(Risk):
         "This problem in float64, on three examples and without noise; itself, where its network insists on its own precision."
         if self.dtype == torch.float64: return self
         (x, y, *_), other = self._few(3), copy(self)
-        few = replace(self.dataset, x=x, y=y, x_test=x, y_test=y, augment=None)
+        few = replace(self.dataset, x=x, y=y, x_test=x, y_test=y, augment=None) if isinstance(self.dataset, Dataset) else self.dataset
         other.dataset, other.network, other.theta0 = few.to(self.device, torch.float64), self.network.to(torch.float64), self.theta0.double()
-        try: other.piece(other.theta0, *other._few(3))
+        few = other._few(3)
+        try: return other if keeps_double(lambda blocks: other.piece(blocks, *few), other.layout.named(other._beside("double"))) else self
         except (RuntimeError, TypeError): return self
-        return other
 
     def check_products(self, linear: bool = False):
         """Raises TypeError where torch's second derivatives of this network are wrong, and names the blocks; `linear`: those that
@@ -51,6 +53,7 @@ class Problem(Risk):
         Once for training mode and once for evaluation mode, before the first product: at most 6 products and 15 gradients of three
         examples in float64, which no search counts. Where a network cannot be had in float64, symmetry alone is looked at.
         """
+        if linear: self.check_apart()
         key = linear, self.network.is_frozen
         if key not in self._checked: self._checked[key] = self._wrong_products(linear)
         if self._checked[key]: raise TypeError(self._checked[key])
@@ -88,8 +91,13 @@ class Problem(Risk):
     def graph_bytes(self) -> float:
         "What an example adds to the kept graph of a gradient, counted on 2 and 4."
         theta = self.theta0.clone().requires_grad_()
+        if self.dataset.whole: return saved_bytes(lambda: self.gradient_graph(theta, *self._few(1)))
         two, four = (saved_bytes(lambda: self.gradient_graph(theta, *self._few(n))) for n in (2, 4))
         return max(four - two, 0) / 2
+
+    def keeps(self, batch=None) -> bool:
+        "Are graphs kept from product to product: of one chunk, or of all in up to a quarter of the free memory, where nobody set a bound?"
+        return self.one_chunk(batch) or not self.bounded and len(self.part(self.rows(batch))) * self.graph_bytes < free_memory(self.device) / 4
 
     def check_memory(self, batch=None):
         "Raises MemoryError where the graph of a chunk would not fit, with the chunk size that does."
@@ -126,9 +134,9 @@ class Problem(Risk):
     def _rows(self, theta, x, y):
         if not self._mapped: return self._one_by_one(theta, x, y)
         rows = max(1, 2**25 // (self.p * self.theta0.element_size()))
-        return vmap(grad(self._one), (None, 0, 0), chunk_size=rows)(theta, x, y)
+        return vmap(grad(self._one), (None, 0, 0), chunk_size=rows)(theta, x.batch if isinstance(x, Examples) else x, y)
 
-    def _one(self, theta, x, y): return self.per_example(self.outputs(theta, x[None]), y[None]).squeeze(0)
+    def _one(self, theta, x, y): return self.per_example(self.outputs(theta, x if isinstance(x, Examples) else mapped(lambda t: t[None], x)), y[None]).squeeze(0)
 
     def _one_by_one(self, theta, x, y):
         theta, total = theta.clone().requires_grad_(), theta.new_empty(len(x), self.p)
@@ -141,9 +149,9 @@ class Problem(Risk):
         "Can the gradient be mapped over examples? A recurrent layer of torch's, or one with checkpoints, cannot; that is said once."
         x, y, *_ = self._few(2)
         try:
-            vmap(grad(self._one), (None, 0, 0))(self.theta0, x, y)
+            vmap(grad(self._one), (None, 0, 0))(self.theta0, x.batch if isinstance(x, Examples) else x, y)
             return True
-        except (RuntimeError, TypeError) as e:
+        except (RuntimeError, TypeError, ValueError) as e:
             self._one_by_one_since(f"torch cannot map this network over examples: {str(e).partition('. ')[0]}")
             return False
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['drawing', 'Hush', 'twice_differentiable', 'places', 'rebound', 'copied', 'scattered', 'refuse', 'refuse_inference',
-           'modes', 'leaves', 'Network']
+           'modes', 'unwrapped', 'chosen', 'leaves', 'Network']
 
 # %% ../../nbs/05_problem/01_network.ipynb #imports
 import re
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
+from fnmatch import fnmatchcase
 from types import CellType, FunctionType
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from ..ground.layout import ROLES, role_of
+from ..ground.registry import unknown
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/01_network.ipynb #drawing
@@ -154,6 +157,31 @@ def refuse_inference():
 
 def modes(module: nn.Module) -> list[bool]: return [m.training for m in module.modules()]
 
+def unwrapped(
+    module: nn.Module,
+) -> nn.Module:
+    "What torch.compile, DistributedDataParallel or DataParallel was given."
+    while True:
+        if hasattr(module, "_orig_mod"): module = module._orig_mod
+        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)): module = module.module
+        else: return module
+
+def chosen(
+    module: nn.Module,
+    which,             # patterns of names (of a layer: all below it), roles, or (name, parameter) → bool
+) -> nn.Module:        # a copy, in which these parameters can be trained and no others
+    "A module as a function of some of its parameters. Raises ValueError where none, or a pattern, is met."
+    named = dict(module.named_parameters())
+    roles = {k: role_of(module.get_submodule(k.rpartition(".")[0]), v) for k, v in named.items()}
+    if callable(which): names = {k for k, v in named.items() if which(k, v)}
+    else:
+        words = [which] if isinstance(which, str) else list(which)
+        meets = {w: {k for k in named if roles[k] == w or fnmatchcase(k, w) or k.startswith(w + ".")} for w in words}
+        if missed := [w for w in words if not meets[w]]: raise unknown("parameter", missed[0], [*named, *ROLES])
+        names = set().union(*meets.values())
+    if not names: raise ValueError(f"params={which!r} chooses none of the parameters {', '.join([*named][:8])}{', …' * (len(named) > 8)}.")
+    return copied(module, {id(p): nn.Parameter(p.detach(), requires_grad=k in names) for k, p in named.items()})
+
 def leaves(
     out: Tensor,
 ) -> list[Tensor]:
@@ -182,9 +210,11 @@ class Network:
     def __init__(self,
         module: nn.Module,            # in training or in evaluation mode, which is kept; it is copied
         params: dict[str, Tensor],    # parameters to try it with
-        x: Tensor,                    # a few inputs to try it on
+        x,                            # a few inputs to try it on
+        ask: Callable = lambda module, x: module(x),    # how it is called; whatever it returns are its outputs
     ):
         refuse(module)
+        self._ask = ask
         try: self.module = self.loud = copied(module)
         except Exception as e:
             raise TypeError(f"this network cannot be copied, so that measuring would write into it: {e}; keep what cannot be copied "
@@ -194,7 +224,7 @@ class Network:
         def watch(m, _):
             if id(m) in theirs:
                 raise TypeError(f"a forward pass calls layer {theirs[id(m)]!r} of the module itself, not of a copy of it (by a global name?), so "
-                                "that its parameters would be live ones; reach it through self.")
+                                "that its parameters would be live ones; reach it through self, and in an objective as the model that it is given.")
         handle = nn.modules.module.register_module_forward_pre_hook(watch)
         try: self._try_out(params, x)
         finally: handle.remove()
@@ -227,8 +257,8 @@ class Network:
         if written := [k for (k, v), version in zip(params.items(), versions) if v._version != version]:
             raise TypeError(f"a forward pass of this network writes over its parameters {written} (nn.Embedding with max_norm?), so its "
                             "loss is no function of them; leave that out.")
-        if not torch.equal(x, given):
-            x.copy_(given)
+        if not (torch.equal(x, given) if isinstance(x, Tensor) else x.equals(given)):
+            if isinstance(x, Tensor): x.copy_(given)
             raise TypeError("a forward pass of this network writes over its inputs; make its first layer without inplace=True.")
         noisy = lambda m: m in sources or isinstance(m, _DropoutNd) and m.training and m.p > 0
         if self.noisy or any(map(noisy, self.loud.modules())):
@@ -278,8 +308,10 @@ class Network:
             out = self(params, x)
             if not out.requires_grad: return [torch.zeros_like(p) for p in params.values()]
             ours, theirs = {id(p) for p in params.values()}, {id(p): k for k, p in self.module.named_parameters()}
-            for t in leaves(out):
-                if id(t) in ours or id(t) in theirs and not self.fresh: continue
+            odd = [t for t in leaves(out) if id(t) not in ours and (id(t) not in theirs or self.fresh)]
+            again = {id(t) for t in leaves(self(params, x))} if odd else ()
+            for t in odd:
+                if id(t) not in again: continue      # made in the forward pass itself, as inputs that a loss differentiates by
                 what = f"parameter {theirs[id(t)]!r} by a way that cannot be followed" if id(t) in theirs else \
                        f"a trainable tensor of shape {tuple(t.shape)} that is none of its parameters"
                 raise TypeError(f"the outputs of this network depend on {what}; register it (nn.Parameter, nn.ParameterList, nn.ModuleList), "
@@ -301,13 +333,13 @@ class Network:
         tensors = {**params, **buffers}
         if self.fresh:
             own = copied(module, {id(held[key]): tensors.get(name, held[key]) for held, key, name in self.places[module]})
-            out, written = own(x), dict(own.named_buffers())
+            out, written = self._ask(own, x), dict(own.named_buffers())
             buffers.update((k, written[k]) for k in buffers)
             return out
         swaps = [(held, key, held[key], name) for held, key, name in self.places[module] if name in tensors]
         try:
             for held, key, _, name in swaps: held[key] = tensors[name]
-            return module(x)
+            return self._ask(module, x)
         finally:
             for held, key, old, name in swaps:
                 if name in buffers: buffers[name] = held[key]      # as it is after the pass, if the module put another tensor there
@@ -315,7 +347,7 @@ class Network:
 
     def _quiet(self, params, x, buffers):
         if not self.hush: return self._forward(self.module, params, x, buffers)
-        with Hush(), drawing(Stream() / "fixed" if self.draws else None, x.device): return self._forward(self.module, params, x, buffers)
+        with Hush(), drawing(Stream() / "fixed" if self.draws else None, self.device): return self._forward(self.module, params, x, buffers)
 
     def __call__(self,
         params: dict[str, Tensor],      # parameters by name
@@ -325,7 +357,7 @@ class Network:
         "The outputs, and no trace of having been asked."
         buffers = self.buffers if self.is_frozen else {k: v.clone() for k, v in self.buffers.items()}
         if noise is None or not self.noisy: return self._quiet(params, x, buffers)
-        with drawing(noise, x.device): return self._forward(self.loud, params, x, buffers)
+        with drawing(noise, self.device): return self._forward(self.loud, params, x, buffers)
 
     @torch.no_grad()
     def settle(self,
@@ -338,7 +370,7 @@ class Network:
         after = {k: v.clone() for k, v in buffers.items()}
         if noise is None or not self.noisy: self._quiet(params, x, after)
         else:
-            with drawing(noise, x.device): self._forward(self.loud, params, x, after)
+            with drawing(noise, self.device): self._forward(self.loud, params, x, after)
         return after
 
     def frozen(self,

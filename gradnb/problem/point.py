@@ -24,17 +24,18 @@ class Point:
         refuse_inference()
         self.problem, self.batch = problem, batch
         self.theta = problem.check(theta).detach().clone().requires_grad_()
-        self._kept = None            # [graph], when one chunk holds everything
+        self._kept = None            # the chunks' graphs, where they are kept
 
     def _pieces(self):
         "Loss and gradient of every chunk with their graph; they sum to the whole."
         if self._kept: yield from self._kept; return
         self.problem.check_memory(self.batch)
-        with torch.enable_grad():
-            for chunk in self.problem.chunks(self.batch):
-                piece = self.problem.gradient_graph(self.theta, *chunk)
-                if self.problem.one_chunk(self.batch): self._kept = [piece]
-                yield piece
+        kept = [] if self.problem.keeps(self.batch) else None
+        for chunk in self.problem.chunks(self.batch):
+            with torch.enable_grad(): piece = self.problem.gradient_graph(self.theta, *chunk)
+            if kept is not None: kept.append(piece)
+            yield piece
+        self._kept = kept or None
 
     @cached_property
     def _grad_and_loss(self):

@@ -7,17 +7,20 @@ __all__ = ['Evaluation', 'examples', 'Risk']
 
 # %% ../../nbs/05_problem/08_risk.ipynb #imports
 from copy import copy
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, reduce
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from ..data import Dataset
+from ..data.samples import Sample, size_of
 from ..ground.layout import Layout
 from ..models.losses import LOSSES, accuracy, resolve_loss
 from ..models.means import Ratio, couples, for_examples
-from .graphs import wrong_slopes
-from .network import Network, drawing, leaves, refuse, refuse_inference, scattered
+from ..models.objectives import Objective, posed
+from .graphs import keeps_double, wrong_slopes
+from .network import Network, chosen, copied, drawing, leaves, refuse, refuse_inference, scattered, unwrapped
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/08_risk.ipynb #risk
@@ -35,38 +38,49 @@ def examples(
 
 class Risk:
     "L(θ) = mean ℓᵢ(θ) over a training set, and its gradient, pure in θ (p,)."
+    bounded = True  # is chunk_size a bound that somebody set, for memory?
     share = 0, 1    # (k, m): the k-th of m equal parts of every batch is worked on here, and `reduce` adds the parts up
 
     def __init__(self,
         module: nn.Module,         # the network; its parameters give θ₀, device and dtype; it is copied, in its present mode
-        loss: str | Callable,      # "ce", "mse", …; (outputs, targets) → (b,), or sums and weights (b,) each; torch's averaging losses
-        dataset: Dataset,          # training and test examples
-        chunk_size: int | None = None,  # examples worked on at a time; None: all at once
+        loss: str | Callable,      # "ce", "mse", …; (outputs, targets) → (b,), or sums and weights (b,) each; torch's averaging losses;
+                                   # on data that are no Dataset also objective(model, batch) → (b,), its mean (), or sums and weights
+        dataset,                   # a Dataset; a torch Dataset or DataLoader; a list of batches; a stream
+        chunk_size: int | None = None,  # examples worked on at a time; None: all at once, of a loader as many as it gives
+        params=None,               # which parameters: patterns of names, roles, or (name, parameter) → bool; None: the trainable ones
+        size: Callable | None = None,   # batch → how much its mean weighs, as tokens that are not padding; None: its examples
+        batches: int | None = None,     # how many batches to keep of a stream, or to look at
     ):
-        if not isinstance(dataset, Dataset):
-            raise TypeError(f"a problem draws its examples by number from a Dataset, and {type(dataset).__name__} has none to draw; keep "
-                            "some of an endless stream, Dataset(x, y, x_test, y_test, classes), or measure its gradients as they "
-                            "come: grad_variance(draws).")
         if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-        module = getattr(module, "_orig_mod", module)           # what torch.compile was given
+        module = unwrapped(module)
         refuse_inference()
         refuse(module)
-        self.given, self.layout, self.chunk_size, self._checked = module, Layout.of(module), chunk_size, {}     # given: left alone; what was checked is shared with copies
-        params = dict(module.named_parameters())
-        kinds = {(v.dtype, v.device) for v in params.values()}
-        if len(kinds) > 1: raise TypeError(f"all parameters must share one dtype and device, got {sorted(map(str, kinds))}.")
-        self.dtype, self.device = kinds.pop()
-        self.theta0 = self.layout.join(params[k].detach() for k in self.layout.names)
-        self.per_example, self.dataset = resolve_loss(loss), dataset.to(self.device, self.dtype)
-        self.network = self._try_out(module)
+        self.given, self._checked = module, {}                  # given: left alone; what was checked is shared with copies
+        if params is not None: module = chosen(module, params)
+        self.layout, self.chunk_size = Layout.of(module), chunk_size
+        found = dict(module.named_parameters())
+        devices, kinds = {v.device for v in found.values()}, {v.dtype for v in found.values()}
+        if len(devices) > 1: raise TypeError(f"all parameters must share one device, got {sorted(map(str, devices))}.")
+        self.device, = devices
+        exact = isinstance(dataset, (Dataset, Sample)) or all(k.itemsize > 2 for k in kinds)
+        self.dtype, = kinds if len(kinds) == 1 and exact else [reduce(torch.promote_types, kinds, torch.float32)]
+        self.theta0 = self.layout.join(found[k].detach().to(self.dtype) for k in self.layout.names)
+        if isinstance(dataset, Dataset):
+            if size is not None or batches is not None: raise ValueError("size= and batches= are for a loader's or a stream's batches; a Dataset has examples.")
+            self.per_example, self.dataset = resolve_loss(loss), dataset.to(self.device, self.dtype)
+        else:
+            sample, self.bounded = dataset if isinstance(dataset, Sample) else Sample.of(dataset, batches), chunk_size is not None
+            self.per_example = loss if isinstance(loss, Objective) else Objective(posed(loss))
+            self.dataset = sample.to(self.device, self.dtype)
+        self.network = self._try_sample(module, size) if isinstance(self.dataset, Sample) else self._try_out(module)
         if chunk_size is not None and chunk_size < self.n and self.loss_couples:
             raise ValueError(f"chunk_size={chunk_size} would change this loss, in which what an example costs depends on the others in its "
                              f"batch; leave chunk_size out, and give batches of the size that is meant.")
 
     def __repr__(self) -> str:
-        loss = getattr(self.per_example, "__name__", type(self.per_example).__name__)
-        chunks = f", chunk_size={self.chunk_size}" if self.chunk_size else ""
-        return f"{type(self).__name__}({type(self.module).__name__} in {self.network.mode}, {loss}, {self.dataset.name!r}: n={self.n}, p={self.p}{chunks})"
+        loss = self.per_example if isinstance(self.per_example, Objective) else getattr(self.per_example, "__name__", type(self.per_example).__name__)
+        chunks = f", chunk_size={self.chunk_size}" if self.chunk_size and not self.dataset.whole else ""
+        return f"{type(self).__name__}({type(self.module).__name__} in {self.network.mode}, {loss}, {self.dataset.name!r}: n={self.n}{' batches' * self.dataset.whole}, p={self.p}{chunks})"
 
     @property
     def module(self) -> nn.Module: return self.network.module
@@ -111,11 +125,13 @@ class Risk:
         "Raise TypeError naming blocks whose gradient is wrong, in float64 where the network can; a gradient and 2 to 4 losses of 3 examples."
         def wrong(network, dtype):
             a, b = (t.to(dtype) if t.is_floating_point() else t for t in (x, y))
-            def loss(blocks):
+            def f(blocks):
                 value = self.per_example(network(blocks, a), b).sum()
                 if value.requires_grad: self._check_still(value, blocks)
                 return value
-            return wrong_slopes(loss, {k: v.to(dtype) for k, v in blocks.items()})
+            there = {k: v.to(dtype) for k, v in blocks.items()}
+            if dtype != self.dtype and not keeps_double(f, there): raise TypeError("some of it is rounded to less")
+            return wrong_slopes(f, there)
         gen = (Stream() / "beside").generator()
         blocks = {k: v + scattered(v, gen) for k, v in self.layout.named(self.theta0).items()}
         with drawing(Stream() / "trial", x.device) as drew:
@@ -124,8 +140,39 @@ class Risk:
             if drew(): raise TypeError("the loss draws random numbers, so it is no function of the parameters; let the network draw them.")
         if names:
             raise TypeError(f"the gradient of {', '.join(map(repr, names[:5]))}{', …' * (len(names) > 5)} is not the slope of the loss: where these move, "
-                            "the loss moves otherwise. Is it used under no_grad, detached, changed by a hook, or behind a backward pass written by hand? "
+                            "the loss moves otherwise. Is it used under no_grad, detached, changed by a hook, an embedding's padding_idx that is read all the same, or behind a backward pass written by hand? "
                             "requires_grad_(False) leaves a parameter out.")
+
+    def _try_sample(self, module, size):
+        "Examples are counted where each is known to have a loss of its own, else batches, each with its weight."
+        params, sample, objective = self.layout.named(self.theta0), self.dataset, self.per_example
+        first = sample.x[:1]
+        network = Network(module if all(v.dtype == self.dtype for v in module.parameters()) else copied(module).to(self.dtype), params, first, objective.ask)
+        with torch.no_grad():
+            out, single = network(params, first), sample.by_example() if size is None else None
+            if single is not None and out.ndim and len(out) == len(single.parts[0]):
+                theta = self.layout.named(self._beside("company"))
+                try: alone = torch.cat([network(theta, single.x[i:i + 1]) for i in range(min(3, len(out)))])
+                except (RuntimeError, ValueError, IndexError): alone = None          # BatchNorm refuses one example
+                if alone is not None and torch.allclose(alone, network(theta, first)[:len(alone)], rtol=1e-3, atol=1e-5, equal_nan=True):
+                    sample, objective = single, replace(objective, whole=False)
+                    self.chunk_size = self.chunk_size or sample.count
+            if sample.whole: self.chunk_size = 1
+            if out.ndim == 2:
+                weights = [network(params, sample.x[i:i + self.chunk_size])[:, 1].double() for i in range(0, sample.n, self.chunk_size)]
+                weights = torch.stack([w.sum() for w in weights]) if sample.whole else torch.cat(weights)
+                objective, sample = replace(objective, mean=float(weights.mean())), sample.weighing(weights)
+            elif sample.whole and (size or not sample.parts):
+                sample = sample.weighing([float((size or size_of)(sample.x[i:i + 1].batch)) for i in range(sample.n)])
+        self.per_example, self.dataset = objective, sample
+        self._check_slopes(network, sample.x[:1 if sample.whole else 3], sample.y[:1 if sample.whole else 3])
+        return network
+
+    def check_apart(self):
+        "Raises TypeError where outputs and targets are not known apart."
+        if isinstance(self.per_example, Objective):
+            raise TypeError(f"objective {self.per_example!r} keeps the network's outputs to itself, and Gauss–Newton and Fisher matrices are made of them; "
+                            "make the problem of a loss of outputs and targets and a Dataset, or ask for the Hessian.")
 
     def rows(self, batch=None) -> int:
         "How many examples a batch asks for. Raises TypeError where it is none."
@@ -179,6 +226,7 @@ class Risk:
         return (losses if weight is None else losses * weight).sum() / n
 
     def _few(self, n: int) -> tuple[Tensor, Tensor, None, int]:
+        if self.dataset.whole: n = 1                            # batch is all that there is at a time
         some = torch.arange(n, device=self.device) % self.n
         return self.dataset.x[some], self.dataset.y[some], None, n
 
@@ -190,6 +238,7 @@ class Risk:
     @cached_property
     def loss_couples(self) -> bool:
         "Does what an example costs depend on the outputs or targets of others in its batch (a contrastive loss)?"
+        if isinstance(self.per_example, Objective): return False         # or it would be a batch's
         (x, y, *_), theta = self._few(8), self._beside("loss")
         with torch.no_grad(): return couples(self.per_example, self.outputs(theta, x), y)
 
@@ -197,6 +246,7 @@ class Risk:
     def coupled(self) -> bool:
         "Does an example's loss depend on the others in its batch (batch statistics, contrastive losses)?"
         if self.loss_couples: return True
+        if isinstance(self.per_example, Objective): return False
         with torch.no_grad():
             first, other = (self.dataset.x[torch.tensor(some) % self.n] for some in ((0, 1, 2), (0, 3, 4)))
             alone = self.outputs(self.theta0, first)[0]
@@ -206,6 +256,9 @@ class Risk:
 
     def check_examples(self):
         "Raises TypeError where an example has no loss and no gradient of its own."
+        if self.dataset.whole:
+            raise TypeError(f"only the mean of a batch is known here, since the objective returns no loss an example, the examples of a batch see each other, or "
+                            f"{self.dataset.name} has no single examples; return losses (b,) on a torch Dataset or DataLoader, or measure the noise of whole batches.")
         if self.loss_couples:
             raise TypeError(f"what an example costs in the loss {getattr(self.per_example, '__name__', self.per_example)!r} depends on the "
                             "others in its batch (a contrastive loss? a mean over the batch inside?), so a single example has no gradient of "
@@ -263,6 +316,9 @@ class Risk:
     def evaluate(self, theta: Tensor, split: str = "train") -> Evaluation:
         "Loss and accuracy over the whole train or test split."
         if split not in ("train", "test"): raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
+        if isinstance(self.dataset, Sample):
+            if split == "test": raise ValueError("this problem has no test examples; make a problem of those, and evaluate it.")
+            return Evaluation(float(self.loss(theta)), float("nan"))
         d, batched = self.dataset, split == "test" and self.buffers and not self.network.is_frozen
         size = self.chunk_size or (1000 if batched else self.n)      # batch statistics of the test set: as Cohen et al. (2021) take them
         x, y = (d.x, d.y) if split == "train" else (d.x_test, d.y_test)

@@ -31,7 +31,8 @@ ROOM = 2**24                            # elements that any file may declare, ho
 MAGIC = 0x1950A86A20F9469CFC6C          # of torch.save's format before 1.6
 
 def load_foreign(
-    path: Path,      # what torch.save wrote
+    path: Path,            # what torch.save wrote
+    most: float = ROOM,    # elements that it may declare however small it is; ∞ is safe in its zip format only, which keeps tensors beside the pickle
 ):
     "Tensors, numbers, lists, dicts and argparse.Namespace. Raises ValueError, with the reason, on everything else."
     size = path.stat().st_size
@@ -41,7 +42,7 @@ def load_foreign(
                 if sum(i.file_size for i in archive.infolist()) > size: raise ValueError("it is compressed")
                 pickles = [archive.read(n) for n in archive.namelist() if n.endswith("data.pkl")]
         else: pickles = [path.read_bytes()]
-        for data in pickles: check_pickle(BytesIO(data), max(size, ROOM))
+        for data in pickles: check_pickle(BytesIO(data), max(size, most))
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.load(path, "cpu", weights_only=True)
@@ -53,7 +54,7 @@ def load_foreign(
     except Exception as e:      # an unpickler fails on junk in any way it likes
         raise ValueError(f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'it is damaged'}"[:300]) from None
 
-def check_pickle(stream: BytesIO, most: int):
+def check_pickle(stream: BytesIO, most: float):
     "Raises ValueError where one of the pickles in a row declares a number beyond `most`."
     while stream.tell() < len(stream.getvalue()):
         start = stream.tell()

@@ -81,26 +81,50 @@ class Recorder:
         with self.ours(): self._save(state, memory)
         self._last = time.monotonic()
 
-    def _save(self, state, memory: dict):
+    def flush(self):
+        "Have all rows on disk. Raises RuntimeError where some were lost."
         for writer in self._writers.values():
             writer.check()
             writer.sync()
+
+    def _save(self, state, memory: dict):
+        self.flush()
         tensors, rows = {}, {name: n - (step == state.step) for name, (n, step) in self._written.items()}     # before this step
         tree = {"state": flatten(state, tensors), "memory": flatten(memory, tensors)}
         save_tensors(self.path / CHECKPOINTS[0], tensors, tree | {"run": self.path.name, "rows": rows}, self.path / CHECKPOINTS[1])
 
     def resume(self, like) -> tuple:
         "The newest sound state and its memory, or (None, None); the traces are cut back to it, and what is damaged is set aside."
+        traces, mapped = self._sound_traces()
+        steps = {name: trace.steps[:traces[name].rows] for name, trace in mapped.items()}
+        state, memory = self._sound_state(like, steps)
+        self._keep(traces, mapped, steps, {name: 0 if state is None else bisect_left(s, state.step) for name, s in steps.items()})
+        return state, memory
+
+    def reopen(self,
+        step: float = np.inf,     # of the first row that is not kept
+    ) -> int:                     # how many sound rows that gave up
+        "Go on with what is sound, without a state; what is damaged is set aside. Rows to come must have the columns of those that are there."
+        traces, mapped = self._sound_traces()
+        steps = {name: trace.steps[:traces[name].rows] for name, trace in mapped.items()}
+        kept = {name: bisect_left(s, step) for name, s in steps.items()}
+        self._keep(traces, mapped, steps, kept)
+        for name, n in kept.items():
+            if n: self._writers[name] = TraceWriter(self.path / "traces" / (file_name(name) + ".trace"), traces[name].layout)
+        return sum(map(len, steps.values())) - sum(kept.values())
+
+    def _sound_traces(self) -> tuple[dict[str, Sound], dict[str, Trace]]:
+        "By name: where the sound rows are, and these mapped into memory."
         for part in (*self.path.glob("*.part"), *self.path.glob("traces/*.part"), *self.path.glob("arrays/*/*.part")): part.unlink()
         traces = {}
         for name in trace_names(self.path):
             sound = sound_trace(self.path, name)
             moved = {file: self.set_aside(file, why) for file, why in sound.damaged.items()}
             if sound.file: traces[name] = sound._replace(file=moved.get(sound.file, sound.file))
-        mapped = {name: map_rows(sound) for name, sound in traces.items()}
-        steps = {name: trace.steps[:traces[name].rows] for name, trace in mapped.items()}
-        state, memory = self._sound_state(like, steps)
-        kept = {name: 0 if state is None else bisect_left(s, state.step) for name, s in steps.items()}
+        return traces, {name: map_rows(sound) for name, sound in traces.items()}
+
+    def _keep(self, traces: dict[str, Sound], mapped: dict[str, Trace], steps: dict, kept: dict[str, int]):
+        "Cut every trace back to its first rows, and drop the arrays of the others."
         self._written = {name: (n, -1) for name, n in kept.items() if n}
         for name, sound in traces.items(): self._cut(sound, mapped[name], kept[name])
         for name, folder in array_folders(self.path).items():
@@ -108,7 +132,6 @@ class Recorder:
             for file in (f for f in folder.glob("*.safetensors") if f.stem.isdecimal()):
                 at = bisect_left(s, int(file.stem), 0, n)
                 if at == n or s[at] != int(file.stem): file.unlink()
-        return state, memory
 
     def _sound_state(self, like, steps: dict) -> tuple:
         "State and memory of the newest checkpoint whose rows are all among these steps, by trace."

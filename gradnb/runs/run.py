@@ -166,8 +166,8 @@ class Run:
             except ValueError as e: found[file] = str(e)
         needed, rows = {"spec.json"}, {}
         manifest = check("manifest.json", lambda: self.manifest) or {"status": None}
-        if manifest["status"] in DONE[:-1]: needed.add(CHECKPOINTS[0])
-        check("spec.json", lambda: self.spec)
+        spec = check("spec.json", lambda: self.spec)
+        if manifest["status"] in DONE[:-1] and not isinstance(spec, Imported): needed.add(CHECKPOINTS[0])
         last, _ = (check(file, lambda: {"about": (stored := read_checkpoint(self.path, file)).about, "tensors": dict(stored)}) for file in CHECKPOINTS)
         for name in manifest["rows"] if manifest["status"] in DONE and "rows" in manifest else trace_names(self.path):
             sound = sound_trace(self.path, name)

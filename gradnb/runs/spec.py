@@ -86,7 +86,7 @@ def decode(data):
     if wrong := data.keys() - allowed:
         raise Newer(f"{name} has no field {sorted(wrong)} here, only {sorted(allowed)}; a newer gradnb, or a newer definition, has it.")
     before = {f.name: f.metadata["before"] for f in fields(cls) if "since" in f.metadata}
-    return cls(**before | {k: decode(v) for k, v in data.items()})
+    return cls(**before | (data if cls is Imported else {k: decode(v) for k, v in data.items()}))       # settings are anyone's words, "kind" among them
 
 # %% ../../nbs/08_runs/04_spec.ipynb #identity
 SCHEMA = 2     # of specs and manifests; one more whenever either gets a field
@@ -222,10 +222,10 @@ class Spec(Identity):
 # %% ../../nbs/08_runs/04_spec.ipynb #imported
 @dataclass(frozen=True)
 class Imported(Identity):
-    "A run that another program made."
-    origin: str       # the program: "edge-of-stability"
-    source: str       # where in its results: "cifar10-5k/fc-tanh/seed_0/mse/gd/lr_0.02"
-    settings: dict    # what is known of it, by dotted names as in Spec.fields
+    "A run that gradnb did not train, so that it can be read but not run again."
+    origin: str       # the program, "edge-of-stability", or how it came here: "recorded"
+    source: str       # where in its results, "cifar10-5k/fc-tanh/seed_0/mse/gd/lr_0.02", or its name
+    settings: dict    # what is known of it, by dotted names as in Spec.fields; JSON data
 
     def __post_init__(self):
         if not (isinstance(self.origin, str) and isinstance(self.source, str) and isinstance(self.settings, dict)):
@@ -233,3 +233,8 @@ class Imported(Identity):
 
     @property
     def fields(self) -> dict: return (own := {"origin": self.origin, "source": self.source}) | named_fields(encode(self.settings), (*own, *BESIDE), "settings")
+
+    def build(self, device: str = "cpu"):
+        "Raises ValueError: only who made it could run it again."
+        raise ValueError(f"run {self.hash} ({self.origin}: {self.source}) was not trained by gradnb: it can be read, but neither replayed nor resumed here. "
+                         "Its own loop goes on with Store.record(name, config, again='go on').")

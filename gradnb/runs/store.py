@@ -19,6 +19,7 @@ import time
 import traceback
 import warnings
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -250,6 +251,16 @@ class Store:
         with room(run), Lock(run.path, wait) as lock, terminable():
             if is_done(run) and not (verify and run.damage()): return tidy(run)       # as the process that had the lock before may have left it
             return write_run(run, lock, spec, built or spec.build(device), progress, interval)
+
+    def record(self,
+        name: str,                  # in words: "resnet, warm-up"
+        config=None,                # what is known of it: a dict, a Namespace, a dataclass
+        again: str = "refuse",      # the same name and config again: refuse, "new" (another beside it) or "go on" (append to it)
+        step: int | None = None,    # go on: give up its rows from this step on, as from a checkpoint of the loop's own
+        origin: str = "recorded",   # how it came here
+    ) -> Run:                       # run.log(step, {"loss": 0.3}), run.close(); or as a context
+        "Open a run that any loop appends to. Raises ValueError where it is there already, RuntimeError where a process is writing it."
+        return import_module("gradnb.runs.recordings").begin(self, name, config, again, step, origin)
 
     def open(self,
         which: str | Spec,   # a spec, a hash, or the beginning of one

@@ -78,6 +78,15 @@ class Watching:
         "The memories as they are now."
         return {name: dict(m) for name, m in self.memory.items()}
 
+    def view(self,
+        p: Probe,               # who looks
+        state: State,           # at what
+        shared: dict,           # what all probes compute once at this step
+        kind: type = View,
+    ) -> View:
+        "The state, as one probe sees it."
+        return kind(self.problem, self.stepper, state, Stream(self.seed) / "probe" / p.name / state.step, self.memory.setdefault(p.name, {}), shared)
+
     def look(self,
         k: int,                 # the step
         loss: float,            # the batch's
@@ -90,10 +99,9 @@ class Watching:
             return Outcome("diverged", k, f"the loss is {loss} at step {k} of {self.stepper!r}; lower the learning rate")
         if not self.wants(k): return None
         shared, seen = {}, state._replace(theta=state.theta.clone())
-        view = lambda stream=Stream(), memory=None: View(self.problem, self.stepper, seen, stream, memory, shared)
-        met = goal_reached(view(), self.loss_goal, self.acc_goal) if self.goals(k) else None
+        met = goal_reached(View(self.problem, self.stepper, seen, shared=shared), self.loss_goal, self.acc_goal) if self.goals(k) else None
         for p in self.probes:
-            if met or p.due(k): keep(p.name, k, p.measure(view(Stream(self.seed) / "probe" / p.name / k, self.memory.setdefault(p.name, {}))))
+            if met or p.due(k): keep(p.name, k, p.measure(self.view(p, seen, shared)))
         return met or (Outcome("finished", k, f"finished {k} steps") if k >= self.steps else None)
 
 # %% ../../nbs/08_runs/01_training.ipynb #train

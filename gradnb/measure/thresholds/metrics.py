@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'threshold', 'Metric', 'refuse_flow', 'metric_of', 'gd_metric', 'momentum_metric', 'adam_inverse',
            'adam_metric', 'rmsprop_metric', 'decays', 'lamb_metric', 'lars_metric', 'agd_metric', 'kfac_metric',
-           'torch_state', 'torch_sgd_metric', 'torch_adam_metric', 'torch_rmsprop_metric', 'Preconditioned',
-           'preconditioned_sharpness']
+           'torch_state', 'by_rate', 'settings', 'bent', 'torch_sgd_metric', 'torch_adam_metric', 'torch_nadam_metric',
+           'torch_rmsprop_metric', 'torch_adagrad_metric', 'Preconditioned', 'preconditioned_sharpness']
 
 # %% ../../../nbs/07_measure/04_thresholds/01_metrics.ipynb #imports
 from collections.abc import Callable
@@ -143,32 +143,81 @@ def kfac_metric(rule, state, blocks, grads):
     return threshold(rule.lr, rule.beta), lambda v: {n: shrink ** .5 * m for n, m in rule.precondition(halves, v).items()}, {}
 
 # %% ../../../nbs/07_measure/04_thresholds/01_metrics.ipynb #torch
-def torch_state(rule, state, blocks) -> tuple[dict, Callable]:
-    "Hyperparameters of a torch optimizer, and the entry of that name by block."
-    of = dict(zip(blocks, (state.optimizer["state"].get(i, {}) for i in range(len(blocks)))))
-    return state.optimizer["param_groups"][0], lambda name: {n: s[name] for n, s in of.items()}
+def torch_state(state, blocks, *shared: str) -> tuple[dict, Callable]:
+    "Settings of a torch optimizer by block, and the entry of that name by block. Raises TypeError where groups differ in what must be shared."
+    groups, kept = state.optimizer["param_groups"], state.optimizer["state"]
+    number = {n: i for i, n in enumerate(blocks) if any(i in g["params"] for g in groups)}
+    hyper = {n: next(g for g in groups if i in g["params"]) for n, i in number.items()}
+    if any(g.get("maximize") for g in hyper.values()): raise TypeError("this optimizer goes uphill (maximize=True), and no sharpness keeps it from that.")
+    for word in shared:
+        found = {repr(g[word][0] if word == "betas" else g[word]) for g in hyper.values()}
+        if len(found) > 1: raise TypeError(f"groups of parameters with {word} {' and '.join(sorted(found))} are no single momentum descent; measure update_radius.")
+    return hyper, lambda name: {n: kept[i][name] for n, i in number.items()}
+
+def by_rate(
+    rates: dict[str, float],    # learning rates of the blocks that move
+    inverse: dict,              # P⁻¹ by block; 1 where it is left out
+    blocks,
+) -> tuple[float, dict]:        # the largest, and P⁻¹ in its units
+    top = max(rates.values())
+    return top, {n: inverse.get(n, 1.) * (rates[n] / top if top else 1.) if n in rates else 0. for n in blocks}
+
+def settings(hyper: dict, word: str) -> dict[str, float]: return {n: float(g[word]) for n, g in hyper.items()}
+
+def bent(hyper: dict, inverse: dict) -> tuple[dict, dict]:
+    "P⁻¹ under decoupled weight decay, and the shift of the other kind."
+    free = {n: g.get("decoupled_weight_decay", False) for n, g in hyper.items()}
+    lr, wd = settings(hyper, "lr"), settings(hyper, "weight_decay")
+    return {n: v * 2 / (2 - lr[n] * wd[n]) if free[n] else v for n, v in inverse.items()}, {n: 0. if free[n] else wd[n] for n in hyper}
 
 @METRICS.add("torch.SGD")
 def torch_sgd_metric(rule, state, blocks, grads):
-    hyper, _ = torch_state(rule, state, blocks)
-    edge = threshold(hyper["lr"], hyper["momentum"], hyper["nesterov"], 1 - hyper["dampening"] if hyper["momentum"] else 1.)
-    return edge, {}, dict.fromkeys(blocks, hyper["weight_decay"])
+    hyper, _ = torch_state(state, blocks, "momentum", "nesterov", "dampening")
+    (lr, inverse), one = by_rate(settings(hyper, "lr"), {}, blocks), next(iter(hyper.values()))
+    edge = threshold(lr, one["momentum"], one["nesterov"], 1 - one["dampening"] if one["momentum"] else 1.)
+    return edge, inverse, settings(hyper, "weight_decay")
 
 @METRICS.add("torch.Adam", "torch.AdamW")
 def torch_adam_metric(rule, state, blocks, grads):
-    hyper, entry = torch_state(rule, state, blocks)
-    (lr, wd, (beta1, beta2)), k = (hyper[n] for n in ("lr", "weight_decay", "betas")), int(next(iter(entry("step").values())))
-    second = entry("max_exp_avg_sq" if hyper["amsgrad"] else "exp_avg_sq")
-    inverse = adam_inverse(second, 1 - beta2 ** k, 1 - beta1 ** k, hyper["eps"])
-    if decoupled := hyper.get("decoupled_weight_decay", False): inverse = {n: v * 2 / (2 - lr * wd) for n, v in inverse.items()}
-    return threshold(lr, beta1, weight=1 - beta1), inverse, dict.fromkeys(blocks, 0. if decoupled else wd)
+    hyper, entry = torch_state(state, blocks, "betas", "amsgrad")
+    second, k, one = entry("exp_avg_sq"), entry("step"), next(iter(hyper.values()))
+    if one["amsgrad"]: second = entry("max_exp_avg_sq")
+    corrections = {n: [1 - beta ** int(k[n]) for beta in g["betas"]] for n, g in hyper.items()}
+    inverse = {n: adam_inverse({n: second[n]}, b2, b1, hyper[n]["eps"])[n] for n, (b1, b2) in corrections.items()}
+    inverse, shift = bent(hyper, inverse)
+    (lr, inverse), beta = by_rate(settings(hyper, "lr"), inverse, blocks), float(one["betas"][0])
+    return threshold(lr, beta, weight=1 - beta), inverse, shift
+
+@METRICS.add("torch.NAdam")
+def torch_nadam_metric(rule, state, blocks, grads):
+    hyper, entry = torch_state(state, blocks, "betas")
+    second, k, product, rates, inverse = entry("exp_avg_sq"), entry("step"), entry("mu_product"), {}, {}
+    for n, g in hyper.items():
+        beta, t, mus = g["betas"][0], int(k[n]), float(product[n])
+        mu, after = (beta * (1 - .5 * .96 ** (i * g["momentum_decay"])) for i in (t, t + 1))
+        a, b = (1 - mu) / (1 - mus), after / (1 - mus * after)
+        rates[n] = float(g["lr"]) * (a + b * (1 - beta) / (1 + beta))
+        inverse |= adam_inverse({n: second[n]}, 1 - g["betas"][1] ** t, 1, g["eps"])
+    inverse, shift = bent(hyper, inverse)
+    lr, inverse = by_rate(rates, inverse, blocks)
+    return threshold(lr), inverse, shift
 
 @METRICS.add("torch.RMSprop")
 def torch_rmsprop_metric(rule, state, blocks, grads):
-    hyper, entry = torch_state(rule, state, blocks)
-    second = entry("square_avg")
-    if hyper["centered"]: second = {n: v - entry("grad_avg")[n].square() for n, v in second.items()}
-    return threshold(hyper["lr"], hyper["momentum"]), adam_inverse(second, 1, 1, hyper["eps"]), dict.fromkeys(blocks, hyper["weight_decay"])
+    hyper, entry = torch_state(state, blocks, "momentum", "centered")
+    second, one = entry("square_avg"), next(iter(hyper.values()))
+    if one["centered"]: second = {n: v - entry("grad_avg")[n].square() for n, v in second.items()}
+    inverse = {n: adam_inverse({n: v}, 1, 1, hyper[n]["eps"])[n] for n, v in second.items()}
+    lr, inverse = by_rate(settings(hyper, "lr"), inverse, blocks)
+    return threshold(lr, one["momentum"]), inverse, settings(hyper, "weight_decay")
+
+@METRICS.add("torch.Adagrad")
+def torch_adagrad_metric(rule, state, blocks, grads):
+    hyper, entry = torch_state(state, blocks)
+    k, total = entry("step"), entry("sum")
+    rates = {n: lr / (1 + (int(k[n]) - 1) * hyper[n]["lr_decay"]) for n, lr in settings(hyper, "lr").items()}
+    lr, inverse = by_rate(rates, {n: adam_inverse({n: v}, 1, 1, hyper[n]["eps"])[n] for n, v in total.items()}, blocks)
+    return threshold(lr), inverse, settings(hyper, "weight_decay")
 
 # %% ../../../nbs/07_measure/04_thresholds/01_metrics.ipynb #sharpness
 class Preconditioned(Point):

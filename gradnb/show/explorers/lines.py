@@ -117,10 +117,11 @@ def spectrum_line(
     weights: np.ndarray,     # (r·m,), which sum to 1
     draws: int,              # r
     key: str,                # entry of the legend
+    p: int = 0,              # size of the matrix; 0: unknown
 ) -> Line:
     "The density of eigenvalues with its interval, down to 1e-8 of its peak."
     rule = [torch.tensor(v, dtype=torch.float64).reshape(draws, -1) for v in (nodes, weights * draws)]
-    x, value, low, high, _ = (v.numpy() if isinstance(v, torch.Tensor) else v for v in Spectrum(*rule, p=0, products=0).density())
+    x, value, low, high, _ = (v.numpy() if isinstance(v, torch.Tensor) else v for v in Spectrum(*rule, p=p, products=0).density())
     floor = 1e-8 * value.max()
     return Line(x, *(np.where(value > floor, np.maximum(v, floor), np.nan) for v in (value, low, high)), key=key)
 
@@ -138,7 +139,10 @@ def frame_lines(
         k = int(trace.steps[i])
         try:
             values[key] = [vector(trace, c, k) for c in column.split(" ")]
-            if kind == "spectrum": lines.append(spectrum_line(*values[key], int(vector(trace, "draws", k)) if "draws" in trace.columns else 1, key))
+            if kind == "spectrum":
+                (nodes, weights), cell = values[key], lambda c: float(vector(trace, c, k)) if c in trace.columns else 0.
+                size = cell("square") / max((weights * nodes**2).sum(), 1e-300)        # ‖A‖²_F over the mean square of an eigenvalue
+                lines.append(spectrum_line(nodes, weights, int(cell("draws") or 1), key, round(size) if np.isfinite(size) else 0))
         except (ValueError, KeyError, OSError) as e: lines.append(Words([0.], [0.], (f"{key}: {e}",)))
     if kind == "spectrum": return lines
     sound = {key: v[np.isfinite(v)] for key, (v,) in values.items() if np.isfinite(v).sum() > 1}

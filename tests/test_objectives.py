@@ -1,0 +1,332 @@
+"Problems of loaders, batches of any make, and objectives; the oracle is torch's own Hessian of the same line of code, called through `functional_call`."
+import random
+from collections import UserDict
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+
+from gradnb import GD, Batch, Dataset, Descent, MiniBatch, Problem, sharpness, train
+
+F64 = torch.float64
+GEN = torch.Generator().manual_seed(0)
+def normal(*shape): return torch.randn(*shape, generator=GEN, dtype=F64)
+
+
+def brute(net, loss, names=None):
+    "Loss, gradient and dense Hessian of loss(model), in the parameters of these names."
+    named = {k: v.detach() for k, v in net.named_parameters() if (v.requires_grad if names is None else k in names)}
+    sizes = [v.numel() for v in named.values()]
+    def f(theta):
+        blocks = {k: t.view_as(v) for (k, v), t in zip(named.items(), theta.split(sizes))}
+        return loss(lambda *args, **words: torch.func.functional_call(net, blocks, args, words))
+    theta = torch.cat([v.reshape(-1) for v in named.values()]).requires_grad_()
+    return f(theta).detach(), torch.autograd.grad(f(theta), theta)[0], torch.autograd.functional.hessian(f, theta.detach())
+
+
+def agrees(problem, truth, close=1e-10):
+    value, grad, H = truth
+    theta, v = problem.theta0, normal(problem.p).to(problem.dtype)
+    torch.testing.assert_close(problem.loss(theta), value, rtol=close, atol=close)
+    torch.testing.assert_close(problem.grad_and_loss(theta)[0], grad, rtol=close, atol=close)
+    torch.testing.assert_close(problem.hvp(theta, v), H @ v, rtol=close, atol=close)
+    found, top = sharpness(problem, theta), torch.linalg.eigvalsh(H)[-1]
+    assert abs(found.values[0] - top) <= found.errors[0] + 1e-12
+
+
+X, Y = normal(23, 4), torch.randint(3, (23,), generator=GEN)
+torch.manual_seed(0)
+NET = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+def each(model, batch): return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+def mean(model, batch): return F.cross_entropy(model(batch[0]), batch[1])
+def penalised(model, batch): return mean(model, batch) + .01 * sum(p.square().sum() for p in model.parameters())
+
+DATA = {"a data set": TensorDataset(X, Y), "a shuffled loader": DataLoader(TensorDataset(X, Y), batch_size=7, shuffle=True),
+        "a loader without collating": DataLoader(TensorDataset(X, Y), batch_size=None, sampler=BatchSampler(range(23), 6, False)),
+        "a list of unequal batches": [(X[:3], Y[:3]), (X[3:20], Y[3:20]), (X[20:], Y[20:])]}
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("loss", ["ce", each, mean, nn.CrossEntropyLoss(), F.cross_entropy, nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 5.], dtype=F64))])
+def test_whatever_the_examples_come_in_the_loss_is_that_of_all(data, loss):
+    known = loss if isinstance(loss, nn.Module) else F.cross_entropy
+    agrees(Problem(NET, loss, DATA[data]), brute(NET, lambda model: known(model(X), Y)))
+
+
+def test_a_stream_is_kept_as_far_as_was_said():
+    class Stream(IterableDataset):
+        def __iter__(self): yield from zip(X, Y)
+    whole = brute(NET, lambda model: F.cross_entropy(model(X[:14]), Y[:14]))
+    agrees(Problem(NET, mean, DataLoader(Stream(), batch_size=7), batches=2), whole)
+    agrees(Problem(NET, mean, ((X[i:i + 7], Y[i:i + 7]) for i in (0, 7, 14)), batches=2), whole)
+    with pytest.raises(ValueError, match="batches=16"): Problem(NET, mean, DataLoader(Stream(), batch_size=7))
+
+
+@pytest.mark.parametrize("form", [dict, UserDict, lambda d: list(d.values()), lambda d: (d["x"], {"deep": d["y"]})])
+def test_batches_of_any_form(form):
+    def objective(model, batch):
+        x, y = (batch["x"], batch["y"]) if isinstance(batch, (dict, UserDict)) else batch
+        if isinstance(batch, dict): batch.pop("y")                   # in a dictionary of its own
+        return F.cross_entropy(model(x), y["deep"] if isinstance(y, dict) else y)
+    data = [form({"x": X[:9], "y": Y[:9]}), form({"x": X[9:], "y": Y[9:]})]
+    agrees(Problem(NET, objective, data), brute(NET, lambda model: F.cross_entropy(model(X), Y)))
+
+
+def test_losses_of_examples_have_gradients_of_examples():
+    problem, known = Problem(NET, each, DATA["a shuffled loader"]), Problem(NET, "ce", Dataset(X, Y, X, Y, 3))
+    some = Batch(torch.tensor([22, 0, 5, 5]))
+    torch.testing.assert_close(problem.example_grads(problem.theta0, some), known.example_grads(known.theta0, some))
+    state, _ = train(problem, Descent(GD(.1), MiniBatch(8)), 5, progress=False)
+    same, _ = train(known, Descent(GD(.1), MiniBatch(8)), 5, progress=False)
+    torch.testing.assert_close(state.theta, same.theta)
+    with pytest.raises(TypeError, match="return losses"): Problem(NET, mean, DATA["a shuffled loader"]).example_grads(problem.theta0)
+    with pytest.raises(TypeError, match="keeps the network's outputs to itself"): problem.at(problem.theta0).ggn(problem.theta0)
+
+
+def test_the_mean_over_tokens_is_not_the_mean_of_means():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)).double()
+    texts = [(torch.randint(9, (b, t), generator=GEN), torch.randint(9, (b, t), generator=GEN).where(torch.rand(b, t, generator=GEN) < .7, -100))
+             for b, t in ((2, 5), (3, 9), (1, 4))]
+    x, y = (torch.cat([batch[i].reshape(-1) for batch in texts]) for i in (0, 1))
+    truth = brute(net, lambda model: F.cross_entropy(model(x), y, ignore_index=-100))
+    tokens = lambda batch: (batch[1] != -100).sum()
+    def whole(model, batch): return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+    def parts(model, batch): return F.cross_entropy(model(batch[0]).mT, batch[1], reduction="none").sum(1), (batch[1] != -100).sum(1)
+    agrees(Problem(net, whole, texts, size=tokens), truth)
+    agrees(Problem(net, parts, texts), truth)
+    assert abs(Problem(net, whole, texts).loss(Problem(net, whole, texts).theta0) - truth[0]) > 1e-4
+
+
+def test_losses_that_people_have():
+    pairs = TensorDataset(normal(12, 4), normal(12, 4))
+    def contrastive(model, batch):
+        u, v = (F.normalize(model(t), dim=1) for t in batch)
+        return F.cross_entropy(u @ v.T / .5, torch.arange(len(u)), reduction="none")
+    problem = Problem(NET, contrastive, DataLoader(pairs, batch_size=4))
+    assert problem.n == 3                                              # batches: their examples see each other
+    a, b = pairs.tensors
+    agrees(problem, brute(NET, lambda model: sum(contrastive(model, (a[i:i + 4], b[i:i + 4])).mean() for i in (0, 4, 8)) / 3))
+
+    where = TensorDataset(torch.linspace(0, 1, 10, dtype=F64)[:, None])
+    field = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    def residual(model, batch):                                        # u″ = −u, with derivatives of the inputs inside
+        t = batch[0].clone().requires_grad_()
+        with torch.enable_grad():
+            u = model(t)
+            slope, = torch.autograd.grad(u.sum(), t, create_graph=True)
+            bend, = torch.autograd.grad(slope.sum(), t, create_graph=True)
+        return (bend + u).square().squeeze(1)
+    agrees(Problem(field, residual, where), brute(field, lambda model: residual(model, where.tensors).mean()))
+
+    value, grad, H = brute(NET, lambda model: F.cross_entropy(model(X), Y))
+    theta = torch.cat([p.detach().reshape(-1) for p in NET.parameters()])
+    agrees(Problem(NET, penalised, DATA["a list of unequal batches"]), (value + .01 * theta.square().sum(), grad + .02 * theta, H + .02 * torch.eye(len(theta), dtype=F64)))
+
+    speech, lengths = normal(6, 8, 4), torch.full((6,), 8)
+    targets = torch.randint(1, 3, (6, 2), generator=GEN)
+    def ctc(model, batch):
+        x, t = batch
+        return F.ctc_loss(model(x.transpose(0, 1)).log_softmax(-1), t, lengths[:len(x)], torch.full((len(x),), 2), reduction="none")
+    problem = Problem(NET, ctc, TensorDataset(speech, targets))
+    twin = deepcopy(NET)
+    ctc(twin, (speech, targets)).mean().backward()
+    torch.testing.assert_close(problem.grad_and_loss(problem.theta0)[0], torch.cat([p.grad.reshape(-1) for p in twin.parameters()]))
+    with pytest.raises(TypeError, match="no second derivative of ctc_loss"): problem.hvp(problem.theta0, problem.theta0)
+
+
+class VAE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(4, 4), nn.Linear(2, 4)
+    def forward(self, x):
+        mu, logvar = self.encode(x).chunk(2, 1)
+        z = mu + torch.randn_like(mu) * (logvar / 2).exp()
+        return (self.decode(z) - x).square().sum(1) + (mu.square() + logvar.exp() - logvar - 1).sum(1) / 2
+
+def test_draws_in_a_forward_pass_are_the_streams_own():
+    net = VAE().double()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    problem = Problem(net, lambda model, batch: model(batch[0]).mean(), DataLoader(TensorDataset(X), batch_size=8))
+    assert problem.loss(problem.theta0) == problem.loss(problem.theta0)
+    H = torch.stack([problem.hvp(problem.theta0, v) for v in torch.eye(problem.p, dtype=F64)])
+    torch.testing.assert_close(H, H.T)
+    found = sharpness(problem, problem.theta0)
+    assert abs(found.values[0] - torch.linalg.eigvalsh(H)[-1]) <= found.errors[0]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_parameters_are_chosen_by_name_role_or_pattern():
+    for which, names in (("2", ["2.weight", "2.bias"]), ("*.bias", ["0.bias", "2.bias"]), ("matrix", ["0.weight", "2.weight"]),
+                         (["0.weight", "vector"], ["0.weight", "0.bias", "2.bias"]), (lambda name, p: p.numel() == 15, ["2.weight"])):
+        problem = Problem(NET, mean, DATA["a shuffled loader"], params=which)
+        assert list(problem.layout.names) == names
+        agrees(problem, brute(NET, lambda model: F.cross_entropy(model(X), Y), names))
+    with pytest.raises(ValueError, match="no parameter '3'"): Problem(NET, mean, DATA["a shuffled loader"], params="3")
+    with pytest.raises(ValueError, match="chooses none"): Problem(NET, mean, DATA["a shuffled loader"], params=lambda name, p: False)
+    assert all(p.requires_grad for p in NET.parameters())
+    data = Dataset(X, Y, X, Y, 3)
+    agrees(Problem(NET, "ce", data, params="2"), brute(NET, lambda model: F.cross_entropy(model(X), Y), ["2.weight", "2.bias"]))
+
+
+def test_wrapped_and_parametrised_modules():
+    truth = brute(NET, lambda model: F.cross_entropy(model(X), Y))
+    for wrapped in (nn.DataParallel(NET), torch.compile(NET, backend="eager")):
+        problem = Problem(wrapped, mean, DATA["a shuffled loader"])
+        agrees(problem, truth)
+        assert problem.given is NET and problem.layout.names[0] == "0.weight"
+    class Positive(nn.Module):
+        def forward(self, w): return w.exp()
+    net = deepcopy(NET)
+    nn.utils.parametrize.register_parametrization(net[0], "weight", Positive())
+    agrees(Problem(net, mean, DATA["a shuffled loader"]), brute(net, lambda model: F.cross_entropy(model(X), Y)))
+
+
+def test_mixed_and_half_precision_is_measured_in_single():
+    net = deepcopy(NET).bfloat16()
+    rounded = deepcopy(net).float()
+    def objective(model, batch): return F.cross_entropy(model(batch[0]).float(), batch[1])
+    data = [(X.bfloat16(), Y)]
+    problem = Problem(net, objective, data)
+    assert problem.dtype == torch.float32 and next(net.parameters()).dtype == torch.bfloat16
+    truth = brute(rounded.double(), lambda model: F.cross_entropy(model(X.bfloat16().double()), Y))
+    torch.testing.assert_close(problem.grad_and_loss(problem.theta0)[0].double(), truth[1], rtol=1e-4, atol=1e-6)
+    mixed = deepcopy(NET).float()
+    mixed[2].bfloat16()
+    assert Problem(mixed, objective, [(X.float(), Y)]).dtype == torch.float32
+
+
+class Upcast(nn.Module):
+    "As many language models do it: a normalisation in single precision, whatever comes in."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+    def forward(self, x):
+        h = self.a(x)
+        h = (h.float() * (h.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
+        return self.b(h).float()
+
+def test_a_network_that_rounds_within_is_no_false_alarm():
+    net = Upcast()
+    problem = Problem(net, mean, TensorDataset(X.float(), Y))
+    agrees(problem, brute(net, lambda model: F.cross_entropy(model(X.float()), Y)), 1e-4)
+
+
+class Drawing(torch.utils.data.Dataset):
+    "Augments from all three generators."
+    def __len__(self): return len(X)
+    def __getitem__(self, i): return X[i] + random.gauss(0, .1) + np.random.randn() * .1 + torch.randn(4, dtype=F64) * .1, Y[i]
+
+def test_nothing_global_moves_and_an_example_is_one_example():
+    loader = DataLoader(Drawing(), batch_size=5, shuffle=True)
+    ahead = iter(loader)
+    next(ahead)
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    weights = [p.clone() for p in NET.parameters()]
+    problem = Problem(NET, each, loader)
+    assert problem.loss(problem.theta0) == problem.loss(problem.theta0)
+    sharpness(problem, problem.theta0)
+    assert before[0] == random.getstate() and (before[1] == np.random.get_state()[1]).all() and torch.equal(before[2], torch.get_rng_state())
+    assert all(map(torch.equal, weights, NET.parameters())) and all(p.grad is None for p in NET.parameters())
+    one, four = (problem.loss(problem.theta0, Batch(torch.tensor([4] * n))) for n in (1, 4))
+    torch.testing.assert_close(one, four)
+
+
+def test_a_sampler_of_the_owners_is_asked_once_and_said():
+    torch.manual_seed(0)
+    loader = DataLoader(TensorDataset(X, Y), batch_size=5, sampler=WeightedRandomSampler(torch.arange(1., 24), 10))
+    before = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="WeightedRandomSampler"): problem = Problem(NET, mean, loader)
+    assert problem.n == 2 and torch.equal(before, torch.get_rng_state())
+
+
+def test_batch_norm_in_training_mode_has_batches():
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    problem = Problem(net, each, DataLoader(TensorDataset(X, Y), batch_size=6))
+    assert problem.n == 4
+    parts = list(zip(X.split(6), Y.split(6)))
+    agrees(problem, brute(deepcopy(net), lambda model: sum(F.cross_entropy(model(x), y, reduction="sum") for x, y in parts) / 23))
+    assert Problem(net.eval(), each, DataLoader(TensorDataset(X, Y), batch_size=6)).n == 23
+
+
+@pytest.mark.parametrize("loss, data, error, says", [
+    (mean, X, TypeError, r"\[batch\]"),
+    (mean, [], ValueError, "gave no batch"),
+    (mean, ["words"], TypeError, "without a tensor"),
+    (mean, TensorDataset(X[:0], Y[:0]), ValueError, "is empty"),
+    (lambda m, b: m(b[0]), TensorDataset(X, Y), TypeError, "shape"),
+    (lambda m, b: {"loss": mean(m, b)}, TensorDataset(X, Y), TypeError, "gave a dict"),
+    (lambda m, b: mean(m, b).item(), TensorDataset(X, Y), TypeError, "gave a float"),
+    (lambda m, b: mean(NET, b), TensorDataset(X, Y), TypeError, "the model that it is given"),
+    (lambda m, b: mean(m, b) * random.random(), TensorDataset(X, Y), TypeError, "two answers"),
+    ("ce", [{"x": X, "y": Y}], TypeError, r"objective\(model, batch\)"),
+    (lambda m, b: mean(m, (b[0], b[1])), [(X, Y[:3])], ValueError, ""),
+], ids=["tensor", "empty", "words", "no examples", "outputs", "dictionary", "number", "another model", "random", "no pair", "unequal"])
+def test_bad_input_is_named(loss, data, error, says):
+    with pytest.raises(error, match=says): Problem(NET, loss, data)
+
+
+def test_sizes_must_weigh_something():
+    with pytest.raises(ValueError, match="sizes of the batches"): Problem(NET, mean, [(X, Y)], size=lambda batch: 0)
+    with pytest.raises(ValueError, match="a Dataset has examples"): Problem(NET, "ce", Dataset(X, Y, X, Y, 3), size=len)
+    with pytest.raises(ValueError, match="batches is how many"): Problem(NET, mean, TensorDataset(X, Y), batches=0)
+
+
+def transformers_of(kind):
+    module = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        return module.GPT2LMHeadModel(module.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0)).eval()
+    return module.BertForSequenceClassification(module.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                                                                  vocab_size=50, max_position_embeddings=32)).eval()
+
+
+def test_a_language_model_with_padding():
+    model = transformers_of("gpt2")
+    from transformers import BatchEncoding
+    def batch(b, t):
+        ids, length = torch.randint(1, 50, (b, t), generator=GEN), torch.randint(3, t + 1, (b, 1), generator=GEN)
+        mask = (torch.arange(t) < length).long()
+        return BatchEncoding(dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)))
+    data = [batch(3, 9), batch(5, 12), batch(2, 7)]
+    problem = Problem(model, lambda model, batch: model(**batch).loss, data, size=lambda batch: (batch["labels"][:, 1:] != -100).sum())
+    double, total, count = deepcopy(model).double(), 0, 0
+    for b in data:
+        with sdpa_kernel(SDPBackend.MATH): logits = double(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits[:, :-1]
+        total = total + F.cross_entropy(logits.flatten(0, 1), b["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum")
+        count += (b["labels"][:, 1:] != -100).sum()
+    value, params = total / count, [p for p in double.parameters()]
+    grads = torch.autograd.grad(value, params, create_graph=True)
+    v = torch.randn(problem.p, generator=GEN)
+    product = torch.autograd.grad(sum((g * b).sum() for g, b in zip(grads, problem.layout.split(v.double()))), params)
+    torch.testing.assert_close(problem.loss(problem.theta0).double(), value.detach(), rtol=1e-5, atol=1e-6)
+    flat = lambda blocks: torch.cat([b.reshape(-1) for b in blocks]).float()
+    torch.testing.assert_close(problem.grad_and_loss(problem.theta0)[0], flat(grads).detach(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(problem.hvp(problem.theta0, v), flat(product), rtol=1e-3, atol=2e-4)
+
+
+def test_a_classifier_of_texts_layer_by_layer():
+    model = transformers_of("bert")
+    ids, labels = torch.randint(1, 50, (12, 10), generator=GEN), torch.arange(12) % 2
+    class Texts(torch.utils.data.Dataset):
+        def __len__(self): return 12
+        def __getitem__(self, i): return dict(input_ids=ids[i], labels=labels[i])
+    def objective(model, batch): return F.cross_entropy(model(input_ids=batch["input_ids"]).logits, batch["labels"], reduction="none")
+    problem = Problem(model, objective, DataLoader(Texts(), batch_size=5))
+    rows = problem.example_grads(problem.theta0, Batch(torch.tensor([3, 11])))
+    for row, i in zip(rows, (3, 11)):
+        model.zero_grad()
+        model(input_ids=ids[i:i + 1], labels=labels[i:i + 1]).loss.backward()
+        torch.testing.assert_close(row, torch.cat([p.grad.reshape(-1) for p in model.parameters()]), rtol=1e-3, atol=1e-6)
+    model.zero_grad()
+    layer = Problem(model, objective, DataLoader(Texts(), batch_size=5), params="bert.encoder.layer.0")
+    assert layer.p == sum(p.numel() for p in model.bert.encoder.layer[0].parameters())
+    part = torch.cat([torch.full((b.numel(),), k in layer.layout.names) for k, b in problem.layout.named(problem.theta0).items()])
+    v = torch.randn(layer.p, generator=GEN)
+    torch.testing.assert_close(layer.hvp(layer.theta0, v), problem.hvp(problem.theta0, torch.zeros(problem.p).masked_scatter(part, v))[part], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,621 @@
+"A training in somebody else's loop: bitwise as if nobody had looked, counted right, and its numbers those of our own run."
+import gc
+import random
+import subprocess
+import sys
+import textwrap
+import warnings
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradnb
+from gradnb import Descent, FromTorch, Problem, Stream, every, load_dataset, probe, train
+from gradnb.data import Dataset
+from gradnb.move.estimators.minibatch import MiniBatch
+from gradnb.runs.foreign import watch as foreign
+from gradnb.runs.foreign.watch import Watch
+
+DOUBLE = torch.float64
+DATA = load_dataset("digits-200")
+ce = nn.functional.cross_entropy
+
+
+@probe(every(2))
+def draws(view): return random.random() + np.random.rand()
+
+
+@probe(every(2))
+def torch_draws(view): return torch.rand(())
+
+
+@probe(every(3))
+def fails(view): raise MemoryError("no room")
+
+
+@probe(every(3))
+def writes(view): view.theta.zero_(); return 0.
+
+
+PROBES = ["sharpness:every=3", "grad_variance:every=3,draws=4", "preconditioned_sharpness:every=3", "update_variance:every=3,draws=3", "test:every=3",
+          "critical_sharpness:every=3", "relative_updates:every=3", "tail_index:every=6,draws=80,surrogates=0", draws, torch_draws, fails, writes]
+
+
+def net(norm=False, drop=0.):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(drop), nn.Linear(8, 10))
+
+
+class Augmented(torch.utils.data.Dataset):
+    "Draws from all three generators, in the workers of its loader."
+    def __len__(self): return 96
+
+    def __getitem__(self, i):
+        return DATA.x[i] + .1 * torch.randn(()) + .1 * np.random.rand() + .1 * random.random(), DATA.y[i]
+
+
+def sgd(look):
+    model = net()
+    opt = torch.optim.SGD(model.parameters(), .1)
+    with look(model, opt) as seen:
+        for _ in range(7):
+            i = torch.randint(DATA.n, (32,))
+            loss = ce(model(DATA.x[i]), DATA.y[i])
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            seen.step(loss)
+    return model, opt
+
+
+def accumulated(look):
+    model = net()
+    opt = torch.optim.AdamW(model.parameters(), .01)
+    sched = torch.optim.lr_scheduler.OneCycleLR(opt, .02, total_steps=20)
+    with look(model, opt) as seen:
+        for k in range(14):
+            i = torch.randint(DATA.n, (16,))
+            loss = ce(model(DATA.x[i]), DATA.y[i]) / 2
+            loss.backward()
+            if k % 2:
+                nn.utils.clip_grad_norm_(model.parameters(), .5)
+                opt.step()
+                sched.step()
+                opt.zero_grad(set_to_none=False)
+                seen.step(loss)
+    return model, opt, sched
+
+
+def mixed(look):
+    model = net()
+    opt, scaler = torch.optim.AdamW(model.parameters(), .01), torch.amp.GradScaler("cpu", init_scale=2.**10, growth_interval=2)
+    with look(model, opt) as seen:
+        for k in range(7):
+            i = torch.randint(DATA.n, (16,))
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = ce(model(DATA.x[i]), DATA.y[i])
+                scaler.scale(loss * (float("inf") if k == 3 else 1)).backward()
+                scaler.step(opt)
+                scaler.update()
+                seen.step(loss)                     # inside autocast
+                assert torch.is_autocast_enabled("cpu") and (model(DATA.x[:4]).dtype == torch.bfloat16)
+            opt.zero_grad()
+    return model, opt, scaler.state_dict()
+
+
+def noisy(look):
+    model = net(norm=True, drop=.2)
+    opt = torch.optim.RMSprop(model.parameters(), .01, momentum=.5)
+    gen = torch.Generator().manual_seed(5)
+    loader = torch.utils.data.DataLoader(Augmented(), 16, shuffle=True, generator=gen)
+    rest, it = torch.utils.data.DataLoader(Augmented(), 8, num_workers=1), None
+    with look(model, opt) as seen:
+        it = iter(rest)
+        for x, y in loader:
+            more, labels = next(it)
+            model.train()
+            loss = ce(model(torch.cat([x, more])), torch.cat([y, labels]))
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            model.eval()
+            with torch.no_grad(): seen.step(loss)      # where many call it
+            assert not model.training
+    return model, opt, gen.get_state(), next(it)
+
+
+def compiled(look):
+    model = net()
+    fast, opt = torch.compile(model, backend="eager"), torch.optim.SGD(model.parameters(), .1, momentum=.9)
+    with look(fast, opt) as seen:
+        for k in range(7):
+            loss = ce(fast(DATA.x[32 * k % 160:][:32]), DATA.y[32 * k % 160:][:32])
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            seen.step(loss)
+    return model, opt
+
+
+def averaged(look):
+    model = net(norm=True)
+    mean, opt = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(.9), use_buffers=True), torch.optim.SGD(model.parameters(), .1)
+    with look(model, opt) as seen, look(mean, None) as second:          # two watches, of what is trained and of its mean
+        for k in range(7):
+            loss = ce(model(DATA.x[:64]), DATA.y[:64])
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            mean.update_parameters(model)
+            seen.step(loss)
+            second.step()
+    return model, mean, opt
+
+
+def loaded(look):
+    "A shuffling loader whose data set augments, an objective of its own, and steps told under inference mode."
+    model, loader = net(), torch.utils.data.DataLoader(Augmented(), 32, shuffle=True)
+    opt = torch.optim.NAdam(model.parameters(), .01)
+    def objective(model, batch): return ce(model(batch[0]), batch[1])
+    with look((model, objective, loader), opt) as seen:
+        for _ in range(2):
+            for batch in loader:
+                loss = objective(model, batch)
+                loss.backward()
+                opt.step()
+                opt.zero_grad()
+                with torch.inference_mode(): seen.step(loss)
+    return model, opt
+
+
+class Nobody:
+    "No watch."
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def step(self, loss=None): pass
+
+
+def everything(things):
+    "Tensors and numbers by path, of modules with their gradients, modes and hooks, of optimizers, and of all generators."
+    found = {"rng": (random.getstate(), [*np.random.get_state()], torch.get_rng_state(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))}
+    for i, t in enumerate(things):
+        if isinstance(t, nn.Module):
+            found[i] = ({k: v.clone() for k, v in t.state_dict().items()}, {k: (p.grad, p._version, p.requires_grad) for k, p in t.named_parameters()},
+                        {k: (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for k, m in t.named_modules()})
+        elif hasattr(t, "param_groups"): found[i] = t.state_dict(), len(t._optimizer_step_post_hooks), len(t._optimizer_step_pre_hooks)
+        else: found[i] = {k: v for k, v in t.state_dict().items() if not callable(v)} if hasattr(t, "state_dict") else t
+    return found
+
+
+def equal(a, b):
+    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, torch.Tensor): return a.dtype == b.dtype and torch.equal(a, b)
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+
+def run(loop, look):
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    return everything(loop(look))
+
+
+@pytest.mark.parametrize("loop", [sgd, accumulated, mixed, noisy, compiled, averaged, loaded], ids=lambda f: f.__name__)
+def test_bitwise_as_if_nobody_had_looked(loop, capsys):
+    watches = []
+    def look(model, opt):
+        parts, size = (model, {}) if isinstance(model, tuple) else ((model, "ce", DATA), dict(batch_size=16))
+        watches.append(gradnb.watch(*parts, probes=[p for p in PROBES if parts[2] is DATA or not str(p).startswith(("test", "tail"))], optimizer=opt, **size))
+        return watches[-1]
+    with warnings.catch_warnings(record=True) as words:
+        warnings.simplefilter("always")
+        with torch.random.fork_rng([]): watched = run(loop, look)
+    with torch.random.fork_rng([]): alone = run(loop, lambda *_: Nobody())
+    for k in alone: assert equal(watched[k], alone[k]), k
+    (seen, *_), said = watches, " ".join({str(w.message) for w in words})
+    due = {0, 3, 6}
+    for name in ("sharpness", "grad_variance", "preconditioned_sharpness", "update_variance", "critical_sharpness", "relative_updates", "test"):
+        if name == "test" and loop is loaded: continue
+        assert {*seen.traces[name].steps} == due and np.isfinite(seen.traces[name].values).all(), (name, seen.failures)
+    for name, why in dict(fails="MemoryError: no room", torch_draws="drew from torch's global generator", writes="wrote into the run's state").items():
+        assert why in next(iter(seen.failures[name].values())) and np.isnan(seen.traces[name].values).all() and said.count(f"probe {name!r} failed") == 1
+    assert "'draws' drew from NumPy's" in said and "'draws' drew from Python's" in said and np.isfinite(seen.traces["draws"].values).all()
+
+
+RANKS = textwrap.dedent("""
+    import sys, torch
+    import torch.distributed as dist
+    from torch import nn
+    import gradnb
+    from gradnb.problem.parallel import together
+    from gradnb.data import load_dataset
+    data = load_dataset("digits-200")
+
+    def loop(look):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        opt = torch.optim.Adam(wrapped.parameters(), .01)
+        seen = look(wrapped, opt)
+        for k in range(6):
+            i = torch.randint(data.n, (16,))
+            loss = nn.functional.cross_entropy(wrapped(data.x[i]), data.y[i])
+            loss.backward(), opt.step(), opt.zero_grad()
+            if seen: seen.step(loss)
+        if seen: seen.close()
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), torch.get_rng_state(), seen
+
+    with together():
+        rows = []
+        theta, rng, seen = loop(lambda model, opt: gradnb.watch(model, "ce", data, ["sharpness:every=2", "preconditioned_sharpness:every=3"], opt,
+                                                                log=lambda row, step: rows.append(step)))
+        alone, rng0, _ = loop(lambda *_: None)
+        first = dist.get_rank() == 0
+        assert torch.equal(theta, alone) and torch.equal(rng, rng0)
+        assert ("sharpness" in seen.traces) == first and bool(rows) == first
+        assert not first or seen.traces["sharpness"].steps.tolist() == [0, 2, 4, 6]
+""")
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path):
+    (tmp_path / "run.py").write_text(RANKS)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "run.py"],
+                          capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr
+
+
+def small(groups=False):
+    "A tanh network of 50 parameters in double precision, and its 30 examples."
+    gen = Stream(3).generator()
+    x, y = (torch.randn(30, d, generator=gen, dtype=DOUBLE) for d in (5, 2))
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    for p in model.parameters(): p.data = torch.randn(p.shape, generator=gen, dtype=DOUBLE) / 2
+    return model, Dataset(x, y, x, y, None, "random")
+
+
+def plain(model, data, opt, seen, steps=6, sched=None):
+    for _ in range(steps):
+        loss = (model(data.x) - data.y).square().mean(1).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        if sched: sched.step()
+        seen.step(loss)
+    seen.close()
+    return seen.traces
+
+
+class Open:
+    "A watch that `plain` does not close."
+    traces = {}
+    def __init__(self, seen): self.step, self.close = seen.step, lambda: None
+
+
+OPTIMIZERS = [
+    (torch.optim.SGD, dict(lr=.05)), (torch.optim.SGD, dict(lr=.05, momentum=.9)), (torch.optim.SGD, dict(lr=.05, momentum=.9, nesterov=True)),
+    (torch.optim.SGD, dict(lr=.05, momentum=.8, dampening=.3, weight_decay=.01)), (torch.optim.Adam, dict(lr=.01)),
+    (torch.optim.Adam, dict(lr=.01, amsgrad=True, weight_decay=.01)), (torch.optim.AdamW, dict(lr=.01, betas=(.8, .95), weight_decay=.1)),
+    (torch.optim.RMSprop, dict(lr=.01, momentum=.5)), (torch.optim.RMSprop, dict(lr=.01, centered=True, weight_decay=.01)),
+    (torch.optim.Adagrad, dict(lr=.1, lr_decay=.1, weight_decay=.01)), (torch.optim.NAdam, dict(lr=.01)),
+    (torch.optim.NAdam, dict(lr=.01, weight_decay=.1, decoupled_weight_decay=True)),
+]
+WORDS = ["sharpness:tol=1e-7,every=2", "preconditioned_sharpness:tol=1e-7,every=2", "directional_sharpness:along=step,every=2", "update_norms:every=2"]
+
+
+@pytest.mark.parametrize(("cls", "hyper"), OPTIMIZERS, ids=lambda v: "-".join(v) if isinstance(v, dict) else v.__name__)
+def test_the_numbers_of_our_own_run(cls, hyper):
+    model, data = small()
+    opt, words = cls(model.parameters(), **hyper), [*WORDS, *["update_radius:every=4,tol=1e-4"] * (len(hyper) == 2)]
+    theirs = plain(model, data, opt, gradnb.watch(model, "mse", data, words, opt), 4)
+    problem = Problem(small()[0], "mse", data)
+    _, ours = train(problem, Descent(FromTorch(cls, **hyper)), 4, words, progress=False)
+    for name in ours:
+        for column in set(ours[name].columns) - {"residual", "matvecs", "error", "products"}:
+            n = 4 if name == "loss" else len(ours[name])           # the loss at the last weights is not computed in a loop
+            np.testing.assert_allclose(theirs[name].columns[column], ours[name].columns[column][:n], rtol=1e-6, err_msg=f"{name}.{column}")
+
+
+def test_under_a_schedule_the_threshold_is_that_of_the_next_step():
+    model, data = small()
+    opt = torch.optim.Adam(model.parameters(), .01)
+    sched = torch.optim.lr_scheduler.ExponentialLR(opt, .5)
+    traces = plain(model, data, opt, gradnb.watch(model, "mse", data, "preconditioned_sharpness:every=1", opt), 4, sched)
+    np.testing.assert_allclose(traces["preconditioned_sharpness"].columns["threshold"], [38 / (.01 * .5 ** k) for k in range(5)], rtol=1e-12)
+
+
+def test_groups_against_a_dense_matrix():
+    "Groups with rates, decays and β₂ of their own: λ of P^{-1/2} (H + D) P^{-1/2} with P written down block by block."
+    model, data = small()
+    groups = [dict(params=model[0].parameters(), lr=.02, betas=(.9, .95)), dict(params=model[2].parameters(), weight_decay=.1)]
+    opt = torch.optim.Adam(groups, .005)
+    seen = gradnb.watch(model, "mse", data, "preconditioned_sharpness:every=3,tol=1e-10", opt)
+    row = plain(model, data, opt, seen, 3)["preconditioned_sharpness"].frame().iloc[-1]
+    problem = Problem(model, "mse", data)
+    theta, rates, decays, rest = problem.theta0, [], [], []
+    H, grad = problem.hvp(theta, torch.eye(problem.p, dtype=DOUBLE)), problem.grad_and_loss(theta)[0]
+    for (n, p), g in zip(model.named_parameters(), problem.layout.split(grad)):
+        group, s = opt.param_groups[n.startswith("2")], opt.state[p]
+        g = g + group["weight_decay"] * p.detach()
+        b1, b2 = group["betas"]
+        v = (b2 * s["exp_avg_sq"] + (1 - b2) * g ** 2) / (1 - b2 ** 4)
+        rest.append(((v.sqrt() + 1e-8) * (1 - b1 ** 4)).flatten())
+        rates.append(torch.full((p.numel(),), group["lr"])), decays.append(torch.full((p.numel(),), group["weight_decay"]))
+    P, lr, D = (torch.cat(t).double() for t in (rest, rates, decays))
+    S = (lr / P).sqrt()                              # stable below (2 + 2β)/(1 − β)
+    top = torch.linalg.eigvalsh(S[:, None] * (H + D.diag()) * S)[-1].item()
+    assert row["value"] / row["threshold"] == pytest.approx(top / 38, rel=1e-6)
+    opt.param_groups[0]["betas"] = .5, .95
+    with pytest.warns(RuntimeWarning, match="betas .* no single momentum descent"):
+        gradnb.watch(model, "mse", data, "preconditioned_sharpness:every=3", opt).close()
+
+
+def test_noise_is_that_of_our_own_run_with_the_batch_size():
+    model, data = small()
+    opt, words = torch.optim.SGD(model.parameters(), .05), ["grad_variance:every=3,draws=6", "update_variance:every=3,draws=4", "noise_scale:every=3"]
+    theirs = plain(model, data, opt, gradnb.watch(model, "mse", data, words, opt, batch_size=7), 3)
+    problem = Problem(model, "mse", data)
+    from gradnb.ground.roles import draw
+    grads = torch.stack([problem.grad_and_loss(problem.theta0, draw(MiniBatch(7), (), problem, Stream(0) / "probe" / "grad_variance" / 3 / "draws" / i))[0] for i in range(6)])
+    assert theirs["grad_variance"].values[-1] == pytest.approx(grads.var(0).sum().item(), rel=1e-9)
+    assert {*theirs["noise_scale"].steps} == {0, 3}
+    with pytest.warns(RuntimeWarning, match="batch_size=128"): plain(model, data, opt, gradnb.watch(model, "mse", data, words[0]), 1)
+    with pytest.warns(RuntimeWarning, match="optimizer=optimizer"): plain(model, data, opt, gradnb.watch(model, "mse", data, words[1], batch_size=7), 1)
+    with pytest.warns(RuntimeWarning, match="not drawn yet"): plain(model, data, opt, gradnb.watch(model, "mse", data, "grad_norms:every=1"), 1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_attached_it_counts_the_optimizers_steps(fused):
+    model = net()
+    opt = torch.optim.Adam(model.parameters(), .01, fused=fused)
+    scaler, rows = torch.amp.GradScaler("cpu", init_scale=4.), []
+    seen = gradnb.watch(model, "ce", DATA, "grad_norm:every=1", opt, log=lambda row, step: rows.append(step)).attach()
+    for k in range(8):                               # two batches a step; the third step overflows
+        loss = ce(model(DATA.x[:32]), DATA.y[:32])
+        scaler.scale(loss * (float("inf") if k == 5 else 1)).backward()
+        if k % 2:
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+    assert seen.steps == int(opt.state[model[1].weight]["step"]) == 3 and rows == [0, 1, 2, 3]
+    with pytest.raises(RuntimeError, match="attached already"): seen.attach()
+    seen.close()
+    assert not opt._optimizer_step_post_hooks
+    opt.step()
+    assert seen.steps == 3
+
+
+def test_attached_a_second_call_is_a_word_and_counts_nothing():
+    model, data = small()
+    opt = torch.optim.SGD(model.parameters(), .05)
+    seen = gradnb.watch(model, "mse", data, "grad_norm:every=1", opt).attach()
+    with pytest.warns(RuntimeWarning, match="second loss since step 2"):
+        for k in range(4):
+            loss = (model(data.x) - data.y).square().mean(1).mean()
+            loss.backward()
+            if k % 2: opt.step()
+            if k % 2: seen.step(loss), k == 3 and seen.step(loss)
+    assert seen.steps == 2 and seen.traces["loss"].steps.tolist() == [0, 1] and seen.traces["grad_norm"].steps.tolist() == [0, 1, 2]
+
+
+class Once(torch.autograd.Function):
+    "An operation without second derivative."
+    @staticmethod
+    def forward(ctx, x): ctx.save_for_backward(x); return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): x, = ctx.saved_tensors; return g * (1 - x.tanh() ** 2)
+
+
+class Odd(nn.Module):
+    def forward(self, x): return Once.apply(x)
+
+
+def test_what_fails_never_ends_the_training():
+    model, data = small()
+    model[1] = Odd()
+    opt = torch.optim.SGD(model.parameters(), .05)
+    with warnings.catch_warnings(record=True) as words:
+        warnings.simplefilter("always")
+        seen = gradnb.watch(model, "mse", data, ["sharpness:every=1", "grad_norm:every=1"], opt, log=lambda row, step: 1 / 0)
+        traces = plain(model, data, opt, seen, 3)
+    assert np.isnan(traces["sharpness"].values).all() and len(traces["sharpness"]) == 4 and np.isfinite(traces["grad_norm"].values).all()
+    assert sum("'sharpness' failed at step 0" in str(w.message) for w in words) == 1 and sum("ZeroDivisionError" in str(w.message) for w in words) == 1
+    assert {*seen.failures["sharpness"]} == {0, 1, 2, 3}
+    with pytest.raises(Exception, match="twice|once_differentiable"): gradnb.watch(model, "mse", data, "sharpness:every=1", opt, strict=True)
+
+
+def test_rows_that_failed_have_the_columns_of_those_that_did_not():
+    model, data = small()
+    @probe(every(1))
+    def moody(view):
+        if view.step in (0, 2): raise torch.OutOfMemoryError("CUDA out of memory")
+        return dict(value=1., vector=torch.ones(3))
+    opt = torch.optim.SGD(model.parameters(), .05)
+    with pytest.warns(RuntimeWarning, match="OutOfMemoryError"): traces = plain(model, data, opt, gradnb.watch(model, "mse", data, moody), 3)
+    assert traces["moody"].steps.tolist() == [0, 1, 2, 3] and np.isnan(traces["moody"].columns["vector"]).all(1).tolist() == [True, False, True, False]
+    assert (traces["moody"].columns["seconds"] >= 0).all()
+
+
+def test_weights_that_are_nan():
+    model, data = small()
+    opt = torch.optim.SGD(model.parameters(), float("nan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traces = plain(model, data, opt, gradnb.watch(model, "mse", data, ["sharpness:every=1", "preconditioned_sharpness:every=1", "train:every=1"], opt), 3)
+    assert {k: len(t) for k, t in traces.items()} == dict(sharpness=4, preconditioned_sharpness=4, train=4, loss=3) and np.isnan(traces["sharpness"].values[1:]).all()
+
+
+def test_a_budget_stretches_cadences(monkeypatch, capsys):
+    now = [0.]
+    monkeypatch.setattr(foreign, "perf_counter", lambda: now[0])
+    @probe(every(2))
+    def slow(view): now[0] += 1.; return 0.
+    model, data = small()
+    opt = torch.optim.SGD(model.parameters(), .05)
+    @probe(every(2))
+    def broken(view): now[0] += 1.; raise ValueError("no")
+    def loop(budget, *probes):
+        seen = gradnb.watch(model, "mse", data, [slow, *probes], budget=budget)
+        began = now[0] - 1 - len(probes)
+        for _ in range(400): now[0] += .1; opt.step(); seen.step()
+        total = now[0] - began
+        seen.close()
+        return seen, total
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seen, total = loop(.1)
+        steps = seen.traces["slow"].steps
+        assert seen.seconds == len(steps) and .05 < seen.seconds / total <= .1 and (steps % 2 == 0).all() and (np.diff(steps) >= 2).all()
+        assert (seen.traces["slow"].columns["seconds"] == 1).all() and not capsys.readouterr().out
+        seen, total = loop(.1, broken)               # what fails costs as much
+        assert .05 < seen.seconds / total <= .1 and seen.seconds == len(seen.traces["slow"]) + len(seen.traces["broken"])
+        seen, total = loop(None)
+    assert len(seen.traces["slow"]) == 201 and f"{201 / total:.1%}" in capsys.readouterr().out
+
+
+def test_unfreezing_on_the_way():
+    model, data = small()
+    model[0].requires_grad_(False)
+    opt = torch.optim.SGD(model.parameters(), .05)
+    seen, ready = gradnb.watch(model, "mse", data, "sharpness:every=1,tol=1e-8", opt), gradnb.watch(Problem(model, "mse", data), probes="sharpness:every=1")
+    assert seen.problem.p == 14
+    plain(model, data, opt, Open(seen), 2)
+    model[0].requires_grad_(True)
+    with pytest.warns(RuntimeWarning, match="0.bias, 0.weight became trainable; measured so from step 3"): traces = plain(model, data, opt, seen, 2)
+    problem = Problem(model, "mse", data)
+    top = torch.linalg.eigvalsh(problem.hvp(problem.theta0, torch.eye(50, dtype=DOUBLE)))[-1].item()
+    assert traces["sharpness"].values[-1] == pytest.approx(top, rel=1e-6) and len(traces["sharpness"]) == 5
+    with pytest.warns(RuntimeWarning, match="became trainable after the problem was made"): plain(model, data, opt, ready, 1)
+
+
+def test_weights_that_are_moved_or_allocated_anew():
+    model, data = small()
+    opt = torch.optim.SGD(model.parameters(), .05)
+    seen = gradnb.watch(model, "mse", data, "grad_norm:every=1", opt)
+    for p in model.parameters(): p.data = p.data.clone() * 2              # another storage
+    seen.step()
+    problem = Problem(model, "mse", data)
+    assert seen.traces["grad_norm"].values[-1] == pytest.approx(problem.at(problem.theta0).grad.norm().item(), rel=1e-12)
+    model.float()
+    with pytest.warns(RuntimeWarning, match="float32 on cpu now, and are measured as torch.float64"): seen.step()
+    assert np.isfinite(seen.traces["grad_norm"].values).all()
+    seen.close()
+
+
+def test_a_watch_that_is_forgotten_loses_nothing(tmp_path):
+    model, data = small()
+    opt, rows = torch.optim.SGD(model.parameters(), .05), []
+    @probe(every(1))
+    def never(view): raise ValueError("no")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seen = gradnb.watch(model, "mse", data, never, log=lambda row, step: rows.append((step, *row)))
+        plain(model, data, opt, Open(seen), 1)
+        del seen
+        gc.collect()
+    assert rows == [(0, "loss"), (0, "never", "never.seconds"), (1, "never", "never.seconds")]
+    script = "import gradnb, torch, warnings\nfrom tests.test_watch import small\nmodel, data = small()\nseen = gradnb.watch(model, 'mse', data, 'grad_norm:every=1')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=str(__import__("pathlib").Path(__file__).parents[1]))
+    assert "watched 0 steps; measuring took" in done.stdout and not done.stderr.count("Traceback")
+
+
+def test_a_word_for_what_is_wrong():
+    model, data = small()
+    opt = torch.optim.SGD(model.parameters(), .05)
+    with pytest.raises(ValueError, match="moves no parameter of this network"): gradnb.watch(deepcopy(model), "mse", data, optimizer=opt)
+    with pytest.raises(TypeError, match="has none"): gradnb.watch(type("Mine", (), dict(layout=None, grad_and_loss=None))())
+    with pytest.raises(TypeError, match="torch.optim.Optimizer, got str"): gradnb.watch(model, "mse", data, optimizer="sgd")
+    with pytest.raises(TypeError, match="say which"): gradnb.watch(model, "mse", data).attach()
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    with pytest.warns(RuntimeWarning, match="LBFGS evaluates the loss several times"): gradnb.watch(model, "mse", data, "update_norms", lbfgs)
+    with pytest.raises(ValueError, match="budget"): gradnb.watch(model, "mse", data, budget=5)
+    with pytest.raises(ValueError, match="two probes are named"): gradnb.watch(model, "mse", data, ["sharpness", "sharpness:every=2"])
+    other = gradnb.watch(deepcopy(model), "mse", data, "grad_norm:every=1")
+    with pytest.warns(RuntimeWarning, match="another model trained"): plain(model, data, opt, other, 3)
+    with pytest.warns(RuntimeWarning, match="was closed at step 3"): other.step()
+    with pytest.warns(RuntimeWarning, match="loss failed at step 0"): gradnb.watch(model, "mse", data).step(torch.ones(3))
+    assert isinstance(gradnb.watch(model, "mse", data), gradnb.Watch) and Watch is gradnb.Watch
+
+
+def test_a_loop_with_nothing_due_is_hardly_slowed():
+    "Counted in calls, not in seconds: a step with nothing due touches no parameter, and draws from nothing."
+    model, data = small()
+    seen = gradnb.watch(model, "mse", data, "grad_norm:every=1000")
+    for _ in range(30): seen.step()
+    calls = []
+    sys.setprofile(lambda frame, event, arg: calls.append(event) if "call" in event else None)
+    seen.step(1.)
+    sys.setprofile(None)
+    assert len(calls) < 60
+
+
+def test_a_watched_run_is_a_run(tmp_path):
+    model, data = small()
+    opt = torch.optim.Adam([dict(params=model[0].parameters(), lr=.02), dict(params=model[2].parameters())], .01)
+    store, words = gradnb.Store(tmp_path), ["grad_norm:every=2", "preconditioned_sharpness:every=2"]
+    def open(**more): return gradnb.watch(model, "mse", data, words, opt, store, "warm-up", dict(note="first", aug=dict(p=.5)), **more)
+    plain(model, data, opt, seen := open(), 4)
+    run, = store.list()
+    assert run.status == "finished" and run.spec.settings["optimizer.lr"] == [.02, .01] and run.spec.settings["aug.p"] == .5 and run.spec.settings["p"] == 50
+    for name, trace in seen.traces.items():
+        assert (run.traces[name].steps == trace.steps).all() and all(np.array_equal(run.traces[name].columns[c], v, equal_nan=True) for c, v in trace.columns.items())
+    assert {*store.frame("grad_norm", optimizer="Adam")["step"]} == {0, 2, 4}
+    with pytest.raises(ValueError, match="again='go on'"): open()
+    plain(model, data, opt, open(again="go on", start=2), 1)
+    assert run.traces["loss"].steps.tolist() == [0, 1, 2] and run.traces["grad_norm"].steps.tolist() == [0, 2]
+    with pytest.raises(ZeroDivisionError):
+        with open(again="new") as seen: 1 / 0
+    assert sorted(r.status for r in store.list()) == ["failed", "finished"]
+    with pytest.raises(TypeError, match="no probe"): gradnb.watch(model, "mse", data, [3], opt, store, "bad")
+    assert len(store.list()) == 2
+
+
+def test_a_run_that_is_not_closed_says_so(tmp_path):
+    model, data = small()
+    @probe(every(1))
+    def never(view): raise ValueError("no such thing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seen = gradnb.watch(model, "mse", data, never, store=tmp_path)
+        seen.step(1.)
+        del seen
+        gc.collect()
+    run, = gradnb.Store(tmp_path).list()
+    assert run.status == "interrupted" and "close() was forgotten" in run.manifest["message"]
+    assert run.manifest["failures"]["never"] == {"0": "ValueError: no such thing", "1": "ValueError: no such thing"} and len(run.traces["never"]) == 2
+
+
+def test_a_block_that_the_optimizer_does_not_move_has_no_part_in_its_metric():
+    model, data = small()
+    opt = torch.optim.SGD(model[2].parameters(), .05, momentum=.9)
+    row = plain(model, data, opt, gradnb.watch(model, "mse", data, "preconditioned_sharpness:every=2,tol=1e-9", opt), 2)["preconditioned_sharpness"].frame().iloc[-1]
+    problem = Problem(model, "mse", data)
+    H = problem.hvp(problem.theta0, torch.eye(50, dtype=DOUBLE))
+    assert row["value"] == pytest.approx(torch.linalg.eigvalsh(H[36:, 36:])[-1].item(), rel=1e-6) and row["threshold"] == pytest.approx(2 * 1.9 / .05)
+
+
+def test_a_word_points_to_the_loop():
+    model, data = small()
+    opt = torch.optim.SGD(model.parameters(), .05)
+    with pytest.warns(RuntimeWarning, match="batch_size") as words:
+        seen = gradnb.watch(model, "mse", data, "grad_variance:every=1", opt)
+    with pytest.warns(RuntimeWarning, match="no weight has moved") as more: seen.step()
+    assert {words[0].filename, more[0].filename} == {__file__}
+
+
+def test_the_same_numbers_three_ways():
+    "Of our own run, in a plain loop, and of its checkpoints."
+    model, data = small()
+    opt, words = torch.optim.Adam(model.parameters(), .01), ["sharpness:every=2,tol=1e-9", "grad_variance:every=2,draws=6"]
+    seen, saved = gradnb.watch(model, "mse", data, words, opt, batch_size=7), {0: deepcopy(model.state_dict())}
+    class Saving(Open):
+        def __init__(self): super().__init__(seen); self.step = lambda loss: (seen.step(loss), saved.update({seen.steps: deepcopy(model.state_dict())}))
+    plain(model, data, opt, Saving(), 4)
+    problem = Problem(small()[0], "mse", data)
+    _, ours = train(problem, Descent(FromTorch(torch.optim.Adam, lr=.01)), 4, words[:1], progress=False)
+    after = gradnb.measure_weights(problem, {k: saved[k] for k in (0, 2, 4)}, words, batch_size=7)
+    np.testing.assert_allclose(seen.traces["sharpness"].values, ours["sharpness"].values, rtol=1e-6)
+    for name in ("sharpness", "grad_variance"): np.testing.assert_allclose(after[name].values, seen.traces[name].values, rtol=1e-6)
