@@ -604,3 +604,29 @@ def test_a_word_points_to_the_loop():
         seen = gradnb.watch(model, "mse", data, "grad_variance:every=1", opt)
     with pytest.warns(RuntimeWarning, match="no weight has moved") as more: seen.step()
     assert {words[0].filename, more[0].filename} == {__file__}
+
+
+def test_the_same_numbers_three_ways():
+    "Of our own run, in a plain loop, and of its checkpoints."
+    model, data = small()
+    opt, words = torch.optim.Adam(model.parameters(), .01), ["sharpness:every=2,tol=1e-9", "grad_variance:every=2,draws=6"]
+    seen, saved = gradnb.watch(model, "mse", data, words, opt, batch_size=7), {0: deepcopy(model.state_dict())}
+    class Saving(Open):
+        def __init__(self): super().__init__(seen); self.step = lambda loss: (seen.step(loss), saved.update({seen.steps: deepcopy(model.state_dict())}))
+    plain(model, data, opt, Saving(), 4)
+    problem = Problem(small()[0], "mse", data)
+    _, ours = train(problem, Descent(FromTorch(torch.optim.Adam, lr=.01)), 4, words[:1], progress=False)
+    after = gradnb.measure_weights(problem, {k: saved[k] for k in (0, 2, 4)}, words, batch_size=7)
+    np.testing.assert_allclose(seen.traces["sharpness"].values, ours["sharpness"].values, rtol=1e-6)
+    for name in ("sharpness", "grad_variance"): np.testing.assert_allclose(after[name].values, seen.traces[name].values, rtol=1e-6)
+
+
+def test_a_layer_is_put_in_the_place_of_another():
+    model, data = small()
+    seen, ready = gradnb.watch(model, "mse", data, "grad_norm:every=1"), gradnb.watch(Problem(model, "mse", data), probes="grad_norm:every=1")
+    model[2] = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 2)).double()
+    with pytest.warns(RuntimeWarning, match="2.0.bias, 2.0.weight, 2.1.bias became trainable and 2.bias, 2.weight no longer is; measured so"): seen.step()
+    with pytest.warns(RuntimeWarning, match="make one with a problem of the network as it is"): ready.step()
+    problem = Problem(model, "mse", data)
+    assert seen.traces["grad_norm"].values[-1] == pytest.approx(problem.at(problem.theta0).grad.norm().item(), rel=1e-12)
+    assert np.isnan(ready.traces["grad_norm"].values[-1]) and len(ready.traces["grad_norm"]) == 2
