@@ -117,6 +117,8 @@ class Shelf:
                 batch = self.source.__getitems__(list(numbers)) if hasattr(self.source, "__getitems__") else [self.source[i] for i in numbers]
                 batch, self.draws = self.collate(batch), drew()
             if not self.draws: return batch
+            warnings.warn(f"{type(self.source).__name__} draws random numbers where an example is read (augmentation?): what is measured is one draw of each "
+                          "example, the same whenever it is looked at.", stacklevel=2)
         items = [self.item(i) for i in numbers]
         with everywhere(Stream() / "collated" / numbers[0]): return self.collate(items)
 

@@ -80,6 +80,7 @@ class Risk:
     def __repr__(self) -> str:
         loss = self.per_example if isinstance(self.per_example, Objective) else getattr(self.per_example, "__name__", type(self.per_example).__name__)
         chunks = f", chunk_size={self.chunk_size}" if self.chunk_size and not self.dataset.whole else ""
+        if any(v.dtype != self.dtype for v in self.given.parameters()): chunks += f", in {self.dtype}".replace("torch.", "")
         return f"{type(self).__name__}({type(self.module).__name__} in {self.network.mode}, {loss}, {self.dataset.name!r}: n={self.n}{' batches' * self.dataset.whole}, p={self.p}{chunks})"
 
     @property
@@ -140,8 +141,8 @@ class Risk:
             if drew(): raise TypeError("the loss draws random numbers, so it is no function of the parameters; let the network draw them.")
         if names:
             raise TypeError(f"the gradient of {', '.join(map(repr, names[:5]))}{', …' * (len(names) > 5)} is not the slope of the loss: where these move, "
-                            "the loss moves otherwise. Is it used under no_grad, detached, changed by a hook, an embedding's padding_idx that is read all the same, or behind a backward pass written by hand? "
-                            "requires_grad_(False) leaves a parameter out.")
+                            "the loss moves otherwise. Is it used under no_grad, detached, changed by a hook, an embedding's padding_idx that is read "
+                            "all the same, or behind a backward pass written by hand? requires_grad_(False) leaves a parameter out.")
 
     def _try_sample(self, module, size, settled):
         "Examples are counted where each is known to have a loss of its own, else batches, each with its weight; as they are, where that is settled."
