@@ -31,6 +31,12 @@ class Eigs(NamedTuple):
         one = lambda v: v[0] if len(v) == 1 else v
         return dict(value=one(self.values), error=one(self.errors), residual=one(self.residuals), converged=self.converged, matvecs=self.matvecs)
 
+    def named(self,
+        layout,               # of θ, or the problem that has one
+    ) -> dict[str, Tensor]:   # views (k, *shape)
+        "The eigenvectors by parameter: named(problem)['fc.weight'][i] is that part of the i-th."
+        return getattr(layout, "layout", layout).named(self.vectors.T)
+
     def __repr__(self):
         pairs = ", ".join(f"{v:.6g} ± {r:.1g}" for v, r in zip(self.values.tolist(), self.errors.tolist()))
         paid = f"{self.matvecs} product{'s' * (self.matvecs != 1)}"

@@ -384,3 +384,12 @@ class Network:
         other.module = change(self.module)
         other.places = {other.module: places(other.module)}
         return other
+
+    def around(self,
+        change: Callable[[nn.Module], nn.Module],    # a module → another of its kind
+    ) -> "Network":
+        "This network with other tensors inside."
+        other = self._with(change)
+        other.loud = other.module if self.loud is self.module else change(self.loud)
+        other.places[other.loud] = places(other.loud)
+        return other

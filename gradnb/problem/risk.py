@@ -294,6 +294,23 @@ class Risk:
         other.network = self.network.frozen(buffers)
         return other
 
+    def only(self,
+        params,                          # which parameters: patterns of names ("layer4": all below it), roles, or (name, parameter) → bool
+        theta: Tensor | None = None,     # where the others stay, (p,); None: θ₀
+    ) -> "Risk":                         # its θ₀ is the part of θ that these are
+        """L as a function of some of the parameters: its Hessian is a diagonal block of the whole, and nothing is kept for the others.
+        Raises ValueError where a pattern meets none."""
+        here, held, other = self.layout.named(self.theta0 if theta is None else self.check(theta).detach()), [], copy(self)
+        def at(module):
+            own = dict(module.named_parameters())
+            held.append(chosen(copied(module, {id(p): nn.Parameter(here.get(k, p.detach()).clone()) for k, p in own.items()}), params))
+            return held[-1]
+        other.network = self.network.around(at)
+        for cached in ("coupled", "cuts", "graph_bytes", "kinks", "_layer_bytes", "_mapped"): other.__dict__.pop(cached, None)
+        other.layout, other._checked, found = Layout.of(held[0]), {}, dict(held[0].named_parameters())
+        other.theta0 = other.layout.join(found[k].detach().to(self.dtype) for k in other.layout.names)
+        return other
+
     @torch.no_grad()
     def evaluate(self, theta: Tensor, split: str = "train") -> Evaluation:
         "Loss and accuracy over the whole train or test split."
