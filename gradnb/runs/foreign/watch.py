@@ -8,6 +8,7 @@ __all__ = ['HOW', 'numbers', 'Watch', 'trained', 'bare', 'watch', 'known_of']
 # %% ../../../nbs/08_runs/13_foreign/02_watch.ipynb #imports
 import atexit
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from time import perf_counter
@@ -142,9 +143,9 @@ class Watch:
         if self.steps > 20:
             self._before = None
             return True
-        with torch.no_grad(): now = [(p._version, p.reshape(-1)[:8].clone()) for p in self._live().values() if not p.is_inference()]
+        with torch.no_grad(): now = [(p._version, p.reshape(-1)[:8].clone()) for p in self.problem.given.parameters() if not p.is_inference()]
         before, self._before = self._before, now
-        return before is None or any(v != w or not torch.equal(a, b) for (v, a), (w, b) in zip(before, now))
+        return before is None or len(before) != len(now) or any(v != w or not torch.equal(a, b) for (v, a), (w, b) in zip(before, now))
 
     def _lose(self, loss, step: int):
         if step <= self._told:
@@ -165,7 +166,8 @@ class Watch:
 
     def _look(self):
         "Measure what is due."
-        due = [] if self._idle else [p for p in self._watching.probes if p.due(self.steps) and self._affords(p)]
+        due = [] if self._idle else [p for p in self._watching.probes if p.due(self.steps)]
+        if self.budget is not None: due = self._affordable(due)
         if not due: return
         self._flush()
         if self.problem.device.type == "cuda": torch.cuda.synchronize(self.problem.device)      # the loop's own work is not ours
@@ -179,18 +181,24 @@ class Watch:
                 if error is not None: raise error
                 with untouched(self.problem.device) as drew: row = as_row(p.measure(view(p)))
                 for whose in drew: self._say((p.name, whose), f"probe {p.name!r} drew from {whose} global generator, which was put back; use view.stream.generator().")
-                self._cost[p.name] = seconds = perf_counter() - start
+                seconds = perf_counter() - start
                 self._take(p.name, Row({"seconds": seconds, **row} if "seconds" in row else {**row, "seconds": seconds}))
             except Exception as e:
                 self._fail(p.name, e, perf_counter() - start)
-                if self.strict:
-                    self.seconds += perf_counter() - began
-                    raise
-        self.seconds += perf_counter() - began
+                if self.strict: raise
+            finally:
+                self._cost[p.name] = perf_counter() - start
+                self.seconds, began = self.seconds + perf_counter() - began, perf_counter()
 
-    def _affords(self, p) -> bool:
-        if self.budget is None or p.name not in self._cost: return True
-        return self.seconds + self._cost[p.name] <= self.budget * (perf_counter() - self._began)
+    def _affordable(self, due: list) -> list:
+        "Those that stay within the budget if they cost what they did last; one that nobody knows is tried."
+        found, spent, allowed = [], self.seconds, self.budget * (perf_counter() - self._began)
+        for p in due:
+            cost = self._cost.get(p.name)
+            if cost is None or spent + cost <= allowed:
+                found.append(p)
+                spent += cost or 0.
+        return found
 
     def _see(self) -> Callable:
         "The view of each probe."
@@ -255,8 +263,11 @@ class Watch:
 
     def _say(self, key, words: str):
         "In words, once."
-        if key not in self._said: warnings.warn(words, RuntimeWarning, stacklevel=4)
+        if key in self._said: return
         self._said.add(key)
+        frame, level = sys._getframe(), 1
+        while frame.f_back and frame.f_globals.get("__name__", "").startswith(("gradnb.", "torch.", "contextlib")): frame, level = frame.f_back, level + 1
+        warnings.warn(words, RuntimeWarning, stacklevel=level)         # at a line of the loop
 
 def trained(module: nn.Module) -> dict[str, tuple]:
     "Shapes of the trainable parameters by name."
