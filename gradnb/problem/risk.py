@@ -117,7 +117,7 @@ class Risk:
         owners = [m for m in (self.given, *tree_leaves((getattr(self.per_example, "loss", self.per_example), [c.cell_contents for c in getattr(self.per_example, "__closure__", None) or ()])))
                   if isinstance(m, nn.Module)]
         names = {id(p): f"{k!r} of {type(m).__name__}" for m in owners for k, p in m.named_parameters()}
-        if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if not any(t is b for b in blocks.values())]:
+        if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if isinstance(t, nn.Parameter) and not any(t is b for b in blocks.values())]:
             raise TypeError(f"the loss has parameters of its own, which would stay as they are: {', '.join(still[:5])}; make them part of the network, "
                             "or call requires_grad_(False) on them.")
 
