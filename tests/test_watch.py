@@ -619,3 +619,14 @@ def test_the_same_numbers_three_ways():
     after = gradnb.measure_weights(problem, {k: saved[k] for k in (0, 2, 4)}, words, batch_size=7)
     np.testing.assert_allclose(seen.traces["sharpness"].values, ours["sharpness"].values, rtol=1e-6)
     for name in ("sharpness", "grad_variance"): np.testing.assert_allclose(after[name].values, seen.traces[name].values, rtol=1e-6)
+
+
+def test_a_layer_is_put_in_the_place_of_another():
+    model, data = small()
+    seen, ready = gradnb.watch(model, "mse", data, "grad_norm:every=1"), gradnb.watch(Problem(model, "mse", data), probes="grad_norm:every=1")
+    model[2] = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 2)).double()
+    with pytest.warns(RuntimeWarning, match="2.0.bias, 2.0.weight, 2.1.bias became trainable and 2.bias, 2.weight no longer is; measured so"): seen.step()
+    with pytest.warns(RuntimeWarning, match="make one with a problem of the network as it is"): ready.step()
+    problem = Problem(model, "mse", data)
+    assert seen.traces["grad_norm"].values[-1] == pytest.approx(problem.at(problem.theta0).grad.norm().item(), rel=1e-12)
+    assert np.isnan(ready.traces["grad_norm"].values[-1]) and len(ready.traces["grad_norm"]) == 2

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..ground.roles import check_number
-from ..ground.files import plain_file, replace_file, seal
+from ..ground.files import plain_file, replace_file
 from . import Imported, Lock, Recorder, Run, Store
-from .store import tidy
+from .store import tidy, write_manifest
 from ..ground.traces import as_row
 
 # %% ../../nbs/08_runs/11_originals.ipynb #load
@@ -220,7 +220,6 @@ def keep_found(found: Found, store: Store) -> Run:
             for step, row in rows: recorder.append(name, step, row)
         recorder.close()
         replace_file(run.path / "spec.json", lambda part: part.write_text(found.spec.to_json(), "utf-8"))
-        about = dict(run=run.hash, status="imported", message=f"imported from {found.spec.origin}", began=time.time(), rows=recorder.rows,
-                     unread=found.unread, notes=list(found.notes))
-        replace_file(run.path / "manifest.json", lambda part: part.write_text(seal(about, indent=1), "utf-8"))
+        write_manifest(recorder, dict(status="imported", message=f"imported from {found.spec.origin}", began=time.time(), stretches=[], rows=recorder.rows,
+                                      unread=found.unread, notes=list(found.notes)))
         return tidy(run)

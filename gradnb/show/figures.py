@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import nbformat
 from tqdm.auto import tqdm
 from .claims import Claim, claims_table, load_claims
+from ..ground.display import printed
 from ..ground.processes import safe_environment
 from ..ground.registry import literal, unknown
 from ..runs import Spec, Store
@@ -277,6 +278,6 @@ def run_figures(
         try: claims = make_figure(known[name], Path(out) / name, set_, store, device, progress, timeout)
         except Exception as e: error = explain(e, Path(out) / name / known[name].name)
         results.append(FigureResult(name, Path(out) / name, time.monotonic() - began, claims, error))
-        if progress: tqdm.write(str(results[-1]))
+        if progress: tqdm.write(printed(results[-1], lines=True))
     if progress and (claims := [c for r in results for c in r.claims]): tqdm.write("\n" + claims_table(claims))
     return results

@@ -143,9 +143,9 @@ class Watch:
         if self.steps > 20:
             self._before = None
             return True
-        with torch.no_grad(): now = [(p._version, p.reshape(-1)[:8].clone()) for p in self._live().values() if not p.is_inference()]
+        with torch.no_grad(): now = [(p._version, p.reshape(-1)[:8].clone()) for p in self.problem.given.parameters() if not p.is_inference()]
         before, self._before = self._before, now
-        return before is None or any(v != w or not torch.equal(a, b) for (v, a), (w, b) in zip(before, now))
+        return before is None or len(before) != len(now) or any(v != w or not torch.equal(a, b) for (v, a), (w, b) in zip(before, now))
 
     def _lose(self, loss, step: int):
         if step <= self._told:
