@@ -57,6 +57,7 @@ _NAMES = {
     "runs.laws": ["check_estimator", "check_problem", "check_rule", "check_stepper", "check_probe", "check_statistic"],
     "measure.clusters": ["cluster_table", "inspect_clusters"],
     "runs.foreign.watch": ["Watch", "watch"],
+    "runs.foreign.checkpoints": ["measure_weights"],
     "runs": ["Spec", "Run", "Store"],
     "runs.sweeps.grid": ["grid"],
     "runs.sweeps.many": ["results", "sweep"],
@@ -76,6 +77,7 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name):
     from importlib import import_module
+    if name == "measure": return import_module("gradnb.measure")       # a room that can be called
     if name not in _HOME: raise AttributeError(f"module 'gradnb' has no attribute {name!r}")
     return getattr(import_module(f"gradnb.{_HOME[name]}"), name)
 

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gradnb import GD, Spec, Store
 from gradnb.cli import main
 
 GRADNB = Path(sys.executable).with_name("gradnb")
@@ -53,6 +55,45 @@ def test_ctrl_c_keeps_everything_and_the_same_line_goes_on(tmp_path):
         assert process.returncode == 130, err
         assert "interrupted at step" in err and "the same call resumes run" in err
         assert ("going on" in err) == bool(more)
+
+
+@pytest.mark.parametrize("how, gone", [("removed", ""), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("removed", "traces"), ("moved", ""), ("moved", "traces")))])
+def test_a_run_whose_folder_is_removed_ends_with_a_word(tmp_path, gone, how):
+    line = [*LINE.split(), "--steps", "100000", "--store", "s"]
+    process = subprocess.Popen([GRADNB, *line], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (found := [f for f in (tmp_path / "s").glob("*/traces/loss.trace") if f.stat().st_size > 1000]) and time.monotonic() < deadline: time.sleep(.01)
+    run = found[0].parent.parent
+    if how == "removed": shutil.rmtree(run / gone, ignore_errors=True)
+    else: os.rename(run / gone, tmp_path / "away")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "") and "Traceback" not in err, err
+    assert re.search(rf"gradnb: \S*s/{run.name}\S* was removed or (replaced|changed) by someone else while this process was writing it", err)
+
+
+def test_verify_says_what_is_damaged(tmp_path, capsys):
+    specs = [Spec("digits-60", "fc-tanh:width=3", "mse", GD(.05), 8, probes="train:every=4", seed=seed) for seed in range(3)]
+    runs = [Store(tmp_path / "here").run(s, progress=False) for s in specs]
+    def verify(*words): return main(["runs", "verify", *words, *(() if "--store" in words else ("--store", str(tmp_path / "here")))]), *capsys.readouterr()
+    code, out, err = verify()
+    assert (code, err) == (0, "") and out.splitlines() == [f"{r.hash}  finished    sound" for r in sorted(runs, key=lambda r: r.hash)]
+    harm = {"traces/loss.arrow": lambda f: f.write_bytes(f.read_bytes()[:-300]), "checkpoint.safetensors": lambda f: f.unlink(), "spec.json": lambda f: f.write_text("{}"),
+            "manifest.json": lambda f: f.write_text(f.read_text().replace("finished", "finished!")), "traces/train.arrow": lambda f: f.write_bytes(bytes(f.stat().st_size))}
+    for name, hurt in harm.items():
+        file = runs[0].path / name
+        whole = file.read_bytes()
+        hurt(file)
+        for words in ((), (runs[0].hash[:8],), [r.hash for r in runs]):
+            code, out, err = verify(*words)
+            bad = [line for line in out.splitlines() if line.endswith(" damaged")]
+            assert code == 1 and "Traceback" not in err and len(bad) == 1 and bad[0].startswith(runs[0].hash) and f"{runs[0].hash}/{name}" in out, (name, out, err)
+            assert out.count(" sound\n") == (0 if len(words) == 1 else 2) and "1 of" in err and "verify=True" in err
+        assert verify(runs[1].hash)[0] == 0
+        file.write_bytes(whole)
+    (runs[0].path / "traces" / "loss.arrow").write_bytes(b"")
+    Store(tmp_path / "here").run(specs[0], verify=True, progress=False)
+    assert verify()[0] == 0 and verify("0123456789abcdef")[0] == 2
+    assert verify("--store", str(tmp_path / "nowhere"))[0] == 0
 
 
 @pytest.mark.parametrize("words, says", [

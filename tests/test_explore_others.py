@@ -1,6 +1,10 @@
 """Live runs, and the explorers of tails, clusters and landscapes: bitwise numbers, bad input, closing at any time."""
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from gradnb.move.estimators.sam import SAM
 from gradnb.move.estimators.svrg import SVRG
 from gradnb.show.explorers.clusters import ClusterExplorer, clusters_over, snapshots
 from gradnb.show.explorers.landscape import LandscapeExplorer
+from gradnb.runs import Run
 from gradnb.runs.live import Live
 from gradnb.runs.trajectory import changed_stepper
 from gradnb.show.explorers.live import LiveExplorer
@@ -148,6 +153,40 @@ def test_a_failed_trajectory_goes_on_once_it_is_changed(problem):
     assert live.first.outcome is None
     live.advance(1)
     assert live.first.step == 3
+
+
+KILLED = """
+import sys, time
+from test_explore_others import LiveExplorer, Descent, STEPPERS, drawn, load_dataset, Problem, build_model
+digits = load_dataset("digits-50")
+live = LiveExplorer(Problem(build_model("fc-tanh:width=6", digits), "mse", digits), STEPPERS["adam, batches"], [drawn], folder=sys.argv[1])
+live.advance(12)
+live.fork(5, name="other rate", lr=.01)
+live.run()
+time.sleep(10**6)
+"""
+
+
+def test_a_live_explorer_that_is_killed_loses_nothing(problem, tmp_path):
+    "The oracle is `train`, in one go."
+    folder, before = tmp_path / "kept", STEPPERS["adam, batches"]
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])})
+    deadline, runs = time.monotonic() + 120, [Run(folder / "run"), Run(folder / "other%20rate")]
+    seen = lambda: [len(r.trace("loss")) if (r.path / "traces" / "loss.trace").exists() else 0 for r in runs]
+    while min(seen()) < 40 and time.monotonic() < deadline: time.sleep(.05)
+    rows = seen()
+    process.kill()
+    process.wait()
+    assert min(rows) >= 40 and all(len(r.trace("loss")) >= n for r, n in zip(runs, rows))
+    for run, stepper, first in ((runs[0], before, 0), (runs[1], changed_stepper(before, lr=.01), 5)):
+        start = train(problem, before, first, progress=False)[0] if first else None
+        steps = run.trace("loss").steps
+        _, traces = train(problem, stepper, int(steps[-1]), [drawn], state=start, progress=False)
+        assert run.status == "unfinished" and steps.tolist() == [*range(first, first + len(steps))]
+        for name in ("loss", "drawn"): np.testing.assert_array_equal(run.trace(name).values, traces[name].values[:len(run.trace(name))])
+        assert run.theta.shape == (problem.p,)
+    assert len(runs[1].trace("distance"))
+    with pytest.raises(ValueError, match="keeps a trajectory already, of [0-9]+ steps.*Name another folder"): Live(problem, before, folder=folder)
 
 
 def test_kept_states_are_bounded(problem):

@@ -1,6 +1,7 @@
 "Figures, claims and plots: what must keep holding beyond what their notebooks show."
 import json
 import math
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -164,10 +165,11 @@ def test_everything_is_checked_before_any_work(tmp_path, drawn):
 
 @pytest.mark.parametrize("parameters, message", [
     ("size: str = 'smoke'\nstore: str = ''", "declares no out"),
-    (PARAMETERS + "\nwidth: int = 3  # as in fc:width=3", "cannot read width"),
-    (PARAMETERS + "\na = 1; b = 2", "cannot read"),
+    (PARAMETERS + "\na, b = 1, 2", "nothing can be set in a, b"),
+    (PARAMETERS + "\nwidth: int", "nothing can be set in width"),
+    (PARAMETERS + "\nwidth: int = 'three", "is no Python"),
 ])
-def test_a_parameters_cell_that_papermill_would_misread(tmp_path, parameters, message):
+def test_a_parameters_cell_that_cannot_be_read(tmp_path, parameters, message):
     with pytest.raises(ValueError, match=message): set_parameters(write(tmp_path, "one", parameters), "smoke", {})
 
 
@@ -318,3 +320,44 @@ def test_what_cannot_work_is_said_before_any_work(tmp_path, drawn, capsys):
 def test_none_for_a_parameter_of_text_is_no_word():
     from gradnb.show.figures import as_declared
     assert as_declared("model", "str", None) is None and as_declared("model", "str", "None") == "None"
+
+
+@pytest.mark.parametrize("line, kind, value, told", [
+    ("model: str = 'fc:width=3'  # a model = its words", "str", "fc:width=3", "a model = its words"), ("name = 'a=b'", "None", "a=b", ""),
+    ("wide: dict = {'a': 1 == 1}  # help", "dict", {"a": True}, "help"), ("width = 3  # type: int  of a layer", "int", 3, "of a layer"),
+    ("grid: list = [  # not this\n    1,\n    2,\n]  # of widths", "list", [1, 2], "of widths"), ("word: 'str' = '#=#'  # \u00e9 = \u00e8", "str", "#=#", "\u00e9 = \u00e8"),
+])
+def test_what_a_parameters_cell_may_say(tmp_path, line, kind, value, told):
+    path = write(tmp_path, "one", PARAMETERS + "\n" + line)
+    name, = set(found := figures.known_parameters(path)) - {"size", "seed", "store", "out"}
+    assert (found[name]["inferred_type_name"], found[name]["help"]) == (kind, told) and eval(found[name]["default"]) == value
+    assert found["size"]["help"] == "how long" and found["seed"]["help"] == "of the weights"
+    assert set_parameters(path, "smoke", {name: value})[name] == value
+
+
+DRAW = """
+import json, os
+from pathlib import Path
+for kind in ("png", "svg"): Path(out, "one." + kind).write_text(word)
+Path(out, "claims.json").write_text("[]")
+"""
+
+
+@pytest.mark.slow
+def test_a_notebook_without_a_kernelspec_with_a_default_that_has_an_equals_sign(tmp_path):
+    path = write(tmp_path, "one", PARAMETERS + "\nword: str = 'a=b'  # = and =", body=DRAW)
+    bare = nbformat.read(path, as_version=4)
+    bare.metadata.clear()
+    nbformat.write(bare, path)
+    for given, drawn in (({}, "a=b"), ({"word": "c==d"}, "c==d")):
+        result, = run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False, params=given)
+        assert result.ok, result.error
+        assert (result.folder / "one.png").read_text() == drawn
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body, said", [("import time\ntime.sleep(60)", "CellTimeoutError.*longer timeout"), ("import os\nos._exit(3)", "DeadKernelError.*compiled code")])
+def test_a_cell_that_ends_badly_is_named(tmp_path, body, said):
+    write(tmp_path, "one", body=body)
+    result, = run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False, timeout=15)
+    assert not result.ok and re.search(f"cell 'body': {said}", result.error), result.error

@@ -3,6 +3,7 @@ import math
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -446,3 +447,39 @@ def test_bad_transformations_and_directions_are_refused(near):
     with pytest.raises(ValueError, match="cannot hold weights"): Plane(theta, torch.eye(2, problem.p, dtype=F64)).coordinates(torch.zeros(3, 7))
     with pytest.raises(ValueError, match="the outputs at theta are not finite"): alpha_rescale(problem, theta * math.nan)
     with pytest.raises(ValueError, match="this problem has none"): filter_plane(Centre(Quadratic(torch.eye(2)), torch.ones(2)))
+
+
+UNITS = {measure: 1 for measure in ("sam", "sam:norm=inf,rho=0.005", "sam:steps=6,starts=2", "sam:m=20", "asam", "asam:steps=6", "average:pairs=4",
+         "average:kind=adaptive,pairs=4", "average:kind=filter,pairs=4", "lambda_max", "trace:samples=4", "trace:kind=adaptive,samples=4",
+         "trace:kind=filter,samples=4", "frobenius:samples=4", "relative_flatness:samples=4", "fisher_rao")} | \
+        {"fisher_rao:labels=data": 2, "eps_radius:rays=2,eps=": 0, "eps_volume:rays=2,eps=": 0, "pac_bayes:risk=loss,draws=4,alpha=": 0}
+
+
+@pytest.mark.parametrize("dtype, k", [(torch.float32, -100), (torch.float32, 100), (torch.float64, -900), (torch.float64, 900)])
+def test_a_measure_follows_the_units_of_the_loss(dtype, k):
+    "A loss 2^k times as large is that much sharper, and as wide at a height that is 2^k times as large."
+    digits, power = load_dataset("digits-40"), lambda k: 2.**(k // 2) * 2.**(k - k // 2)
+    one_hot = lambda y: torch.nn.functional.one_hot(y, 10)
+    def measured(k):
+        problem = Problem(build_model("fc-tanh:width=5,depth=1", digits).to(dtype), lambda out, y: (out - one_hot(y)).square().sum(1) * power(k), digits)
+        return measure_flatness(problem, problem.theta0, [m + repr(.1 * power(k)) * m.endswith("=") for m in UNITS])
+    plain, scaled = measured(0), measured(k)
+    assert {m.partition(":")[0] for m in UNITS} == {*MEASURES} - {"keskar"}        # which adds 1 to the loss
+    for (measure, units), (_, one), (_, other) in zip(UNITS.items(), plain.iterrows(), scaled.iterrows(), strict=True):
+        with np.errstate(all="ignore"): want = np.ldexp(one[["value", "low", "high"]].to_numpy(float), k * units)
+        got = other[["value", "low", "high"]].to_numpy(float)
+        np.testing.assert_allclose(got, want, rtol=2e-3 if dtype == torch.float32 else 1e-9, err_msg=measure)
+        assert one.converged == other.converged or not np.isfinite(want[0])
+
+
+@pytest.mark.parametrize("c", [2.**-200, 2.**150])
+def test_a_measure_follows_the_units_of_the_weights(c):
+    "Of a bowl whose weights are c times as large curvature is 1/c² as large, widths are c times as large, and what is relative to the weights is the same."
+    H, theta = torch.tensor([[3., 1, 0, 0], [1, 2, 0, 0], [0, 0, 1, .5], [0, 0, .5, 4]]).double(), torch.tensor([[1., -.5], [.7, .3]]).double()
+    bowl, wide = Quadratic(H, theta0=theta), Quadratic(H / c / c, theta0=theta * c)
+    for measure, scaled, units in (("lambda_max", "lambda_max", -2), ("trace", "trace", -2), ("frobenius", "frobenius", -2), ("asam", "asam", 0), ("fisher_rao:labels=data", "fisher_rao:labels=data", 0),
+                                   ("trace:kind=adaptive", "trace:kind=adaptive", 0), ("trace:kind=filter", "trace:kind=filter", 0), ("relative_flatness", "relative_flatness", 0),
+                                   ("average:kind=adaptive", "average:kind=adaptive", 0), ("average:kind=filter", "average:kind=filter", 0), ("sam:rho=0.1", f"sam:rho={.1 * c!r}", 0),
+                                   ("eps_radius:kind=filter", "eps_radius:kind=filter", 0)):
+        one, other = (measure_flatness(p, p.theta0, m).iloc[0] for p, m in ((bowl, measure), (wide, scaled)))
+        assert other.value == pytest.approx(one.value * c**units, rel=1e-9), measure

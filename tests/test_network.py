@@ -13,6 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from gradnb import (Batch, Dataset, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, build_model, check_problem, grad_variance,
                     load_dataset, sharpness, train, trajectory)
+from gradnb.linalg import lanczos
+from gradnb.linalg.spectra import spectrum, xtrace
+from gradnb.measure.flatness.centre import measure_flatness
+from gradnb.measure.noise.coordinates import Moments, gsnr
+from gradnb.measure.noise.spread import Spread, noise_scale
+from gradnb.problem.designs import exact_variance
 from gradnb.problem.network import drawing
 from gradnb.runs.laws import check_stepper
 
@@ -593,3 +599,67 @@ def test_a_batch_is_a_batch(ask, batch):
     (lambda m: grad_variance([torch.ones(3), torch.zeros(3)]), r"got a list; write torch.stack")])
 def test_what_is_asked_of_the_wrong_thing_says_how_to_ask(ask, says):
     with pytest.raises(TypeError, match=says): ask(made(Base))
+
+
+@pytest.mark.parametrize("ask", [
+    lambda m: noise_scale(m, "ce", DIGITS), lambda m: noise_scale(Problem(m, "ce", DIGITS), None), lambda m: spectrum(m, torch.zeros(3)),
+    lambda m: spectrum(Problem(m, "ce", DIGITS), 3), lambda m: xtrace(m, 3), lambda m: lanczos(m, torch.zeros(3)), lambda m: train(m, Descent(GD(.1)), 1),
+    lambda m: next(trajectory(m, Descent(GD(.1)))), lambda m: measure_flatness(m, torch.zeros(3)), lambda m: Spread.at(m, torch.zeros(3)),
+    lambda m: Moments.at(m, torch.zeros(3)), lambda m: gsnr(m), lambda m: sharpness(nn.CrossEntropyLoss(), DIGITS), lambda m: exact_variance(DIGITS, m, None)])
+def test_a_network_where_something_else_is_meant_says_what_to_write(ask):
+    with pytest.raises(TypeError, match=r"takes .*, got \w+; write .*(p\.example_grads|\.hvp|p = Problem\(net, loss, data\) and )"): ask(made(Base))
+
+
+class Centred(nn.Module):
+    "A loss that learns."
+    def __init__(self, trainable=True):
+        super().__init__()
+        self.centre = nn.Parameter(torch.ones(10), requires_grad=trainable)
+    def forward(self, outputs, targets): return F.cross_entropy(outputs + self.centre, targets, reduction="none")
+
+
+def test_a_loss_that_learns_is_refused_by_name():
+    net, loss = made(Base), Centred()
+    for it in (loss, lambda outputs, targets: loss(outputs, targets), lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none") + loss.centre.sum()):
+        with pytest.raises(TypeError, match="'centre' of Centred.*part of the network"): Problem(net, it, DIGITS)
+    weight = next(net.parameters())
+    with pytest.raises(TypeError, match="of Base"): Problem(net, lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none") + weight.square().sum(), DIGITS)
+    with pytest.raises(TypeError, match=r"of shape \(10,\)"): Problem(net, functools.partial(lambda c, o, t: F.cross_entropy(o + c, t, reduction="none"), loss.centre), DIGITS)
+    still = Problem(net, Centred(False), DIGITS)
+    plain = Problem(net, lambda o, t: F.cross_entropy(o + 1, t, reduction="none"), DIGITS)
+    torch.testing.assert_close(still.grad_and_loss(still.theta0), plain.grad_and_loss(plain.theta0))
+    assert loss.centre.grad is None and weight.grad is None
+
+
+def test_inference_mode_is_told_and_its_tensors_are_taken():
+    problem = Problem(made(Base), "ce", DIGITS)
+    want = problem.grad_and_loss(problem.theta0)
+    with torch.inference_mode():
+        theta = problem.theta0.clone()
+        assert torch.equal(problem.loss(theta), want[1])
+        for ask in (problem.grad_and_loss, lambda t: problem.at(t).hvp(t), problem.example_grads, lambda t: sharpness(problem, t), lambda t: Spread.at(problem, t),
+                    lambda t: Problem(made(Base), "ce", DIGITS)):
+            with pytest.raises(RuntimeError, match=r"inference_mode\(\) keeps no graph"): ask(theta)
+    assert all(map(torch.equal, problem.grad_and_loss(theta), want))
+    assert torch.equal(problem.at(theta).grad, problem.at(problem.theta0).grad)
+    with torch.no_grad(): assert all(map(torch.equal, problem.grad_and_loss(problem.theta0), want))
+
+
+@pytest.mark.parametrize("change", [lambda m: m.eval(), lambda m: m[2].eval(), lambda m: m[4].train()])
+def test_the_mode_of_the_copy_is_fixed(change):
+    problem = Problem(network(), "ce", DIGITS)
+    frozen = problem.frozen()
+    before = frozen.loss(problem.theta0)
+    change(problem.module)
+    with pytest.raises(RuntimeError, match=r"train\(\) or eval\(\) on problem.module"): problem.loss(problem.theta0)
+    assert torch.equal(frozen.loss(problem.theta0), before)
+
+
+def test_third_derivatives_of_batch_statistics():
+    "Refused with the layers' names; with running statistics they are differences of products."
+    problem = Problem(network(dropout=0.), "ce", DIGITS)
+    u, v = draw(problem.p).double(), draw(problem.p).double() / 7
+    with pytest.raises(TypeError, match=r"third derivatives of batch statistics, which '2' .*frozen"): problem.curvature_grad(problem.theta0, u, v)
+    still, h = problem.frozen(), 1e-4
+    slope = u @ (still.hvp(problem.theta0 + h * v, v) - still.hvp(problem.theta0 - h * v, v)) / (2 * h)
+    torch.testing.assert_close(still.curvature_grad(problem.theta0, u, v) @ v, slope, rtol=1e-5, atol=1e-8)

@@ -258,3 +258,21 @@ def test_a_state_dict_of_another_rule_is_refused(build):
     assert str(before) == str(opt.state_dict())
     for face in (optim.Momentum(network().parameters(), .1), optim.LAMB(network().parameters())):
         with pytest.raises(ValueError, match=type(face).__name__): face.load_state_dict(opt.state_dict())
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.functional.cross_entropy, nn.MSELoss(reduction="sum")])
+def test_a_loss_of_all_examples_at_once_is_refused_when_it_is_given(loss):
+    with pytest.raises(TypeError, match="gives the (mean|sum) of all.*reduction='none'"): optim.KFAC(network(), lr=.1, loss=loss)
+
+
+def test_a_function_that_averages_is_named_at_the_step():
+    "And the same function of single examples gives the steps of the loss by name."
+    net, other, third = network(), network(), network()
+    opt = optim.KFAC(net, lr=.1, loss=lambda out, y: nn.functional.cross_entropy(out, y), fisher="empirical")
+    backward(net, opt)
+    with pytest.raises(TypeError, match=r"each example costs, \(b,\).*gave shape \(\) for 60 examples"): opt.step()
+    for it, loss in ((other, nn.CrossEntropyLoss(reduction="none")), (third, "ce")):
+        opt = optim.KFAC(it, lr=.1, loss=loss, fisher="empirical")
+        backward(it, opt)
+        opt.step()
+    assert all(map(torch.equal, other.parameters(), third.parameters()))

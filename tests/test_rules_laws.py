@@ -16,6 +16,7 @@ from gradnb.runs.laws import check_rule, check_stepper, stored
 from gradnb.models import build_model
 from gradnb.problem import Problem
 from gradnb.ground.roles import RULES
+from gradnb.ground.trees import flatten, unflatten
 from gradnb.move.rules.adam import Adam
 from gradnb.move.rules.agd import AutomaticGradientDescent
 from gradnb.move.rules.fromtorch import FromTorch
@@ -246,3 +247,38 @@ def test_a_face_of_a_temperature_and_of_nothing(make):
         sum(p.square().sum() for p in ps).backward()
         opt.step()
     assert ps[0] == ps[2] != 2 and ps[1].shape == (0,) and all(p.isfinite().all() for p in ps)
+
+
+@pytest.mark.parametrize("name", ["Kron", "ROSE"])
+def test_what_cannot_be_stored_is_refused_when_the_rule_is_made(name):
+    with pytest.raises(TypeError, match=f"{name} keeps what no stored run could give back.*dtype"): FromTorch(getattr(pytorch_optimizer, name), lr=.01)
+
+
+def test_a_wrong_word_names_the_class_as_it_is_called():
+    with pytest.raises(ValueError, match=r"^torch\.optim\.SGD does not take lr=-1"): FromTorch(torch.optim.SGD, lr=-1)
+    with pytest.raises(ValueError, match=r"^SOAP does not take lr=-1"): FromTorch(pytorch_optimizer.SOAP, lr=-1)
+
+
+@pytest.mark.parametrize("name", ["SOAP", "SPlus"])
+def test_matrices_are_multiplied_as_before_after_a_state_was_stored(name):
+    "The layout of an eigenbasis decides roundings: a plain loop, to the last bit."
+    gen = torch.Generator().manual_seed(0)
+    blocks, grads = {"w": torch.randn(7, 5, generator=gen)}, [{"w": torch.randn(7, 5, generator=gen)} for _ in range(14)]
+    rule, params = FromTorch(getattr(pytorch_optimizer, name), lr=.01), [torch.nn.Parameter(blocks["w"].clone())]
+    plain, like = getattr(pytorch_optimizer, name)(params, lr=.01), rule.init(blocks, {})
+    state = like
+    for g in grads:
+        params[0].grad = g["w"].clone()
+        plain.step()
+        blocks, state = rule.step(stored(state, like), blocks, g)
+    assert torch.equal(blocks["w"], params[0].detach())
+
+
+@pytest.mark.parametrize("t", [torch.arange(12.).view(3, 4).T, torch.arange(24.).view(2, 3, 4).permute(2, 0, 1), torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+                               torch.arange(16.).view(4, 4)[::2], torch.ones(3).expand(2, 3), torch.zeros(0, 3).T, torch.tensor(1.)])
+def test_a_stored_tensor_keeps_its_layout(t):
+    kept = {}
+    node = flatten((t,), kept)
+    back, = unflatten(node, kept)
+    assert torch.equal(back, t) and all(v.is_contiguous() for v in kept.values())
+    if t.permute(sorted(range(t.ndim), key=lambda d: -t.stride(d))).is_contiguous(): assert back.stride() == t.stride()

@@ -420,6 +420,10 @@ def test_the_commit_of_a_strangers_folder_is_read_and_nothing_of_it_runs(tmp_pat
     for text in ("ref: ../../../etc/passwd", "ref: refs/heads/../../config", "ref: refs/heads/none", "", "nonsense", "\0"):
         (folder / ".git" / "HEAD").write_text(text)
         assert (found := git_folders(folder)) is None or head(*found[1:]) is None
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/.invalid\n")       # as git leaves it where references are in tables
+    (folder / ".git" / "reftable").mkdir()
+    commit.cache_clear()
+    with pytest.warns(RuntimeWarning, match=f"the commit of {folder} is not noted"): assert commit() is None
     (folder / ".git" / "HEAD").unlink()
     os.mkfifo(folder / ".git" / "HEAD")
     assert git_folders(folder) is None and not trap.exists()

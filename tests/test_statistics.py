@@ -4,8 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from gradnb import check_statistic
+from gradnb import Problem, check_statistic
+from gradnb.data import Dataset
 from gradnb.ground.estimate import Estimate
 from gradnb.ground.streams import Stream
 from gradnb.measure import trajectories as paths
@@ -79,3 +81,41 @@ def test_digits_that_a_dtype_has_lost_are_said():
     z = torch.randn(50, 3, generator=Stream(2).generator())
     assert spread.grad_variance(z * 1e-25).value == pytest.approx(spread.grad_variance(z).value * 1e-50, rel=1e-5)      # 0 in float32
     assert math.isinf(spread.grad_variance(z.double() * 1e200).value) and spread.grad_variance(z.double() * 1e-200).value == 0
+
+
+def test_draws_without_digits_are_a_row_with_the_reason():
+    z = torch.randn(400, generator=Stream(3).generator())
+    for draws in (z * 1e-44, z.view(-1, 2) * 1e-44):
+        lost, told = compare_tails(draws, (2, 8)), compare_tails(draws.double(), (2, 8))
+        assert lost[["method", "m"]].equals(told[["method", "m"]]) and lost.columns.equals(told.columns)
+        assert lost.note.str.contains("float32 has lost their digits").all() and lost[["value", "stderr", "low", "high"]].isna().all(axis=None)
+
+
+def layered(kind, dtype, k, shrink=0):
+    "A problem whose loss is 2^k times the squared distance, and whose inputs are 2^shrink times as large."
+    g = Stream(0).generator()
+    x, y = torch.randn(40, 5, generator=g) * 2.**shrink, torch.randn(40, 3, generator=g)
+    bias = kind != "without biases"
+    net = nn.Sequential(nn.Linear(5, 4, bias), nn.Tanh(), nn.Linear(4, 3, bias)) if kind != "convolution" else \
+        nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 2, 2), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 3))
+    for p in net.parameters(): p.data = torch.randn(p.shape, generator=g) / 2
+    return Problem(net.to(dtype), lambda out, t: (out - t).square().sum(1) * 2.**(k // 2) * 2.**(k - k // 2), Dataset(x, y, x, y, None))
+
+
+@pytest.mark.parametrize("kind", ["linear", "without biases", "convolution"])
+@pytest.mark.parametrize("dtype, k, shrink", [(torch.float32, -100, 0), (torch.float32, -66, 0), (torch.float32, 95, 0), (torch.float64, -800, 0),
+                                              (torch.float64, 800, 0), (torch.float32, 0, -90), (torch.float32, 0, 45)])
+def test_gradients_of_examples_in_any_units(kind, dtype, k, shrink):
+    "The statistics of a problem's gradients are those of the gradients in float64, which were taken one by one in a unit of 1."
+    problem, plain = layered(kind, dtype, k, shrink), layered(kind, torch.float64, 0, shrink)
+    z, rtol = plain.example_grads(plain.theta0), 3e-5 if dtype == torch.float32 else 1e-10
+    variance = z.var(0).sum().item()
+    found = spread.Spread.at(problem, problem.theta0, turned=True)
+    with np.errstate(all="ignore"): want = float(np.ldexp(variance, 2 * k))
+    assert spread.grad_variance(found).value == pytest.approx(want, rel=rtol)
+    assert spread.signal_to_noise(found).value == pytest.approx(z.mean(0).square().sum().item() / variance - 1 / 40, rel=rtol, abs=rtol)
+    moments = coordinates.Moments.at(problem, problem.theta0)
+    kept = z.square().mean(0) > 1e-12 * z.square().mean(0).max()
+    ratio = (z.var(0) / z.square().mean(0))[kept].mean().item()
+    assert coordinates.coordinate_normalized_variance(moments).mean.value == pytest.approx(ratio, rel=rtol)
+    assert batchsize.norm_test(found).value == pytest.approx(batchsize.norm_test(z).value, rel=rtol)

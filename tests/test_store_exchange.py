@@ -26,6 +26,7 @@ from gradnb.ground.files import SAID, seal
 from gradnb.ground.traces import as_row
 from gradnb.runs import Imported, Lock, Recorder
 from gradnb.runs.exports import export_runs
+from gradnb.runs.spec import SCHEMA
 from gradnb.runs.originals import import_runs, load_foreign, read_edge, read_tail
 
 
@@ -110,6 +111,7 @@ def test_edge_of_stability(tmp_path, parts, rule, new_format):
     store = Store(tmp_path / "runs")
     run, = import_runs(tmp_path, store)
     assert run.status == "imported" and run.done and run.damage() == {} and run.manifest["unread"] == {}
+    assert (run.manifest["schema"], run.manifest["stretches"]) == (SCHEMA, [])
     assert run.spec.settings == {"dataset": "cifar10-5k", "model": "fc-tanh", "loss": "ce", "seed": 3, "steps": 103} | rule
     assert run.traces["sharpness"].steps.tolist() == [*range(0, 100, 5)]        # 103 // 5 is 20, and no other interval fits
     np.testing.assert_array_equal(run.traces["sharpness"].values, eigs.double())

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -398,3 +399,25 @@ def test_ten_processes_on_one_run_some_of_which_are_killed(disk, whole):
             if i % 2: os.kill(os.getpid(), 9)
     assert in_forks([lambda i=i: work(i) for i in range(10)]) == [0, -9] * 5
     sound(disk, whole)
+
+
+def test_the_index_is_written_by_many_some_of_whom_are_killed(disk, monkeypatch):
+    "Whoever reads beside them sees what the files say; what is left of the index is of use to nobody or right."
+    monkeypatch.setattr("gradnb.runs.store.FRESH", 1)
+    for seed in range(4): Store(disk).run(replace(SPEC, seed=seed, probes=()), progress=False)
+    looks = lambda: [f.to_csv() for f in (Store(disk).table(), Store(disk).frame("loss"), Store(disk).frame())]
+    true = looks()
+
+    def work(i):
+        if i % 2: threading.Timer(0.01 + i / 8, os.kill, (os.getpid(), 9)).start()
+        for _ in range(10**6 if i % 2 else 12):
+            for file in disk.glob(".index*"):
+                with suppress(OSError): file.unlink()
+            if looks() != true: return 2
+        return 0
+    assert in_forks([lambda i=i: work(i) for i in range(6)]) == [0, -9] * 3
+    assert looks() == true and looks() == true and len([f for f in disk.glob(".index*") if f.suffix != ".part"]) == 3
+    for at in range(1, 30, 3):                       # at any call of the writer
+        for file in disk.glob(".index*"): file.unlink()
+        struck(looks, at, ("before", "torn", "power")[at % 3], random.Random(at))
+        assert looks() == true

@@ -4,7 +4,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from threading import Thread
 
@@ -13,6 +15,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from gradnb import GD, Adam, FromTorch, FullBatch, Groups, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
+from gradnb.cli import main
+from gradnb.ground.processes import safe_children
 from gradnb.runs.sweeps.engines import Pool, plugins
 from gradnb.runs.sweeps.grid import grid
 from gradnb.runs.sweeps.many import sweep
@@ -109,6 +113,7 @@ def flaky(marks: str, times: int = 1, how: str = "raise"):
         if how == "sys.exit": sys.exit(3)
         if how == "hang":
             while True: time.sleep(1)
+        if how == "deaf": sum(range(10**15))         # no signal is heard in there, and no thread has a turn
         raise RuntimeError(f"try {tries} fails")
     return Probe("flaky", lambda k: True, measure)
 """
@@ -203,7 +208,6 @@ def wait_for(true, seconds=120):
 
 @pytest.mark.parametrize("wait, status, code", [(0, "running", 1), (60, "finished", 0)])
 def test_a_run_that_another_process_writes_is_not_done_until_it_is(tmp_path, capsys, wait, status, code):
-    from gradnb.cli import main
     from gradnb.runs import Lock
     spec = Spec("digits-100", "fc-tanh:width=4", "mse", GD(0.1), 3)
     (tmp_path / spec.hash).mkdir(parents=True)
@@ -224,14 +228,12 @@ def test_a_run_that_another_process_writes_is_not_done_until_it_is(tmp_path, cap
     ("pool:timeout=0", "timeout=0"), ("here:timeout=-1", "timeout=-1"), ("here:timeout=nan", "timeout=nan"), ("slurm:pack=0", "1 ≤ pack"),
     ("slurm:minutes=0", "1 ≤ minutes"), ("slurm:threads=x", "threads='x'"), ("slurm:poll=0", "poll=0"), ("slurm:timeout=0", "timeout=0")])
 def test_engines_refuse_by_name(tmp_path, capsys, engine, says):
-    from gradnb.cli import main
     assert main([*BASE.split(), "--lr", "0.1", "--axis", "seed=0", "--engine", engine, "--store", str(tmp_path / "store")]) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("flags, says", [("--retries -1", "retries=-1"), ("--wait -1", "wait=-1"), ("--wait nan", "wait=nan")])
 def test_numbers_of_a_sweep_are_checked(tmp_path, capsys, flags, says):
-    from gradnb.cli import main
     assert main([*BASE.split(), "--lr", "0.1", "--axis", "seed=0", *flags.split(), "--store", str(tmp_path / "store")]) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "store").exists()
 
@@ -254,6 +256,36 @@ def test_workers_import_nothing_from_the_working_folder(tmp_path, module):
     done = subprocess.run([sys.executable, *line], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "1 of 1 runs done" in done.stderr, done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_programs_are_not_looked_for_in_the_working_folder(tmp_path, monkeypatch):
+    from gradnb.runs.sweeps import slurm
+    monkeypatch.chdir(tmp_path)
+    for name in ("scontrol", "squeue", "scancel", "sbatch", "git", "python3", "gradnb"):
+        (tmp_path / name).write_text("#!/bin/sh\ntouch ran\necho MaxArraySize = 1001")
+        (tmp_path / name).chmod(0o755)
+    for path in (f".:{os.environ['PATH']}", f":{os.environ['PATH']}", f"{os.environ['PATH']}:", f"bin/..:{os.environ['PATH']}", ".", ""):
+        monkeypatch.setenv("PATH", path)
+        for call in (slurm.most_elements, lambda: slurm.queued("1"), lambda: slurm.ended("1_1"), lambda: slurm.ask("scancel", "--version")):
+            with suppress(FileNotFoundError, RuntimeError): call()         # there may be a Slurm here
+        with safe_children(): assert all(map(os.path.isabs, os.environ["PATH"].split(":")))
+        assert os.environ["PATH"] == path
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("where", ["", ".", ":/usr/lib/none"])
+def test_processes_of_a_distributed_run_import_nothing_from_the_working_folder(tmp_path, monkeypatch, where):
+    "torchrun is stood in for by a process that looks as its own processes look."
+    import torch.distributed.run
+    (tmp_path / "random.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("PYTHONPATH", where)
+    said = []
+    monkeypatch.setattr(torch.distributed.run, "main", lambda words: said.append((words, subprocess.run([sys.executable, "-c", "import random"]).returncode)))
+    assert main([*BASE.replace("sweep", "train").split(), "--lr", "0.1", "--distribute", "2", "--store", "s"]) == 0
+    assert said[0][1] == 0 and os.path.isabs(said[0][0][4]) and os.environ["PYTHONPATH"] == where and "PYTHONSAFEPATH" not in os.environ
+    assert (tmp_path / "ran").exists() == (where == ".")            # what the user tells Python
 
 
 SCRIPT = """
@@ -309,6 +341,40 @@ def test_a_stopped_sweep_leaves_no_process_and_goes_on(tmp_path, how):
     assert all((store.open(s).path / "checkpoint.safetensors").exists() for s in specs)
 
 
+DEAF = """
+import signal, sys, time
+from gradnb.runs.sweeps import engines
+class Deaf(engines.Worker):
+    def __call__(self, texts): return {act}
+engines.GRACE = .5
+engines.stoppable(Deaf("nowhere", timeout=.5), ["{{}}"])
+"""
+
+
+@pytest.mark.parametrize("act", ["sum(range(10**15))", pytest.param("[signal.signal(s, signal.SIG_IGN) for s in (1, 2, 10, 12, 14, 15)] and time.sleep(10**6)", marks=pytest.mark.slow)])
+def test_a_worker_that_is_deaf_to_its_time_limit_is_ended(act):
+    done = subprocess.run([sys.executable, "-c", DEAF.format(act=act)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "Timeout" in done.stderr and "__call__" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+@pytest.mark.parametrize("how", ["deaf", "hang"])
+def test_a_sweep_with_a_deaf_worker_can_be_stopped(tmp_path, flaky, how):
+    "Ctrl-C: what was measured is kept, and nobody is left."
+    spec = flaky(tmp_path / "marks", how=how)
+    (tmp_path / "study.py").write_text("import sys\nsys.path.insert(0, sys.argv.pop())\nimport flaky_probe\nfrom gradnb.runs.sweeps import engines\nengines.GRACE = 2.\n" + SCRIPT)
+    words = [sys.executable, str(tmp_path / "study.py"), str(tmp_path / "store"), spec.to_json(), "1", str(Path(sys.modules["flaky_probe"].__file__).parent)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    wait_until(lambda: [*(tmp_path / "marks").iterdir()], process)
+    below = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=100) and process.returncode != 0
+    time.sleep(1)
+    assert not [p for p in below if os.path.isdir(f"/proc/{p}") and open(f"/proc/{p}/stat").read().split()[2] != "Z"]
+    assert Store(tmp_path / "store").open(grid(spec, seed=[0])[0]).traces["loss"].steps.tolist() == list(range(6))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
 def test_a_thousand_specs_are_done_exactly_once_while_workers_are_killed_at_random(tmp_path, n=1000, steps=200, seconds=15):
@@ -343,7 +409,6 @@ BASE = "sweep --dataset digits-100 --model fc-tanh:width=4 --loss mse --rule gd 
     ("--lr 0.1 --batch 5 --axis estimator.size=5,6", lambda s: grid(replace(s, estimator=MiniBatch(5)), estimator__size=[5, 6])),
     ("--lr 0.1 --axis acc_goal=none,0.5", lambda s: grid(s, acc_goal=[None, 0.5]))])
 def test_axes_of_the_command_line_are_axes_of_a_grid(tmp_path, capsys, flags, wanted):
-    from gradnb.cli import main
     assert main([*BASE.split(), *flags.split(), "--dry-run", "--csv", "--store", str(tmp_path)]) == 0
     hashes = [line.split(",") for line in capsys.readouterr().out.splitlines()]
     assert [line[hashes[0].index("hash")] for line in hashes[1:] if len(line) == len(hashes[0])] == [
@@ -351,7 +416,6 @@ def test_axes_of_the_command_line_are_axes_of_a_grid(tmp_path, capsys, flags, wa
 
 
 def test_a_failed_run_is_an_exit_status(tmp_path, capsys):
-    from gradnb.cli import main
     line = [*BASE.split(), "--lr", "0.1", "--store", str(tmp_path), "--axis"]
     assert main([*line, "model.width=4,0"]) == 1
     said = capsys.readouterr()

@@ -76,6 +76,9 @@ def test_what_does_not_qualify_is_trained_by_itself(tmp_path, words):
                  seed=[0, 1])
     assert set(sweep([*specs, *grid(short, seed=[0, 1])], tmp_path, vectorize=True, progress=False).status) == {"finished"}
     assert vectorized(specs, tmp_path) == [False] * 8 and vectorized(grid(short, seed=[0, 1]), tmp_path) == [True] * 2
+    alone, together = (Store(tmp_path).open(s).manifest for s in (specs[0], grid(short, seed=[0])[0]))
+    assert together.keys() == alone.keys() | {"vectorized"} and together["schema"] == alone["schema"]
+    assert [s.keys() for s in together["stretches"]] == [s.keys() for s in alone["stretches"]] and together["stretches"][0]["threads"] == torch.get_num_threads()
 
 
 def test_a_gradient_that_does_not_agree_is_not_used(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def add_sweep(commands):
     p.add_argument("--wait", type=float, default=0., metavar="SECONDS", help="how long to wait for a run that another process is training (default: %(default)g)")
     p.add_argument("--vectorize", action="store_true", help="train tiny networks that differ in seed or rule together")
     p.add_argument("--dry-run", action="store_true", help="only print what would be trained")
-    p.add_argument("--csv", action="store_true", help="print the table as CSV, with all columns")
+    p.add_argument("--csv", action="store_true", help="print the table as CSV, with all fields")
     add_spec(p)
     add_store(p)
     p.set_defaults(go=sweep)
@@ -68,7 +68,7 @@ def sweep(args) -> int:
     frame = train_all(specs, Store(args.store), engine, args.retries, args.dry_run, device=args.device, vectorize=args.vectorize, wait=args.wait)
     about = ["hash", "status", "outcome", "seconds"]
     varied = [c for c in frame if c not in (*about, "error") and (frame[c].map(str).nunique() > 1)]
-    if args.csv: print(as_csv(frame), end="")
+    if args.csv: print(as_csv(frame.drop(columns="error", errors="ignore")), end="")
     elif len(frame): print(as_text(frame[varied + about], na_rep=""))
     if args.dry_run: print(f"{len(frame)} of {len(specs)} runs to train", file=sys.stderr); return 0
     lost = frame[~frame["status"].isin(DONE)]

@@ -90,15 +90,18 @@ def start_processes(args) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
+    from gradnb.ground.processes import safe_children
     n = args.distribute or torch.cuda.device_count()
     if n < 1: raise ValueError("--distribute takes the number of processes where there is no GPU: --distribute 2.")
     script = str(Path(sys.executable).with_name("gradnb"))
-    try: torchrun(["--standalone", "--nproc-per-node", str(n), "--no-python", script, *args.argv])
+    try:
+        with safe_children(): torchrun(["--standalone", "--nproc-per-node", str(n), "--no-python", script, *args.argv])
     except ChildFailedError as e: return e.get_first_failure()[1].exitcode      # it has said what was wrong
     except SignalException: raise KeyboardInterrupt from None
     return 0
 
 def train_here(args, device: str) -> int:
+    from gradnb.ground.display import printed
     from gradnb.problem.parallel import from_first, rank
     from gradnb.runs import Run, Store
     from gradnb.runs.store import follow
@@ -107,10 +110,10 @@ def train_here(args, device: str) -> int:
         if not from_first(None): follow(spec, device)
         return 0
     before = Run(store.root / spec.hash) if (store.root / spec.hash / "spec.json").exists() else None
-    if from_first(bool(before and before.done)): print(f"{spec.hash} is already there: {before.manifest['message']}"); return 0
+    if from_first(bool(before and before.done)): print(printed(f"{spec.hash} is already there: {before.manifest['message']}")); return 0
     if before: print(f"{spec.hash} is {before.status}; going on", file=sys.stderr)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)      # divergence is said below, as the outcome
         run = store.run(spec, device=device)
-    print(f"{run.hash} {run.manifest['message']}, {run.manifest['seconds']:.1f} s, in {run.path}")
+    print(printed(f"{run.hash} {run.manifest['message']}, {run.manifest['seconds']:.1f} s, in {run.path}"))
     return 1 if run.status == "diverged" else 0

@@ -67,11 +67,13 @@ def check_targets(
     if shape not in ((n,), (n, length)):
         each = "" if length is None else f" or (n, {length}), one per position,"
         raise ValueError(f"{name} must be (n,) with n = {n:,}, one class index per example,{each} got shape {shape}.")
+    no_class = "write -1 where a position has no target, y.where(y >= 0, -1)" if y.ndim == 2 else "leave out examples without one, x[y >= 0] and y[y >= 0]"
     outside = ((y < (-1 if y.ndim == 2 else 0)) | (y >= classes)).reshape(n, -1)
     if outside.any():
         i = int(outside.any(1).nonzero()[0])
         raise ValueError(f"{name} has {int(outside.sum()):,} labels outside 0 … {classes - 1}, "
-                         f"the first is {int(y[i].reshape(-1)[outside[i]][0])} in example {i}.")
+                         f"the first is {(found := int(y[i].reshape(-1)[outside[i]][0]))} in example {i}"
+                         + (f"; {found} is no class: {no_class}." if found < 0 else "."))
     if y.ndim == 2 and (empty := (y < 0).all(1)).any():
         raise ValueError(f"example {int(empty.nonzero()[0])} of {name} has no target at any position.")
 

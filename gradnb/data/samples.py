@@ -13,7 +13,7 @@ from itertools import islice
 import warnings
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset, default_collate
 from ..ground.streams import Stream, everywhere
 
 # %% ../../nbs/03_data/10_samples.ipynb #trees
@@ -92,6 +92,34 @@ class Examples:
     def equals(self, other: "Examples") -> bool:
         return all(torch.equal(a, b) for a, b in zip(tensors(self._held), tensors(other._held), strict=True))
 
+# %% ../../nbs/03_data/10_samples.ipynb #shelf
+class Shelf:
+    "Examples of a map-style data set by number, collated: the same for the same numbers."
+    def __init__(self, source, collate: Callable):
+        self.source, self.collate, self.draws, self.kept, self.room = source, collate, False, {}, 2**26
+
+    def item(self, i: int, key=None):
+        "One item, read with random numbers of its own."
+        with everywhere(Stream() / "example" / i): return self.source[i if key is None else key]
+
+    def __call__(self, numbers: tuple[int, ...]):
+        if (found := self.kept.get(numbers)) is not None: return found
+        batch = self._read(numbers)
+        size = sum(t.nbytes for t in tensors(batch))
+        if size <= self.room and numbers == tuple(range(numbers[0], numbers[0] + len(numbers))):
+            self.kept[numbers], self.room = batch, self.room - size
+        return batch
+
+    def _read(self, numbers):
+        if type(self.source) is TensorDataset and self.collate is default_collate: return [t[list(numbers)] for t in self.source.tensors]
+        if not self.draws:
+            with everywhere(Stream() / "batch") as drew:
+                batch = self.source.__getitems__(list(numbers)) if hasattr(self.source, "__getitems__") else [self.source[i] for i in numbers]
+                batch, self.draws = self.collate(batch), drew()
+            if not self.draws: return batch
+        items = [self.item(i) for i in numbers]
+        with everywhere(Stream() / "collated" / numbers[0]): return self.collate(items)
+
 # %% ../../nbs/03_data/10_samples.ipynb #sample
 _AIM = "a Dataset, a torch Dataset or DataLoader, a list of batches, or batches=… of a stream"
 
@@ -102,9 +130,9 @@ class Sample:
     y: Tensor                    # what each weighs, relative to their mean (n,)
     name: str                    # whose data
     count: int = 0               # examples in a batch, as its owner has it; 0: not said
-    one: Callable | None = None  # (number) → a single example; None: there are only batches
+    each: float = 1.             # the mean weight of a member: examples in a batch, or tokens
     parts: tuple = ()            # the numbers of the examples in each batch, where there are single ones
-    collate: Callable | None = None
+    shelf: Callable | None = None   # (numbers of examples) → batch; None: there are only batches
     classes = words = augment = None
 
     @property
@@ -117,17 +145,16 @@ class Sample:
 
     def by_example(self) -> "Sample | None":
         "The same data, example by example; None where there are only batches."
-        if self.one is None: return None
+        if self.shelf is None: return None
         where = torch.tensor([i for part in self.parts for i in part])
-        read = lambda numbers: self.collate([self.one(i) for i in numbers])
-        return replace(self, x=Examples(read, where, to=self.x._to), y=self.y.new_ones(len(where)))
+        return replace(self, x=Examples(self.shelf, where, to=self.x._to), y=self.y.new_ones(len(where)), each=1.)
 
     def weighing(self, weights: Sequence[float]) -> "Sample":
         "With these weights of its members, whose mean becomes 1. Raises ValueError where they have none."
         weights = torch.as_tensor(weights, dtype=torch.float64)
         if not (weights.min() >= 0 and 0 < weights.sum() < torch.inf):
             raise ValueError(f"the sizes of the batches of {self.name} are {weights.tolist()[:8]}; none may be negative or infinite, and one must not be 0.")
-        return replace(self, y=(weights / weights.mean()).to(self.y))
+        return replace(self, y=(weights / weights.mean()).to(self.y), each=float(weights.mean()))
 
     @classmethod
     def of(cls,
@@ -148,12 +175,11 @@ class Sample:
         count = 1 if single else getattr(loader, "batch_size", None) or count
         parts = (_consecutive(range(len(source)), count) if loader is None else _parts(loader, len(source), count))[:batches]
         if not parts: raise ValueError(f"{name} is empty.")
-        def one(i, key=None):
-            with everywhere(Stream() / "example" / i): return source[i if key is None else key]
-        collate = default_collate if loader is None else loader.collate_fn
-        read = (lambda numbers: collate(one(numbers[0], parts[numbers[0]]))) if single else (lambda numbers: collate([one(i) for i in parts[numbers[0]]]))
+        shelf = Shelf(source, default_collate if loader is None else loader.collate_fn)
+        if single: read = lambda numbers: shelf.collate(shelf.item(numbers[0], parts[numbers[0]]))
+        else: read = lambda numbers: shelf(parts[numbers[0]])
         many = cls(Examples(read, torch.arange(len(parts)), True), torch.ones(len(parts), dtype=torch.float64), name)
-        return many if single else replace(many.weighing([len(p) for p in parts]), count=count, one=one, parts=parts, collate=collate)
+        return many if single else replace(many.weighing([len(p) for p in parts]), count=count, parts=parts, shelf=shelf)
 
     @classmethod
     def _kept(cls, data, name, batches):
@@ -173,7 +199,7 @@ def _consecutive(numbers: Iterable[int], count: int) -> tuple[tuple[int, ...], .
 
 def _parts(loader: DataLoader, n: int, count: int) -> tuple:
     "The numbers of the examples of each batch: in order, or as a sampler of the loader's own has them once."
-    batched, plain = type(loader.batch_sampler) in (BatchSampler, type(None)), type(loader.sampler) in (SequentialSampler, RandomSampler)
+    batched, plain = type(loader.batch_sampler) in (BatchSampler, type(None)), isinstance(loader.sampler, (SequentialSampler, RandomSampler))
     if batched and plain and not getattr(loader.sampler, "replacement", False):
         return tuple(range(n)) if loader.batch_sampler is None else _consecutive(range(n), count)
     own = loader.sampler if batched else loader.batch_sampler

@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from .files import say_once
+from .processes import safe_environment
 
 # %% ../../nbs/01_ground/11_commit.ipynb #folder
 def first_line(path: Path) -> str:
@@ -52,9 +54,8 @@ def packed(shared: Path, name: str) -> str:
 # %% ../../nbs/01_ground/11_commit.ipynb #changed
 def changed(root: Path, own: Path, shared: Path, commit: str) -> bool:
     "Do files that git knows differ from the commit? False where nobody can say."
-    program = next(filter(None, (shutil.which("git", path=p) for p in os.get_exec_path() if os.path.isabs(p))), None)
-    if program is None or not (own / "index").is_file() or (own / "index").stat().st_size > 2**28: return False
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    if not (own / "index").is_file() or (own / "index").stat().st_size > 2**28: return False
+    env = {k: v for k, v in safe_environment().items() if not k.startswith("GIT_")}
     env |= {f"GIT_CONFIG_{k}": v for k, v in dict(NOSYSTEM="1", SYSTEM=os.devnull, GLOBAL=os.devnull).items()}
     env |= dict(GIT_ATTR_NOSYSTEM="1", GIT_OPTIONAL_LOCKS="0", GIT_NO_LAZY_FETCH="1", GIT_TERMINAL_PROMPT="0", GIT_OBJECT_DIRECTORY=str(shared / "objects"))
     with tempfile.TemporaryDirectory() as ours:
@@ -65,7 +66,7 @@ def changed(root: Path, own: Path, shared: Path, commit: str) -> bool:
         (empty / "HEAD").write_text(commit + "\n")
         try:
             shutil.copyfile(own / "index", empty / "index")
-            words = [program, f"--git-dir={empty}", f"--work-tree={root}", "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all"]
+            words = ["git", f"--git-dir={empty}", f"--work-tree={root}", "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all"]
             return bool(subprocess.run(words, env=env, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=True).stdout)
         except (OSError, subprocess.SubprocessError): return False
 
@@ -75,4 +76,6 @@ def commit() -> str | None:
     try: found = git_folders(Path.cwd())
     except OSError: return None
     name = found and head(*found[1:])
+    if found and not name and any((where / "reftable").is_dir() for where in found[1:]):
+        say_once(found[1], f"the commit of {found[0]} is not noted: git keeps its references in tables, which are not read here; git refs migrate --ref-format=files makes files of them.")
     return name and name + "+" * changed(*found, name)

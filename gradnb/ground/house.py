@@ -39,6 +39,7 @@ ROOMS = {
                  _RUNS, ("01_plots/01_traces", "03_figures", "04_explorers/06_explorer")),
     "bench": Room("How fast it is beside others, on your machine.", (*_RUNS, "show"), ("01_harness",)),
     "cli": Room("What one types.", (*_RUNS, "show", "bench"), ("07_command",)),
+    "integrations": Room("What one plugs into the training loops of other libraries.", _RUNS, ("01_callbacks",)),
 }
 
 def folder(

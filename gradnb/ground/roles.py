@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RULES', 'ESTIMATORS', 'FLOWS', 'Batch', 'State', 'Estimator', 'Rule', 'Stepper', 'draw', 'kind', 'later',
-           'learning_rate', 'check_range', 'check_number']
+           'learning_rate', 'check_range', 'check_number', 'check_given']
 
 # %% ../../nbs/01_ground/08_roles.ipynb #imports
 import sys
@@ -143,3 +143,16 @@ def check_number(
     fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value < high
     if not fits or not whole and abs(value) > sys.float_info.max:
         raise ValueError(f"{who} needs {'a whole number ' * whole}{low:g} ≤ {name} < {high:g}, got {name}={value!r:.60}.")
+
+def check_given(
+    who: str,       # the function that was called
+    given,          # what it was given first
+    wanted: str,    # "problem", "point" (a problem and θ), "product" or "draws"
+):
+    "Raise TypeError, with what to write, on what is no problem where one is meant, and on a network or a problem in place of a product or of draws."
+    network, problem = hasattr(given, "named_parameters"), hasattr(given, "theta0") and hasattr(given, "grad_and_loss")
+    if problem if wanted in ("problem", "point") else not (network or problem): return
+    make = "" if problem else "p = Problem(net, loss, data) and "
+    takes, write = {"problem": ("a Problem", f"{make}{who}(p, …)"), "point": ("a Problem and θ", f"{make}{who}(p, p.theta0, …)"), "product": ("a product v → A v", f"{make}{who}(p.at(p.theta0).hvp, …)"),
+                    "draws": ("gradients (n, p)", f"{make}p.example_grads(p.theta0)")}[wanted]
+    raise TypeError(f"{who} takes {takes}, got {'the class ' + given.__name__ if isinstance(given, type) else type(given).__name__}; write {write}.")

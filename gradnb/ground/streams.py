@@ -51,13 +51,21 @@ class Stream:
 
 # %% ../../nbs/01_ground/01_streams.ipynb #everywhere
 @contextmanager
-def everywhere(stream: Stream):
+def everywhere(
+    stream: Stream,
+):                   # a function that says whether any were drawn
     "The global generators of Python, NumPy and torch (CPU) draw from the stream inside, and are what they were afterwards."
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    def states(): return random.getstate(), np.random.get_state(), torch.get_rng_state()
+    def drew():
+        for a, b in zip(start, states()):
+            if not (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b if isinstance(a[0], int) else (a[1] == b[1]).all() and a[2:] == b[2:]): return True
+        return False
+    kept = states()
     random.seed(stream.int63)
     np.random.seed(stream.int63 % 2**32)
     torch.set_rng_state(stream.generator().get_state())
-    try: yield
+    start = states()
+    try: yield drew
     finally:
         random.setstate(kept[0])
         np.random.set_state(kept[1])

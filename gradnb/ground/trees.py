@@ -15,8 +15,10 @@ from torch import Tensor
 def flatten(tree, tensors: dict[str, Tensor]):
     "The tree's shape as JSON data; its tensors are added to `tensors`."
     if isinstance(tree, Tensor):
-        tensors[name := f"t{len(tensors)}"] = tree.detach().cpu().contiguous().clone()
-        return {"tensor": name, "cpu": tree.device.type == "cpu"}
+        order = sorted(range(tree.ndim), key=lambda d: -tree.stride(d))              # a transposed matrix is stored as what it is the transpose of
+        turned = not tree.is_contiguous() and tree.permute(order).is_contiguous()
+        tensors[name := f"t{len(tensors)}"] = (tree.permute(order) if turned else tree).detach().cpu().contiguous().clone()
+        return {"tensor": name, "cpu": tree.device.type == "cpu"} | ({"order": order} if turned else {})
     if hasattr(tree, "_asdict"): return {"fields": {k: flatten(v, tensors) for k, v in tree._asdict().items()}}
     if isinstance(tree, dict): return {"dict": [[flatten(k, tensors), flatten(v, tensors)] for k, v in tree.items()]}
     if isinstance(tree, (list, tuple)): return {type(tree).__name__: [flatten(v, tensors) for v in tree]}
@@ -27,7 +29,9 @@ def flatten(tree, tensors: dict[str, Tensor]):
 def unflatten(node: dict, tensors: dict[str, Tensor], like=None, device="cpu"):
     "The tree that `flatten` took apart; `like` gives the classes of its named tuples."
     (what, v), *_ = node.items()
-    if what == "tensor": return tensors[v] if node["cpu"] else tensors[v].to(device)
+    if what == "tensor":
+        t = tensors[v].permute(sorted(range(len(order)), key=order.__getitem__)) if (order := node.get("order")) else tensors[v]
+        return t if node["cpu"] else t.to(device)
     if what == "is": return v
     if what == "float64": return np.frombuffer(bytes.fromhex(v), ">f8").item()
     if what == "dict":

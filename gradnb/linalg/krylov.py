@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from .basis import Basis, Eigs, Sketch, combine, open_pairs, start_rows
 from ..ground.streams import Stream
+from ..ground.roles import check_given
 
 # %% ../../nbs/02_linalg/02_krylov.ipynb #recall
 class _Joint(NamedTuple):
@@ -185,6 +186,7 @@ def lanczos(
     check: bool = True,                  # False: columns of the start past k are guards, nobody looks further, errors are infinite
 ) -> Eigs:
     "The k largest eigenpairs by thick-restart Lanczos (Wu & Simon 2000), warm from any block and sketch."
+    check_given("lanczos", matvec, "product")
     rows = start_rows(start, k)
     j, p = rows.shape
     follow, guards = max(j, k + (j < k)), 0 if check else max(j - k, 0)

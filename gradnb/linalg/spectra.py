@@ -15,6 +15,7 @@ from torch import Tensor
 from ..ground.estimate import Estimate, in_unit
 from ..ground.layout import Layout
 from ..ground.streams import Stream
+from ..ground.roles import check_given
 
 # %% ../../nbs/02_linalg/05_spectra.ipynb #directions
 def directions(
@@ -41,6 +42,7 @@ def xtrace(
 
     Its 95 % interval rests on the jackknife, and was found to hold in 94 to 100 % of 150 draws each, on seven spectra that decay
     or end, with 8 to 100 products: `stderr` is one to two times the error that was found, four times and more where a rank is just reached."""
+    check_given("xtrace", matvec, "product")
     k = products // 2
     if k < 2 or 2 * k > p: raise ValueError(f"xtrace needs from 4 to {p} products for a matrix of size {p}, got {products}; "
                                             "a small matrix is cheaper built whole.")
@@ -162,6 +164,7 @@ def spectrum(
     device: str | torch.device = "cpu",
 ) -> Spectrum:
     "The spectrum by stochastic Lanczos quadrature. Raises ValueError on fewer than 2 directions, which show no spread."
+    check_given("spectrum", matvec, "product")
     if draws < 2: raise ValueError(f"a spectrum needs at least 2 random directions to see a spread, got {draws}.")
     if steps < 1: raise ValueError(f"a spectrum needs at least 1 product a direction, got {steps}.")
     steps = min(steps, p)
@@ -175,6 +178,7 @@ def diagonal_block(
     name: str,                             # of the tensor, or of a module: "layer4" is all tensors below it, in their order in θ
 ) -> Callable[[Tensor], Tensor]:           # A_bb @ v for v (size,) or (size, k)
     "The product with one block. Raises KeyError on a name that the layout does not have."
+    check_given("diagonal_block", matvec, "product")
     mine = [n == name or n.startswith(f"{name}.") for n in layout.names]
     if not any(mine): raise KeyError(f"no block {name!r}, and none below it; there are {', '.join(layout.names)}.")
     inside = torch.repeat_interleave(torch.tensor(mine), torch.tensor(layout.sizes))         # (p,)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from .curvature import sharpness
 from ..problem import Point
+from ..ground.roles import check_given
 
 # %% ../../nbs/07_measure/06_selfstabilization.ipynb #measure
 class Stabilization(NamedTuple):
@@ -45,6 +46,7 @@ def self_stabilization(
     **options,                     # of `sharpness`: tol, warm, stream
 ) -> Stabilization:
     "α, β and δ of Damian, Nichani & Lee (2023) at θ: one eigenpair and one third derivative."
+    if not isinstance(problem, Point): check_given("self_stabilization", problem, "point")
     point = problem if isinstance(problem, Point) else problem.at(theta)
     eigs = sharpness(point, vectors=True, **options)
     u = eigs.vectors[:, 0]

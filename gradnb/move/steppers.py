@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from torch import Tensor, optim
 from .estimators.minibatch import FullBatch
-from ..ground.roles import Estimator, Rule, State, draw
+from ..ground.roles import Estimator, Rule, State, check_given, draw
 from ..ground.streams import Stream
 
 # %% ../../nbs/06_move/03_steppers.ipynb #descent
@@ -65,6 +65,7 @@ def trajectory(
     state: State | None = None,    # go on from here instead
 ) -> Iterator[State]:              # prepared states at k = 0, 1, 2, …
     "All the states of a run, one after another."
+    check_given("trajectory", problem, "problem")
     if state is None: state = stepper.init(problem, problem.check(problem.theta0 if theta is None else theta).detach().clone())
     while True:
         state = stepper.prepare(problem, state, Stream(seed) / "train" / state.step)

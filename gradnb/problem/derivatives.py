@@ -95,6 +95,10 @@ class Problem(Risk):
         two, four = (saved_bytes(lambda: self.gradient_graph(theta, *self._few(n))) for n in (2, 4))
         return max(four - two, 0) / 2
 
+    def keeps(self, batch=None) -> bool:
+        "Are graphs kept from product to product: of one chunk, or of all in up to a quarter of the free memory, where nobody set a bound?"
+        return self.one_chunk(batch) or not self.bounded and len(self.part(self.rows(batch))) * self.graph_bytes < free_memory(self.device) / 4
+
     def check_memory(self, batch=None):
         "Raises MemoryError where the graph of a chunk would not fit, with the chunk size that does."
         rows = len(self.part(self.rows(batch)))

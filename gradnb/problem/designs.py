@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from ..ground.estimate import Estimate
 from ..ground.streams import Stream
+from ..ground.roles import check_given
 
 # %% ../../nbs/05_problem/13_designs.ipynb #counts
 def whole_counts(
@@ -112,6 +113,7 @@ def exact_variance(
     stream: Stream = Stream(),     # for designs without a closed form
 ) -> Exact | dict[str, Exact]:
     "Variance of a gradient estimator at θ from all examples' gradients. TypeError where it has no design, ValueError on NaN."
+    check_given("exact_variance", problem, "problem")
     if not hasattr(estimator, "design"):
         raise TypeError(f"{estimator!r} does not say how it draws, so its variance has no closed form; give it a method "
                         "design(state, problem), or measure it on draws: grad_variance(view.grads(50)).")

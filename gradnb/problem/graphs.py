@@ -9,6 +9,7 @@ __all__ = ['KINKS', 'free_memory', 'saved_bytes', 'nodes', 'kinks_of', 'disagree
 import os
 import re
 from collections.abc import Callable
+from math import hypot
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -142,7 +143,7 @@ def wrong_slopes(
 
     @torch.no_grad()
     def off(names, beside=()):
-        scale = sum(share[k] ** 2 for k in {*names, *beside}) ** .5
+        scale = hypot(*(share[k] for k in {*names, *beside}))
         def difference(h):
             a, b = (f({k: b + h * s * along[k] if k in names else b for k, b in blocks.items()}) for s in (1, -1))
             return (a - b) / (2 * h), max(1e-3, 30 * eps ** .5) * scale + 30 * eps * abs(float(a)) / h

@@ -9,8 +9,9 @@ __all__ = ['Point']
 from functools import cached_property
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 from .linearised import Linearised
-from .network import twice_differentiable
+from .network import refuse_inference, twice_differentiable
 
 # %% ../../nbs/05_problem/07_point.ipynb #point
 class Point:
@@ -20,19 +21,21 @@ class Point:
         theta: Tensor,               # where, (p,)
         batch=None,                  # on which examples; None means all
     ):
+        refuse_inference()
         self.problem, self.batch = problem, batch
         self.theta = problem.check(theta).detach().clone().requires_grad_()
-        self._kept = None            # [graph], when one chunk holds everything
+        self._kept = None            # the chunks' graphs, where they are kept
 
     def _pieces(self):
         "Loss and gradient of every chunk with their graph; they sum to the whole."
         if self._kept: yield from self._kept; return
         self.problem.check_memory(self.batch)
-        with torch.enable_grad():
-            for chunk in self.problem.chunks(self.batch):
-                piece = self.problem.gradient_graph(self.theta, *chunk)
-                if self.problem.one_chunk(self.batch): self._kept = [piece]
-                yield piece
+        kept = [] if self.problem.keeps(self.batch) else None
+        for chunk in self.problem.chunks(self.batch):
+            with torch.enable_grad(): piece = self.problem.gradient_graph(self.theta, *chunk)
+            if kept is not None: kept.append(piece)
+            yield piece
+        self._kept = kept or None
 
     @cached_property
     def _grad_and_loss(self):
@@ -118,6 +121,9 @@ class Point:
         if any(isinstance(m, torch.nn.LayerNorm) for m in self.problem.module.modules()):
             raise TypeError("third derivatives through torch.nn.LayerNorm are wrong in torch (its issue 175754); use "
                             "gradnb.models.norms.LayerNorm, which computes the same from plain operations.")
+        if normed := [path for path, m in self.problem.module.named_modules() if isinstance(m, _NormBase) and (m.training or m.running_mean is None)]:
+            raise TypeError(f"torch has no third derivatives of batch statistics, which {', '.join(map(repr, normed[:4]))} normalises by; take "
+                            "problem.frozen(), which has running ones, or GroupNorm.")
         self.problem.check_products()
         total = self.theta.new_zeros(sum(map(len, seconds)), self.problem.p)
         with torch.enable_grad():

@@ -12,6 +12,7 @@ from functools import cached_property, reduce
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from ..data import Dataset
 from ..data.samples import Sample, size_of
 from ..ground.layout import Layout
@@ -19,7 +20,7 @@ from ..models.losses import LOSSES, accuracy, resolve_loss
 from ..models.means import Ratio, couples, for_examples
 from ..models.objectives import Objective, posed
 from .graphs import keeps_double, wrong_slopes
-from .network import Network, chosen, copied, drawing, refuse, scattered, unwrapped
+from .network import Network, chosen, copied, drawing, leaves, refuse, refuse_inference, scattered, unwrapped
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/08_risk.ipynb #risk
@@ -37,6 +38,7 @@ def examples(
 
 class Risk:
     "L(θ) = mean ℓᵢ(θ) over a training set, and its gradient, pure in θ (p,)."
+    bounded = True  # is chunk_size a bound that somebody set, for memory?
     share = 0, 1    # (k, m): the k-th of m equal parts of every batch is worked on here, and `reduce` adds the parts up
 
     def __init__(self,
@@ -51,6 +53,7 @@ class Risk:
     ):
         if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         module = unwrapped(module)
+        refuse_inference()
         refuse(module)
         self.given, self._checked = module, {}                  # given: left alone; what was checked is shared with copies
         if params is not None: module = chosen(module, params)
@@ -66,10 +69,10 @@ class Risk:
             if size is not None or batches is not None: raise ValueError("size= and batches= are for a loader's or a stream's batches; a Dataset has examples.")
             self.per_example, self.dataset = resolve_loss(loss), dataset.to(self.device, self.dtype)
         else:
-            sample = dataset if isinstance(dataset, Sample) else Sample.of(dataset, batches)
+            sample, self.bounded = dataset if isinstance(dataset, Sample) else Sample.of(dataset, batches), chunk_size is not None
             self.per_example = loss if isinstance(loss, Objective) else Objective(posed(loss))
             self.dataset = sample.to(self.device, self.dtype)
-        self.network = self._try_sample(module, size) if isinstance(self.dataset, Sample) else self._try_out(module)
+        self.network = self._try_sample(module, size, isinstance(loss, Objective)) if isinstance(self.dataset, Sample) else self._try_out(module)
         if chunk_size is not None and chunk_size < self.n and self.loss_couples:
             raise ValueError(f"chunk_size={chunk_size} would change this loss, in which what an example costs depends on the others in its "
                              f"batch; leave chunk_size out, and give batches of the size that is meant.")
@@ -109,11 +112,24 @@ class Risk:
         self._check_slopes(network, x[:3], y[:3])
         return network
 
+    def _check_still(self, value, blocks):
+        "Raise TypeError naming what the loss learns by itself, or has of the network: it would stay as it is."
+        owners = [m for m in (self.given, *tree_leaves((getattr(self.per_example, "loss", self.per_example), [c.cell_contents for c in getattr(self.per_example, "__closure__", None) or ()])))
+                  if isinstance(m, nn.Module)]
+        names = {id(p): f"{k!r} of {type(m).__name__}" for m in owners for k, p in m.named_parameters()}
+        if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if isinstance(t, nn.Parameter) and not any(t is b for b in blocks.values())]:
+            raise TypeError(f"the loss has parameters of its own, which would stay as they are: {', '.join(still[:5])}; make them part of the network, "
+                            "or call requires_grad_(False) on them.")
+
     def _check_slopes(self, network, x, y):
         "Raise TypeError naming blocks whose gradient is wrong, in float64 where the network can; a gradient and 2 to 4 losses of 3 examples."
         def wrong(network, dtype):
             a, b = (t.to(dtype) if t.is_floating_point() else t for t in (x, y))
-            f, there = lambda blocks: self.per_example(network(blocks, a), b).sum(), {k: v.to(dtype) for k, v in blocks.items()}
+            def f(blocks):
+                value = self.per_example(network(blocks, a), b).sum()
+                if value.requires_grad: self._check_still(value, blocks)
+                return value
+            there = {k: v.to(dtype) for k, v in blocks.items()}
             if dtype != self.dtype and not keeps_double(f, there): raise TypeError("some of it is rounded to less")
             return wrong_slopes(f, there)
         gen = (Stream() / "beside").generator()
@@ -127,13 +143,13 @@ class Risk:
                             "the loss moves otherwise. Is it used under no_grad, detached, changed by a hook, an embedding's padding_idx that is read all the same, or behind a backward pass written by hand? "
                             "requires_grad_(False) leaves a parameter out.")
 
-    def _try_sample(self, module, size):
-        "Examples are counted where each is known to have a loss of its own, else batches, each with its weight."
+    def _try_sample(self, module, size, settled):
+        "Examples are counted where each is known to have a loss of its own, else batches, each with its weight; as they are, where that is settled."
         params, sample, objective = self.layout.named(self.theta0), self.dataset, self.per_example
         first = sample.x[:1]
         network = Network(module if all(v.dtype == self.dtype for v in module.parameters()) else copied(module).to(self.dtype), params, first, objective.ask)
         with torch.no_grad():
-            out, single = network(params, first), sample.by_example() if size is None else None
+            out, single = network(params, first), None if settled or size else sample.by_example()
             if single is not None and out.ndim and len(out) == len(single.parts[0]):
                 theta = self.layout.named(self._beside("company"))
                 try: alone = torch.cat([network(theta, single.x[i:i + 1]) for i in range(min(3, len(out)))])
@@ -142,7 +158,8 @@ class Risk:
                     sample, objective = single, replace(objective, whole=False)
                     self.chunk_size = self.chunk_size or sample.count
             if sample.whole: self.chunk_size = 1
-            if out.ndim == 2:
+            if settled: pass
+            elif out.ndim == 2:
                 weights = [network(params, sample.x[i:i + self.chunk_size])[:, 1].double() for i in range(0, sample.n, self.chunk_size)]
                 weights = torch.stack([w.sum() for w in weights]) if sample.whole else torch.cat(weights)
                 objective, sample = replace(objective, mean=float(weights.mean())), sample.weighing(weights)
@@ -171,7 +188,7 @@ class Risk:
         if (vec.dtype, vec.device) != (self.dtype, self.device):
             raise TypeError(f"{what} is {vec.dtype} on {vec.device}, the problem {self.dtype} on {self.device}; "
                             "build the problem from a module of the dtype and device you want.")
-        return vec
+        return vec.clone() if vec.is_inference() and not torch.is_inference_mode_enabled() else vec
 
     def outputs(self, theta: Tensor | dict[str, Tensor], x: Tensor, noise: Stream | None = None) -> Tensor:
         "The network's outputs on inputs x with parameters theta, flat or by name."
@@ -256,6 +273,7 @@ class Risk:
 
     def _examples(self, batch=None) -> tuple[Tensor, Tensor]:
         "Inputs and targets of a batch, without its noise."
+        refuse_inference()
         self.rows(batch)
         self.check_examples()
         where = slice(None) if batch is None else batch.idx.to(self.device)
@@ -269,6 +287,7 @@ class Risk:
 
     def grad_and_loss(self, theta: Tensor, batch=None) -> tuple[Tensor, Tensor]:   # (p,), ()
         "∇L(θ) and L(θ), on a batch or on all examples."
+        refuse_inference()
         blocks = {k: b.requires_grad_() for k, b in self.layout.named(self.check(theta).detach().contiguous()).items()}
         total, value = None, theta.new_zeros(())
         for chunk in self.chunks(batch):

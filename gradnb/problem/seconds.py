@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from .graphs import nodes
+from ..ground.estimate import in_unit
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/09_seconds.ipynb #plain
@@ -48,7 +49,8 @@ def wrong_rows(
     if not g.requires_grad: return {}
     Hu, Hv = (torch.autograd.grad(g @ w, leaf, retain_graph=True, materialize_grads=True)[0] for w in (u, v))
     slope = lambda h: (gradient((theta + h * v).requires_grad_()).detach() - gradient((theta - h * v).requires_grad_()).detach()) / (2 * h)
-    found, slopes = {}, (slope(step), slope(3 * step))
+    Hu, Hv, *slopes, _ = in_unit(Hu, Hv, slope(step), slope(3 * step))
+    found = {}
     for name, *rows in zip(layout.names, *map(layout.split, (*slopes, Hv))):
         near, far, row = (r.flatten() for r in rows)
         size = max(near.norm(), row.norm())

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..ground.roles import check_number
-from ..ground.files import plain_file, replace_file, seal
+from ..ground.files import plain_file, replace_file
 from . import Imported, Lock, Recorder, Run, Store
-from .store import tidy
+from .store import tidy, write_manifest
 from ..ground.traces import as_row
 
 # %% ../../nbs/08_runs/11_originals.ipynb #load
@@ -31,7 +31,8 @@ ROOM = 2**24                            # elements that any file may declare, ho
 MAGIC = 0x1950A86A20F9469CFC6C          # of torch.save's format before 1.6
 
 def load_foreign(
-    path: Path,      # what torch.save wrote
+    path: Path,            # what torch.save wrote
+    most: float = ROOM,    # elements that it may declare however small it is; ∞ is safe in its zip format only, which keeps tensors beside the pickle
 ):
     "Tensors, numbers, lists, dicts and argparse.Namespace. Raises ValueError, with the reason, on everything else."
     size = path.stat().st_size
@@ -41,7 +42,7 @@ def load_foreign(
                 if sum(i.file_size for i in archive.infolist()) > size: raise ValueError("it is compressed")
                 pickles = [archive.read(n) for n in archive.namelist() if n.endswith("data.pkl")]
         else: pickles = [path.read_bytes()]
-        for data in pickles: check_pickle(BytesIO(data), max(size, ROOM))
+        for data in pickles: check_pickle(BytesIO(data), max(size, most))
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.load(path, "cpu", weights_only=True)
@@ -53,7 +54,7 @@ def load_foreign(
     except Exception as e:      # an unpickler fails on junk in any way it likes
         raise ValueError(f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'it is damaged'}"[:300]) from None
 
-def check_pickle(stream: BytesIO, most: int):
+def check_pickle(stream: BytesIO, most: float):
     "Raises ValueError where one of the pickles in a row declares a number beyond `most`."
     while stream.tell() < len(stream.getvalue()):
         start = stream.tell()
@@ -219,7 +220,6 @@ def keep_found(found: Found, store: Store) -> Run:
             for step, row in rows: recorder.append(name, step, row)
         recorder.close()
         replace_file(run.path / "spec.json", lambda part: part.write_text(found.spec.to_json(), "utf-8"))
-        about = dict(run=run.hash, status="imported", message=f"imported from {found.spec.origin}", began=time.time(), rows=recorder.rows,
-                     unread=found.unread, notes=list(found.notes))
-        replace_file(run.path / "manifest.json", lambda part: part.write_text(seal(about, indent=1), "utf-8"))
+        write_manifest(recorder, dict(status="imported", message=f"imported from {found.spec.origin}", began=time.time(), stretches=[], rows=recorder.rows,
+                                      unread=found.unread, notes=list(found.notes)))
         return tidy(run)

@@ -6,7 +6,7 @@
 __all__ = ['UNREAD', 'STRETCH', 'INDEX', 'FRESH', 'NO_LINK', 'SHORT', 'matches', 'select', 'say_left_out', 'environment',
            'stretches', 'as_begun', 'stamp', 'trusted', 'index_head', 'keep', 'folders', 'lines_of', 'Table',
            'read_tables', 'keep_tables', 'trace_stamps', 'tables_of', 'stacked', 'Store', 'dotted', 'there', 'is_done',
-           'room', 'write_run', 'write_stretch', 'leftovers', 'follow', 'tidy']
+           'room', 'write_run', 'write_stretch', 'circumstances', 'write_manifest', 'leftovers', 'follow', 'tidy']
 
 # %% ../../nbs/08_runs/07_store.ipynb #imports
 import errno
@@ -372,12 +372,10 @@ def write_stretch(run: Run, lock: Lock, spec: Spec, problem, stepper, probes, pr
         except ValueError as e: recorder.set_aside(run.path / file, str(e))
     before = run.manifest
     replace_file(run.path / "spec.json", lambda part: part.write_text(spec.to_json(), "utf-8"))
-    about = {"run": run.hash, "schema": SCHEMA, "seed": spec.seed, "p": problem.p, "n": problem.n} | environment(problem.device) | {"began": began}
-    about["stretches"] = [*stretches(before), {k: about[k] for k in STRETCH} | {"step": state.step if state else 0}]
+    about = circumstances(spec, problem, began, state.step if state else 0, before)
     def note(**status):
         seconds, damaged = (before.get("seconds") or 0.) + time.monotonic() - start, (before.get("damaged") or []) + recorder.damaged
-        text = seal(about | {"seconds": round(seconds, 3), "damaged": damaged} | status, indent=1)
-        with recorder.ours(): replace_file(run.path / "manifest.json", lambda part: part.write_text(text, "utf-8"))
+        write_manifest(recorder, about | {"seconds": round(seconds, 3), "damaged": damaged} | status)
     note(status="running")
     try:
         _, traces = train(problem, stepper, spec.steps, probes, seed=spec.seed, state=state, memory=memory, record=recorder,
@@ -390,6 +388,25 @@ def write_stretch(run: Run, lock: Lock, spec: Spec, problem, stepper, probes, pr
     note(status=outcome.kind, step=outcome.step, message=outcome.message, rows=recorder.rows)
     if outcome.kind == "interrupted": raise KeyboardInterrupt(f"{outcome.message}; the same call resumes run {run.hash}")
     return tidy(run)
+
+def circumstances(
+    spec: Spec,
+    problem,
+    began: float,    # of this stretch, in seconds since 1970
+    step: int,       # at which it begins
+    before: dict,    # the manifest until now
+) -> dict:           # JSON data
+    "What a manifest says of where and with what a run is trained, now and before."
+    about = {"seed": spec.seed, "p": problem.p, "n": problem.n} | environment(problem.device) | {"began": began}
+    return about | {"stretches": [*stretches(before), {k: about[k] for k in STRETCH} | {"step": step}]}
+
+def write_manifest(
+    recorder: Recorder,   # of the run
+    about: dict,          # status, outcome, circumstances, …
+):
+    "Write the manifest of a run whose folder is ours."
+    text = seal({"run": recorder.path.name, "schema": SCHEMA} | about, indent=1)
+    with recorder.ours(): replace_file(recorder.path / "manifest.json", lambda part: part.write_text(text, "utf-8"))
 
 def leftovers(run: Run) -> list[Path]:
     "What a run that is done needs no more: rows that are not compacted yet, and the last but one checkpoint."

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from ..measure.probes.view import PROBES, Probe, View, evaluation
 from ..problem.designs import NotFinite
-from ..ground.roles import Rule, State, Stepper, check_number
+from ..ground.roles import Rule, State, Stepper, check_given, check_number
 from ..move.steppers import trajectory
 from ..ground.streams import Stream
 from ..ground.traces import Trace, as_row
@@ -124,6 +124,7 @@ def train(
     if not isinstance(stepper, Stepper):
         hint = f"; put the rule in one: Descent({stepper!r}, MiniBatch(128))" if isinstance(stepper, Rule) else ""
         raise TypeError(f"train moves by a stepper, a Descent or a flow, got {stepper!r}{hint}.")
+    check_given("train", problem, "problem")
     probes = check_probes(probes)
     if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps must be a whole number ≥ 0, got {steps!r}.")
     watching = Watching(problem, stepper, steps, probes, seed, loss_goal, acc_goal, goal_every, {} if memory is None else memory)

@@ -12,8 +12,9 @@ from threading import Lock
 from ..ground.registry import unknown
 from ..ground.roles import Estimator, Rule, State
 from ..ground.streams import Stream
-from ..ground.traces import Trace
+from ..ground.traces import Row, Trace
 from ..measure.probes import Probe
+from .record import Recorder
 from .training import Traces, Watching
 
 # %% ../../nbs/08_runs/08_trajectory.ipynb #change
@@ -73,8 +74,9 @@ class Trajectory:
         probes: tuple[Probe, ...] = (),   # what is measured
         seed: int = 0,                    # of all randomness
         most: int = 64,                   # states kept to fork at
+        recorder: Recorder | None = None, # writes what is measured as it comes, and the state now and then
     ):
-        self.problem, self.begin, self.seed, self.most = problem, state, seed, most
+        self.problem, self.begin, self.seed, self.most, self.recorder = problem, state, seed, most, recorder
         self.watching = Watching(problem, stepper, math.inf, probes, seed)
         self.traces = Traces({name: Trace(name) for name in ("loss", *(p.name for p in probes))})
         self.state, self.outcome, self.error, self.kept, self.changes, self._stride, self._rows = None, None, None, {}, {}, 1, Lock()
@@ -89,17 +91,23 @@ class Trajectory:
 
     def advance(self):
         "One step further, and what is measured there. What is raised leaves everything as it was."
-        state = self.begin if self.state is None else self.stepper.step(self.problem, self.state)
+        first = self.state is None
+        state = self.begin if first else self.stepper.step(self.problem, self.state)
         state = self.stepper.prepare(self.problem, state, Stream(self.seed) / "train" / state.step)
         before, rows = self.watching.remembered(), []
         try: outcome = self.watching.look(state.step, float(state.loss), state, lambda *row: rows.append(row))
         except BaseException:
             self.watching.memory = before
             raise
-        with self._rows:
-            for name, step, row in rows: self.traces[name].append(step, row)
+        for entry in rows: self.append(*entry)
         self.state, self.outcome = state, outcome
         if outcome is None: self.keep(not self.kept)
+        if self.recorder: self.recorder.checkpoint(state, before, last=first or outcome is not None)
+
+    def append(self, name: str, step: int, row: Row):
+        "One more row of a trace."
+        if self.recorder: self.recorder.append(name, step, row)
+        with self._rows: self.traces.setdefault(name, Trace(name)).append(step, row)
 
     def keep(self,
         always: bool = False,     # however many there are

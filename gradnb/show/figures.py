@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'find_figures', 'tagged', 'known_parameters', 'as_declared', 'set_parameters', 'figure_specs', 'Snapshot',
-           'read_runs', 'execute', 'kernel_in', 'explain', 'FigureResult', 'make_figure', 'writable', 'run_figures']
+           'read_runs', 'execute', 'kernel_in', 'begun', 'explain', 'FigureResult', 'make_figure', 'writable',
+           'run_figures']
 
 # %% ../../nbs/09_show/03_figures.ipynb #imports
 import ast
+import io
 import logging
 import os
 import re
 import time
+import tokenize
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from typing import Any, NamedTuple
 import nbformat
 from tqdm.auto import tqdm
 from .claims import Claim, claims_table, load_claims
+from ..ground.display import printed
 from ..ground.processes import safe_environment
 from ..ground.registry import literal, unknown
 from ..runs import Spec, Store
@@ -58,12 +62,22 @@ def known_parameters(
     path: Path,            # a figure notebook
 ) -> dict[str, dict]:      # name → inferred_type_name, default (as written), help
     "What a figure notebook lets be changed. Raises ValueError where it lacks what the runner sets."
-    import papermill   # takes over a second
-    source, found = tagged(path, "parameters"), papermill.inspect_notebook(str(path))
-    names = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name))
-    if unread := {node.id for node in names if isinstance(node.ctx, ast.Store)} - found.keys():
-        raise ValueError(f"papermill cannot read {', '.join(sorted(unread))} in the `parameters` cell of {path}; "
-                         "write one `name: type = literal  # help` a line, with no = in the help.")
+    source, found, unread = tagged(path, "parameters"), {}, set()
+    try:
+        tokens, body = list(tokenize.generate_tokens(io.StringIO(source).readline)), ast.parse(source).body
+    except (SyntaxError, tokenize.TokenError) as e:
+        raise ValueError(f"the `parameters` cell of {path} is no Python: {e}.") from None
+    comments = {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
+    for node in body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value and all(isinstance(t, ast.Name) for t in targets):
+            told = re.fullmatch(r"(?:type: *(\S+) *)?(.*)", comments.get(node.end_lineno, ""))
+            kind = ast.unparse(node.annotation).strip("'\"") if isinstance(node, ast.AnnAssign) else told[1] or "None"
+            found |= {t.id: dict(name=t.id, inferred_type_name=kind, default=ast.get_source_segment(source, node.value), help=told[2]) for t in targets}
+        else: unread |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    if unread:
+        raise ValueError(f"nothing can be set in {', '.join(sorted(unread))} of the `parameters` cell of {path}; "
+                         "write one `name: type = literal  # help` a line.")
     if missing := {"size", "store", "out"} - found.keys():
         raise ValueError(f"{path} declares no {', '.join(sorted(missing))} in its `parameters` cell; "
                          "every figure notebook does.")
@@ -141,14 +155,15 @@ def execute(
     import papermill   # takes over a second
     from nbconvert import HTMLExporter
     done, goto = folder / path.name, f"import os; os.chdir({str(folder.resolve())!r})"
+    logging.getLogger("papermill").setLevel(logging.ERROR)     # it reads no parameters that have an = in their default
     def go():
         with TemporaryDirectory(prefix="gradnb-") as empty:
             papermill.execute_notebook(
-                str(path), str(done), params, kernel_name="python3", kernel_manager_class=kernel_in(empty), progress_bar=False, execution_timeout=timeout,
+                str(path), str(done), params, kernel_name="python3", language="python", kernel_manager_class=kernel_in(empty), progress_bar=False, execution_timeout=timeout,
                 extra_arguments=["--log-level=50", "--matplotlib=inline", "--InteractiveShellApp.ignore_cwd=True", f"--IPKernelApp.exec_lines={goto}"])
     try: go()
     except RuntimeError as e:
-        if isinstance(e, papermill.PapermillExecutionError) or "ernel" not in str(e): raise
+        if isinstance(e, papermill.PapermillExecutionError) or "ernel" not in str(e) or begun(done): raise
         go()
     logging.getLogger("traitlets").setLevel(logging.ERROR)     # pictures without a description are no news
     page, _ = HTMLExporter(exclude_input=True, exclude_output_prompt=True, extra_template_basedirs=[]).from_filename(str(done))
@@ -164,11 +179,22 @@ def kernel_in(
             return await super().start_kernel(**options | {"cwd": folder, "env": safe_environment()})
     return Kernel
 
+def begun(
+    notebook: Path,        # as far as it was executed
+):                         # a cell, None where none had begun
+    "The last cell that papermill has begun."
+    cells = nbformat.read(notebook, as_version=4).cells if notebook.exists() else []
+    return next((c for c in reversed(cells) if c.metadata.get("papermill", {}).get("start_time")), None)
+
 def explain(
     error: BaseException,
     notebook: Path,        # as far as it was executed
 ) -> str:                  # lines of text
     "What went wrong and where: the cell and the last frames of the notebook's own error, or ours."
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    if isinstance(error, (CellTimeoutError, DeadKernelError)) and (cell := begun(notebook)):
+        remedy = "give run_figures a longer timeout" if isinstance(error, CellTimeoutError) else "out of memory, or a crash of compiled code?"
+        return f"cell {cell.get('id')!r}: {type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}; {remedy}"
     if isinstance(error, OSError): return f"{type(error).__name__}: {error}"
     if not hasattr(error, "cell_index"):
         return "".join(traceback.format_exception(error, limit=-3, chain=False)).rstrip()
@@ -252,6 +278,6 @@ def run_figures(
         try: claims = make_figure(known[name], Path(out) / name, set_, store, device, progress, timeout)
         except Exception as e: error = explain(e, Path(out) / name / known[name].name)
         results.append(FigureResult(name, Path(out) / name, time.monotonic() - began, claims, error))
-        if progress: tqdm.write(str(results[-1]))
+        if progress: tqdm.write(printed(results[-1], lines=True))
     if progress and (claims := [c for r in results for c in r.claims]): tqdm.write("\n" + claims_table(claims))
     return results

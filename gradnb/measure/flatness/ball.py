@@ -11,6 +11,7 @@ from math import inf, isfinite
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from ...ground.estimate import in_unit
 from .centre import MEASURES, Centre, Reading, check_count, check_positive
 from ...ground.roles import Batch
 
@@ -35,11 +36,13 @@ class Ball:
 
     def steepest(self, g: Tensor) -> Tensor:
         "The point of the ball that a linear function g rates highest; zero for zero."
+        g = in_unit(g)[0]
         return g.sign() if self.norm == inf else g / g.norm().clamp_min(torch.finfo(g.dtype).tiny)
 
     def promise(self, g: Tensor) -> float:
         "What a linear function g gains from the centre to there: the dual norm."
-        return (g.abs().sum() if self.norm == inf else g.norm()).item()
+        g, unit = in_unit(g)
+        return (g.abs().sum() if self.norm == inf else g.norm()).item() * unit
 
     def project(self, u: Tensor) -> Tensor:
         "The nearest point of the ball."

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, in_unit
 from ...models.losses import accuracies
 from ...problem import Problem
 from ...ground.registry import Registry
-from ...ground.roles import Batch
+from ...ground.roles import Batch, check_given
 from ...ground.streams import Stream
 
 # %% ../../../nbs/07_measure/05_flatness/01_centre.ipynb #reading
@@ -62,6 +62,7 @@ class Centre:
         batch: Batch | None = None,             # on which examples, with which noise; None: all, without
         stream: Stream = Stream() / "flatness", # of everything random; equal streams give two networks equal draws
     ):
+        check_given("flatness", problem, "problem")
         self.problem, self.theta, self.batch, self.stream, self.cost = problem, problem.check(theta).detach(), batch, stream, 0.
         self._loss = self._point = None
         self.n = problem.n if batch is None else len(batch.idx)
@@ -76,6 +77,7 @@ class Centre:
 
     def _known(self, loss: float) -> float:
         if not isfinite(loss): raise ValueError(f"the loss at the centre is {loss}; flatness needs a point with a finite loss.")
+        in_unit(torch.tensor(loss, dtype=self.theta.dtype))      # says where it has lost its digits
         self._loss = loss
         return loss
 

@@ -12,7 +12,7 @@ from functools import cache
 from math import exp, inf, isfinite, lgamma, log, pi
 import torch
 from torch import Tensor
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, in_unit
 from .centre import MEASURES, Centre, Reading, check_count, check_positive
 from ...ground.layout import Layout
 
@@ -25,11 +25,12 @@ def filter_normalised(
     "d with each filter as long as the weights' (Li et al. 2018); biases and norms' parameters do not move. Raises ValueError without filters."
     if not any(len(shape) > 1 for shape in layout.shapes):
         raise ValueError("filter-normalised directions move matrices and filters, and this problem has none; take adaptive ones.")
+    w, unit = in_unit(w)
     def block(w, d):
         if w.ndim <= 1: return torch.zeros_like(d)
         long, length = (v.flatten(1).norm(dim=1).view(-1, *[1] * (w.ndim - 1)) for v in (d, w))
         return d * torch.where(long > 0, length / long, 0.)
-    return layout.join(map(block, layout.split(w), layout.split(d)))
+    return layout.join(map(block, layout.split(w), layout.split(d))) * unit
 
 KINDS = {
     "plain": lambda layout, w, z: z,
@@ -75,7 +76,7 @@ def crossing(
     while low == 0.:                            # the guess was too far: come back
         if f(high / 2) < 0: low = high / 2
         else: high /= 2
-        if high < 1e-12 * start: break
+        if high < 1e-300: break
     while high - low > tol * high:
         mid = (low + high) / 2
         if f(mid) < 0: low = mid
@@ -153,7 +154,7 @@ def pac_bayes_sigma(
     base = at()
     @cache
     def excess(sigma):
-        return Estimate.mean(torch.tensor([at(sigma * direction(centre, kind, "sigma", i)) - base for i in range(draws)]))
+        return Estimate.mean(torch.tensor([at(sigma * direction(centre, kind, "sigma", i)) - base for i in range(draws)], dtype=torch.float64))
     def bracket(end):
         f = lambda sigma: getattr(x, end) - alpha if isfinite((x := excess(sigma)).value) else inf
         return crossing(f, 2.**-6, tol, most)

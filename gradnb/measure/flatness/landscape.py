@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .centre import Centre
 from .directions import direction
 from ...problem import Problem
-from ...ground.roles import Batch
+from ...ground.roles import Batch, check_given
 
 # %% ../../../nbs/07_measure/05_flatness/07_landscape.ipynb #line
 def interpolate(
@@ -26,6 +26,7 @@ def interpolate(
     progress: bool = True,               # show a bar
 ) -> pd.DataFrame:                       # columns alpha, loss, accuracy, test_loss, test_accuracy
     "Loss and accuracy at (1 − α)·first + α·second."
+    check_given("interpolate", problem, "problem")
     for what, theta in (("first", first), ("second", second)): problem.check(theta, what)
     rows = []
     for alpha in tqdm(torch.linspace(-1, 2, 61).tolist() if alphas is None else list(alphas), desc="line", disable=not progress):
@@ -91,6 +92,7 @@ def surface(
     progress: bool = True,                       # show a bar
 ) -> Surface:                                    # points²/3 gradients
     "The loss on a square grid. Raises ValueError on directions that do not fit the problem."
+    check_given("surface", problem, "problem")
     if points < 2: raise ValueError(f"points must be at least 2, got {points}.")
     problem.check(plane.origin, "the plane's origin")
     if plane.directions.shape != (2, problem.p):

@@ -6,10 +6,11 @@
 __all__ = ['LABELS', 'lambda_max', 'signs', 'forms', 'trace', 'frobenius', 'weight_blocks', 'relative_flatness', 'fisher_rao']
 
 # %% ../../../nbs/07_measure/05_flatness/05_norms.ipynb #imports
-from math import sqrt
+from math import isfinite, sqrt
 import torch
 from torch import Tensor
 from torch.func import jvp
+from ...ground.estimate import in_unit, to_unit
 from ..curvature import sharpness
 from .centre import MEASURES, Centre, Reading, check_count, check_positive
 from .directions import KINDS
@@ -72,9 +73,10 @@ def frobenius(
 ) -> Reading:              # 2·samples + 1 gradients
     "‖H‖_F."
     check_count(2, samples=samples)
-    squares = [centre.hvp(signs(centre, i)).square().sum().item() for i in range(samples)]
-    found = centre.estimate(squares)
-    return found._replace(**{end: sqrt(max(getattr(found, end), 0.)) for end in ("value", "low", "high")})
+    products = (centre.hvp(signs(centre, i)) for i in range(samples))
+    first, unit = in_unit(next(products))
+    found = centre.estimate([v.square().sum().item() for v in (first, *(to_unit(v, unit) for v in products))])
+    return found._replace(**{end: sqrt(max(getattr(found, end), 0.)) * unit for end in ("value", "low", "high")})
 
 # %% ../../../nbs/07_measure/05_flatness/05_norms.ipynb #relative
 def weight_blocks(
@@ -119,14 +121,17 @@ def fisher_rao(
         with torch.enable_grad():
             out = out.detach().requires_grad_()
             slope, = torch.autograd.grad(problem.per_example(out, y).sum(), out, create_graph=labels == "model")
-            along = (slope * moved.detach()).flatten(1).sum(1)                                                 # ⟨∇ℓ, w⟩
-            if labels == "data": each = along.square()
+            along = (slope * moved.detach()).reshape(len(out), -1).sum(1)                                      # ⟨∇ℓ, w⟩
+            unit = 1.
+            if labels == "data":
+                along, unit = in_unit(along)
+                each = along.square()
             elif not along.requires_grad: each = torch.zeros_like(along)                                       # a piecewise linear loss
             else:
                 second, = torch.autograd.grad(along.sum(), out, materialize_grads=True)
-                each = (second * moved.detach()).flatten(1).sum(1)
-        total = total + (each if weight is None else each * weight).detach().double().sum() / n
+                each = (second * moved.detach()).reshape(len(out), -1).sum(1)
+        total = total + (each if weight is None else each * weight).detach().double().sum() / n * unit * unit
     centre.pay(2 / 3)
     value = float(problem.reduce(torch.as_tensor(total))[0])
-    slack = 16 * torch.finfo(centre.theta.dtype).eps * abs(value)
+    slack = 16 * torch.finfo(centre.theta.dtype).eps * abs(value) if isfinite(value) else 0.
     return centre.reading(value, value - slack, value + slack)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...problem.designs import finite
+from ...problem.layers.capture import unit_of
 from ...ground.estimate import Estimate, in_unit
 from .spread import Spread, jackknife, left_out
-from ...ground.roles import Batch
+from ...ground.roles import Batch, check_given
 
 # %% ../../../nbs/07_measure/01_noise/03_coordinates.ipynb #moments
 class Moments(NamedTuple):
@@ -31,6 +32,7 @@ class Moments(NamedTuple):
     ) -> "Moments":
         "From the draws themselves. Raises ValueError on fewer than 3."
         if isinstance(draws, Moments): return draws
+        check_given("moments", draws, "draws")
         if draws.ndim != 2 or len(draws) < 3:
             raise ValueError(f"moments need at least 3 draws, (n, p), got shape {tuple(draws.shape)}.")
         finite(draws.sum(1, dtype=torch.float64), what="gradient")
@@ -47,14 +49,20 @@ class Moments(NamedTuple):
         groups: int = 10,    # 2 (m, p) matrices are kept
     ) -> "Moments":
         "Of single examples' gradients ∇ℓᵢ(θ), without forming them."
+        check_given("Moments.at", problem, "point")
         idx = torch.arange(problem.n) if batch is None else batch.idx
         if len(idx) < 3: raise ValueError(f"moments need at least 3 examples, got {len(idx)}.")
-        parts = idx.tensor_split(min(groups, len(idx)))
-        sums = theta.new_zeros(2, len(parts), len(theta))
+        return cls._at(lambda part: problem.layer_io(theta, Batch(part)), theta, idx, idx.tensor_split(min(groups, len(idx))))
+
+    @classmethod
+    def _at(cls, given, theta, idx, parts, unit=1.):
+        sums, ios = theta.new_zeros(2, len(parts), len(theta)), lambda part: (io.in_unit(unit) for io in given(part))
         for j, part in enumerate(parts):
-            for io in problem.layer_io(theta, Batch(part)): io.moments(sums[:, j])
-            if not sums[:, j].isfinite().all(): finite(torch.cat([io.sq_norms() for io in problem.layer_io(theta, Batch(part))]), part)
-        return cls(torch.tensor([len(i) for i in parts], dtype=torch.float64), *sums)
+            for io in ios(part): io.moments(sums[:, j])
+        if unit == 1 and (other := unit_of(sums[1], theta.dtype, lambda: given(idx))) != 1: return cls._at(given, theta, idx, parts, other)
+        for part, row in zip(parts, sums.unbind(1)):
+            if not row.isfinite().all(): finite(torch.cat([io.sq_norms() for io in ios(part)]), part)
+        return cls(torch.tensor([len(i) for i in parts], dtype=torch.float64), *sums, unit)
 
     def without(self) -> list:
         "The totals (n, mean (p,), unbiased variance (p,), mean square (p,)) of all draws, then without each group; in the unit."

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...problem.designs import finite
+from ...problem.layers.capture import unit_of
 from ...ground.estimate import Estimate, in_unit
+from ...ground.roles import check_given
 from ...ground.layout import Layout
 
 # %% ../../../nbs/07_measure/01_noise/01_spread.ipynb #spread
@@ -34,6 +36,7 @@ class Spread(NamedTuple):
     ) -> "Spread":
         "From the vectors themselves. Raises ValueError on fewer than 2, or naming the first that is not finite."
         if isinstance(draws, Spread): return draws
+        check_given("a spread", draws, "draws")
         if not isinstance(draws, Tensor): raise TypeError(f"draws are one tensor (n, p), got a {type(draws).__name__}; write torch.stack(draws).")
         if draws.ndim != 2 or len(draws) < 2:
             raise ValueError(f"a spread needs at least 2 draws, (n, p), got shape {tuple(draws.shape)}.")
@@ -53,13 +56,19 @@ class Spread(NamedTuple):
         turned: bool = False,        # for intervals of the inner-product and orthogonality tests, at one more pass
     ) -> "Spread":
         "Of single examples' gradients ∇ℓᵢ(θ), without forming them."
-        parts = lambda: problem.layer_io(theta, batch)
-        ios, mean, sq, n = [], 0, [], 0
+        check_given("Spread.at", problem, "point")
+        return cls._at(lambda: problem.layer_io(theta, batch), theta, None if batch is None else batch.idx, turned)
+
+    @classmethod
+    def _at(cls, given, theta, idx, turned, unit=1.):
+        parts, ios, mean, sq, n = lambda: (io.in_unit(unit) for io in given()), [], 0, [], 0
         for io in parts():                                                # kept as long as there is only one
             ios, n = [io] if n == 0 else [], n + io.n
             mean, sq = mean + io.combine(torch.ones_like(io.losses)), [*sq, io.sq_norms().double().cpu()]
         if n < 2: raise ValueError(f"a spread needs at least 2 examples, got {n}.")
-        mean, sq = mean / n, finite(torch.cat(sq), None if batch is None else batch.idx)
+        mean, sq = mean / n, torch.cat(sq)
+        if unit == 1 and (other := unit_of(sq, theta.dtype, given)) != 1: return cls._at(given, theta, idx, turned, other)
+        finite(sq, idx)
         sweep = lambda f: [f(io) for io in ios or parts()]
         dots = torch.cat(sweep(lambda io: io.dots(mean).double().cpu()))
         size = mean.double().square().sum().item()
@@ -69,7 +78,7 @@ class Spread(NamedTuple):
             twist = sum(sweep(lambda io: io.combine(next(weights)))) / (n - 1)                    # Sḡ
             twist = torch.cat(sweep(lambda io: io.dots(twist).double().cpu()))
             twist = twist - twist.mean()
-        return cls(size, (sq - 2 * dots + size).clamp_min(0), along, twist)
+        return cls(size, (sq - 2 * dots + size).clamp_min(0), along, twist, unit)
 
 # %% ../../../nbs/07_measure/01_noise/01_spread.ipynb #jackknife
 def jackknife(
@@ -142,8 +151,9 @@ def noise_scale(
     population: int | None = None,    # examples that a batch is drawn from without replacement; None: with
 ) -> Estimate:                        # examples; inf where the draws show no signal
     "B_simple = Tr Σ / ‖G‖² of single examples, the batch whose noise equals the signal (McCandlish et al. 2018, eq. 2.9)."
+    ratio = signal_to_noise(draws)
     one = size if population is None else size * (population - 1) / max(population - size, 1e-300)
-    return through(lambda s: one / s if s > 0 else inf, lambda s: one / s**2 if s > 0 else inf, signal_to_noise(draws))
+    return through(lambda s: one / s if s > 0 else inf, lambda s: one / s**2 if s > 0 else inf, ratio)
 
 def through(f, slope, x: Estimate) -> Estimate:    # f falls; slope is |f′|
     "A decreasing function of an estimate, and of its interval."

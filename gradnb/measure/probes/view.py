@@ -157,7 +157,7 @@ def sharpness_probe(
     check_number("probe 'sharpness'", "k", k, 1, whole=True)
     check_number("probe 'sharpness'", "examples", examples, 0, whole=True)
     check_number("probe 'sharpness'", "tol", tol, 1e-15, 1)
-    if which not in ("largest", "smallest", "magnitude"): raise ValueError(f"which is {WHICH}, got {which!r}.")
+    if which not in WHICH: raise ValueError(f"which is {', '.join(map(repr, WHICH))}; got {which!r}.")
     def measure(view):
         point = view.frozen_point if frozen else view.point
         if examples: point = point.problem.at(view.theta, Batch(torch.arange(min(examples, view.problem.n))))

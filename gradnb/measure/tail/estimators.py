@@ -116,15 +116,20 @@ def geometric_scale(
 def _row(record: Magnitudes, method: str, level: float, draws: Magnitudes | None = None, **options) -> dict:
     "An estimate as a row; a refusal is a note without numbers."
     try: return {**estimate_index(record, method, level, draws, **options)._asdict(), "note": ""}
-    except TailRefusal as refusal: return {**dict.fromkeys(Estimate._fields, float("nan")), "note": str(refusal)}
+    except TailRefusal as refusal: return _refused(refusal)
+
+def _refused(why: TailRefusal) -> dict: return {**dict.fromkeys(Estimate._fields, float("nan")), "note": str(why)}
+
+def _table(ms, row) -> pd.DataFrame:
+    "A row for every method, Mohammadi's for each m > 1."
+    return pd.DataFrame([{"method": f, "m": m, **row(f, m)} for f in METHODS for m in ([m for m in ms if m > 1] if f in MOHAMMADI else [1])])
 
 def compare_records(
     records: dict[int, Magnitudes],   # by m, with 1 among them
     level: float = 0.95,              # of the intervals
 ) -> pd.DataFrame:                    # method, m, value, stderr, low, high, note
     "Every estimator on the same magnitudes, Mohammadi's for each m > 1."
-    return pd.DataFrame([{"method": f, "m": m, **_row(records[m], f, level, records[1])}
-                         for f in METHODS for m in ([m for m in records if m > 1] if f in MOHAMMADI else [1])])
+    return _table(records, lambda method, m: _row(records[m], method, level, records[1]))
 
 def compare_tails(
     x: Tensor,                           # draws (n,) or (n, p)
@@ -134,7 +139,10 @@ def compare_tails(
 ) -> pd.DataFrame:                       # method, m, value, stderr, low, high, note
     "Every estimator on the same draws, a row each; a refusal is a note without numbers."
     x = _as_draws(x)
-    x = near_one(x, wide=standardise and x.ndim == 2)
+    try: x = near_one(x, wide=standardise and x.ndim == 2)
+    except TailRefusal as refusal:
+        note = _refused(refusal)
+        return _table((1, *ms), lambda method, m: note)
     scale = geometric_scale(x) if standardise and x.ndim == 2 else None
     return compare_records({m: Magnitudes.of(x, m, scale) for m in (1, *ms)}, level)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ...ground.estimate import Estimate
 from ...problem import Point
-from ...ground.roles import check_number
+from ...ground.roles import check_given, check_number
 
 # %% ../../../nbs/07_measure/04_thresholds/03_directions.ipynb #directional
 def directional_sharpness(
@@ -75,6 +75,7 @@ def batch_sharpness(
     least: int = 20,                # batches before that
 ) -> Estimate:                      # in units of 1/η
     "E_B[g_Bᵀ H_B g_B / ‖g_B‖²]: the curvature of a batch's loss along its own gradient (Andreyev & Beneventano 2024)."
+    check_given("batch_sharpness", problem, "point")
     found, mean = [], None
     for batch in batches:
         point = problem.at(theta, batch)

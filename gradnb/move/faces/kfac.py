@@ -20,6 +20,7 @@ from ...problem.layers import capture
 from ...ground.layout import Layout
 from ...problem.likelihood import sample_targets
 from ...models.losses import resolve_loss
+from ...models.means import said
 from ...problem.network import Hush, copied, drawing
 from ...ground.registry import unknown
 from ..rules import kfac
@@ -61,6 +62,9 @@ class KFAC(torch.optim.Optimizer):
         for name in hyper:
             if name not in self._WORDS: raise unknown("argument of KFAC", name, [*self._WORDS, "loss", "seed", "maximize"])
         if isinstance(lr, Tensor) and lr.numel() != 1: raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}.")
+        if (how := said(loss, "reduction")) not in (None, "none"):
+            raise TypeError(f"K-FAC asks what each example costs, and {loss!r} gives the {how} of all; name it, loss='ce' or 'mse', or make it "
+                            "with reduction='none'.")
         rule = kfac.KFAC(float(lr), **hyper)
         self.module, self.loss, self._seen, self._quiet = module, resolve_loss(loss), [], False
         words = {name: getattr(rule, name) for name in self._WORDS}
@@ -148,7 +152,10 @@ class KFAC(torch.optim.Optimizer):
                 tensors = layout.named(theta) | {k: b.clone() for k, b in network.named_buffers()}
                 with Hush(), drawing(stream / "noise", theta.device): out = functional_call(network, tensors, args, kwargs)
                 labels = stream / i if i else stream
-                return self.loss(out, sample_targets(self.loss, out, labels.generator()) if targets is None else targets)
+                found = self.loss(out, sample_targets(self.loss, out, labels.generator()) if targets is None else targets)
+                if not isinstance(found, Tensor) or found.shape != (len(out),):
+                    raise TypeError(f"K-FAC's loss gives what each example costs, (b,); {self.loss!r} gave shape {tuple(getattr(found, 'shape', ()))} for {len(out)} examples.")
+                return found
             yield capture(network, layout, layout.join(params[n] for n in layout.names), losses)
 
     @torch.no_grad()

@@ -40,7 +40,9 @@ class FromTorch(Rule):
         try: self.around({"w": torch.zeros(1, 1)})
         except Exception as e:                   # what torch's classes raise on a wrong hyperparameter is anything
             given = ", ".join(f"{k}={v!r}" for k, v in (({} if lr is None else {"lr": lr}) | hyper).items())
-            raise ValueError(f"torch.optim.{cls.__name__} does not take {given}: {type(e).__name__}: {e}.") from e
+            raise ValueError(f"{'torch.optim.' * cls.__module__.startswith('torch.')}{cls.__name__} does not take {given}: {type(e).__name__}: {e}.") from e
+        try: flatten(self.init({"w": torch.zeros(1, 1)}, {}), {})
+        except TypeError as e: raise TypeError(f"{cls.__name__} keeps what no stored run could give back: {e}") from None
 
     def around(self, blocks):
         "Parameters that are copies of the blocks, and a new optimizer around them."

@@ -6,6 +6,7 @@
 __all__ = ['generators', 'same', 'untouched', 'InUse', 'Untold', 'Seen', 'Glance']
 
 # %% ../../../nbs/08_runs/13_foreign/01_glance.ipynb #imports
+import inspect
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -66,8 +67,12 @@ class InUse(FromTorch):
         "With the largest of its groups' learning rates."
         return SimpleNamespace(lr=max((float(g["lr"]) for g in self.groups if g.get("lr") is not None), default=None))
 
+    def __repr__(self): return f"{self.cls.__name__}(lr={self.at(0).lr}) in use"
+
     def twin(self, params: list[Tensor]) -> torch.optim.Optimizer:
         "The optimizer with its settings, around other tensors and without memory; its step calls nobody's hooks."
+        if (closure := inspect.signature(self.cls.step).parameters.get("closure")) and closure.default is inspect.Parameter.empty:
+            raise TypeError(f"{self.cls.__name__} evaluates the loss several times a step through a closure, so one gradient does not say where it goes next.")
         twin = copy(self.optimizer)
         for k, v in extras(self.optimizer).items():
             if k not in vars(twin) and k not in ("step", "_opt_called"): setattr(twin, k, deepcopy(v))

@@ -147,7 +147,7 @@ class Pool:
 
     def _until_broken(self, waiting: deque, worker: Worker, size: int):
         "Yield results until nothing waits; returns the jobs at work when a process died."
-        context, at_work = multiprocessing.get_context("spawn"), {}
+        context, at_work, last = multiprocessing.get_context("spawn"), {}, None
         ours, theirs = context.Pipe()
         with safe_children(): pool = ProcessPoolExecutor(size, context, prepare, (theirs, self.threads))
         try:
@@ -164,11 +164,15 @@ class Pool:
                 if len(whole) < len(finished): return list(at_work.values())
             return []
         except BaseException:
-            ours.close()                                                # workers store their runs and leave
+            workers = [*(pool._processes or {}).values()]
+            last = threading.Timer(2 * GRACE, lambda: [w.kill() for w in workers])      # for those that Python gives no turn
+            last.daemon = True
+            last.start()
             raise
         finally:
+            ours.close()                                                # workers store their runs and leave
             pool.shutdown(cancel_futures=True)
-            ours.close()
+            if last: last.cancel()
 
 def prepare(parent, threads: int):
     "A worker's first act: its number of threads, and an ear for the parent's end. Ctrl-C is the parent's business."

@@ -12,8 +12,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 from ...ground.roles import check_number
 from .. import Run, Spec, Store
+from ..spec import usable
 from ..store import is_done
-from .engines import ENGINES, Worker, plugins
+from .engines import ENGINES, Here, Pool, Worker, plugins
 from .grid import unique
 from .stack import stacks
 
@@ -62,6 +63,7 @@ def sweep(
     check_number("sweep", "wait", wait, 0)
     specs, store = unique(specs), store if isinstance(store, Store) else Store(store)
     engine = ENGINES.build(engine) if isinstance(engine, str) else engine
+    if isinstance(engine, (Here, Pool)): usable(device)          # others compute elsewhere
     todo = [s for s in specs if not is_done(Run(store.root / s.hash))]
     if dry_run: return results(todo, store)
     worker = Worker(str(store.root.resolve()), device, interval, plugins(), wait)

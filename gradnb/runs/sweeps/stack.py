@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 from ...move.estimators.minibatch import FullBatch, MiniBatch
-from ...ground.files import replace_file, seal
+from ...ground.files import replace_file
 from ...ground.layout import Layout
 from ...problem import Problem
 from ...ground.roles import Rule, State, draw
@@ -28,7 +28,7 @@ from ...move.rules.momentum import Momentum
 from ...move.rules.rmsprop import RMSProp
 from ...move.rules.schedule import Scheduled
 from .. import Lock, Recorder, Run, Spec, Store
-from ..store import environment, is_done, tidy
+from ..store import circumstances, is_done, tidy, write_manifest
 from ...ground.streams import Stream
 from ..training import Outcome, Watching
 
@@ -190,10 +190,7 @@ def write(
         for entry in member.rows: recorder.append(*entry)
         recorder.checkpoint(state, member.before, last=True)
     finally: recorder.close()
-    manifest = {"run": run.hash, "seed": spec.seed, "p": member.problem.p, "n": member.problem.n} | environment(member.problem.device)
-    manifest |= {"began": began, "seconds": round(about["seconds"] / about["runs"], 3), "damaged": recorder.damaged,
-                 "vectorized": about | {"gradient_error": member.error}, "status": outcome.kind, "step": outcome.step,
-                 "message": outcome.message, "rows": recorder.rows}
-    member.lock.check()
-    replace_file(run.path / "manifest.json", lambda part: part.write_text(seal(manifest, indent=1), "utf-8"))
+    write_manifest(recorder, circumstances(spec, member.problem, began, 0, {}) | {
+        "seconds": round(about["seconds"] / about["runs"], 3), "damaged": recorder.damaged, "vectorized": about | {"gradient_error": member.error},
+        "status": outcome.kind, "step": outcome.step, "message": outcome.message, "rows": recorder.rows})
     return tidy(run)

@@ -173,8 +173,8 @@ class TraceWriter:
             raise TypeError(f"trace {layout.name!r} began with columns {dict(layout.columns)} and now gets {dict(row.columns)}.")
         if step <= self.last: raise ValueError(f"the steps of trace {layout.name!r} rise; after {self.last} it now gets {step}.")
         if (now := time.monotonic()) > self._looked + LOOK:
-            there, self._looked = os.fstat(self._fd), now
-            if not there.st_nlink or there.st_size != self.size: raise self.lost()
+            self._looked = now
+            self.check_place()
         if row.arrays:
             self.check_place()
             save_arrays(arrays_of(self.path), layout, step, row.arrays)
@@ -188,11 +188,11 @@ class TraceWriter:
         return RuntimeError(f"{self.path} was removed or changed by someone else while this process was writing it; the same call goes on from what is left.")
 
     def check_place(self):
-        "Raises RuntimeError where the path no longer names the file that is written, or it has lost rows."
+        "Raises RuntimeError where the path no longer names the file that is written, or someone else has written to it."
         here = os.fstat(self._fd)
         try: found = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError): raise self.lost() from None
-        if not os.path.samestat(here, found) or here.st_size < self.size: raise self.lost()
+        if not os.path.samestat(here, found) or here.st_size != self.size: raise self.lost()
 
     def check(self):
         "As check_place, and where arrays are lost."

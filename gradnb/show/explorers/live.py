@@ -49,9 +49,10 @@ class LiveExplorer(Live, Explorer):
         theta=None,     # start (p,); None: the problem's θ₀
         seed: int = 0,  # of all randomness
         most: int = 64, # states kept of each, to fork at
+        folder=None,    # where what is measured is kept, should the kernel die
         **look,         # smooth, step, window, …
     ):
-        Live.__init__(self, problem, stepper, probes, theta, seed, most)
+        Live.__init__(self, problem, stepper, probes, theta, seed, most, folder=folder)
         Explorer.__init__(self, **look)
         self._next, self._said, self._parts = 0., "", {}
 
