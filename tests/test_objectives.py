@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from gradnb import GD, Batch, Dataset, Descent, MiniBatch, Problem, sharpness, train
+from gradnb import GD, Batch, Dataset, Descent, MiniBatch, Problem, check_problem, sharpness, train
 
 F64 = torch.float64
 GEN = torch.Generator().manual_seed(0)
@@ -55,6 +55,17 @@ DATA = {"a data set": TensorDataset(X, Y), "a shuffled loader": DataLoader(Tenso
 def test_whatever_the_examples_come_in_the_loss_is_that_of_all(data, loss):
     known = loss if isinstance(loss, nn.Module) else F.cross_entropy
     agrees(Problem(NET, loss, DATA[data]), brute(NET, lambda model: known(model(X), Y)))
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("loss", [each, mean, nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 5.]))])
+def test_the_laws_of_problems_hold(data, loss):
+    single = deepcopy(NET).float()
+    change = lambda batch: (batch[0].float(), batch[1])
+    rows = DATA[data]
+    rows = [change(batch) for batch in rows] if isinstance(rows, list) else TensorDataset(X.float(), Y) if isinstance(rows, TensorDataset) else DataLoader(
+        TensorDataset(X.float(), Y), batch_size=rows.batch_size, sampler=rows.sampler)
+    check_problem(single, loss, rows)
 
 
 def test_a_stream_is_kept_as_far_as_was_said():
@@ -330,3 +341,17 @@ def test_a_classifier_of_texts_layer_by_layer():
     part = torch.cat([torch.full((b.numel(),), k in layer.layout.names) for k, b in problem.layout.named(problem.theta0).items()])
     v = torch.randn(layer.p, generator=GEN)
     torch.testing.assert_close(layer.hvp(layer.theta0, v), problem.hvp(problem.theta0, torch.zeros(problem.p).masked_scatter(part, v))[part], rtol=1e-3, atol=1e-4)
+
+
+def test_the_noise_scale_of_means_of_batches_counts_examples():
+    gen = torch.Generator().manual_seed(1)
+    x = torch.randn(4000, 3, generator=gen, dtype=F64) + 1
+    net = nn.Linear(3, 1, bias=False).double()
+    with torch.no_grad(): net.weight.fill_(.5)
+    def outputs(model, batch): return model(batch[0]).squeeze(1)                # gradients xᵢ: covariance 1, mean (1, 1, 1)
+    problem = Problem(net, lambda model, batch: outputs(model, batch).mean(), DataLoader(TensorDataset(x), batch_size=25))
+    stepper = Descent(GD(1e-9), MiniBatch(1))
+    _, traces = train(problem, stepper, 0, ["noise_scale:every=1"], progress=False)
+    row = {k: float(v[0]) for k, v in traces["noise_scale"].columns.items()}
+    assert row["low"] <= 1 <= row["high"] and row["high"] < 2 * row["low"]
+    assert row["variance"] == pytest.approx(3, rel=.3) and row["norm_sq"] == pytest.approx(3, rel=.1)

@@ -130,6 +130,7 @@ class Sample:
     y: Tensor                    # what each weighs, relative to their mean (n,)
     name: str                    # whose data
     count: int = 0               # examples in a batch, as its owner has it; 0: not said
+    each: float = 1.             # the mean weight of a member: examples in a batch, or tokens
     parts: tuple = ()            # the numbers of the examples in each batch, where there are single ones
     shelf: Callable | None = None   # (numbers of examples) → batch; None: there are only batches
     classes = words = augment = None
@@ -146,14 +147,14 @@ class Sample:
         "The same data, example by example; None where there are only batches."
         if self.shelf is None: return None
         where = torch.tensor([i for part in self.parts for i in part])
-        return replace(self, x=Examples(self.shelf, where, to=self.x._to), y=self.y.new_ones(len(where)))
+        return replace(self, x=Examples(self.shelf, where, to=self.x._to), y=self.y.new_ones(len(where)), each=1.)
 
     def weighing(self, weights: Sequence[float]) -> "Sample":
         "With these weights of its members, whose mean becomes 1. Raises ValueError where they have none."
         weights = torch.as_tensor(weights, dtype=torch.float64)
         if not (weights.min() >= 0 and 0 < weights.sum() < torch.inf):
             raise ValueError(f"the sizes of the batches of {self.name} are {weights.tolist()[:8]}; none may be negative or infinite, and one must not be 0.")
-        return replace(self, y=(weights / weights.mean()).to(self.y))
+        return replace(self, y=(weights / weights.mean()).to(self.y), each=float(weights.mean()))
 
     @classmethod
     def of(cls,

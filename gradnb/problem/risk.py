@@ -72,7 +72,7 @@ class Risk:
             sample, self.bounded = dataset if isinstance(dataset, Sample) else Sample.of(dataset, batches), chunk_size is not None
             self.per_example = loss if isinstance(loss, Objective) else Objective(posed(loss))
             self.dataset = sample.to(self.device, self.dtype)
-        self.network = self._try_sample(module, size) if isinstance(self.dataset, Sample) else self._try_out(module)
+        self.network = self._try_sample(module, size, isinstance(loss, Objective)) if isinstance(self.dataset, Sample) else self._try_out(module)
         if chunk_size is not None and chunk_size < self.n and self.loss_couples:
             raise ValueError(f"chunk_size={chunk_size} would change this loss, in which what an example costs depends on the others in its "
                              f"batch; leave chunk_size out, and give batches of the size that is meant.")
@@ -117,7 +117,7 @@ class Risk:
         owners = [m for m in (self.given, *tree_leaves((getattr(self.per_example, "loss", self.per_example), [c.cell_contents for c in getattr(self.per_example, "__closure__", None) or ()])))
                   if isinstance(m, nn.Module)]
         names = {id(p): f"{k!r} of {type(m).__name__}" for m in owners for k, p in m.named_parameters()}
-        if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if not any(t is b for b in blocks.values())]:
+        if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if isinstance(t, nn.Parameter) and not any(t is b for b in blocks.values())]:
             raise TypeError(f"the loss has parameters of its own, which would stay as they are: {', '.join(still[:5])}; make them part of the network, "
                             "or call requires_grad_(False) on them.")
 
@@ -143,13 +143,13 @@ class Risk:
                             "the loss moves otherwise. Is it used under no_grad, detached, changed by a hook, an embedding's padding_idx that is read all the same, or behind a backward pass written by hand? "
                             "requires_grad_(False) leaves a parameter out.")
 
-    def _try_sample(self, module, size):
-        "Examples are counted where each is known to have a loss of its own, else batches, each with its weight."
+    def _try_sample(self, module, size, settled):
+        "Examples are counted where each is known to have a loss of its own, else batches, each with its weight; as they are, where that is settled."
         params, sample, objective = self.layout.named(self.theta0), self.dataset, self.per_example
         first = sample.x[:1]
         network = Network(module if all(v.dtype == self.dtype for v in module.parameters()) else copied(module).to(self.dtype), params, first, objective.ask)
         with torch.no_grad():
-            out, single = network(params, first), sample.by_example() if size is None else None
+            out, single = network(params, first), None if settled or size else sample.by_example()
             if single is not None and out.ndim and len(out) == len(single.parts[0]):
                 theta = self.layout.named(self._beside("company"))
                 try: alone = torch.cat([network(theta, single.x[i:i + 1]) for i in range(min(3, len(out)))])
@@ -158,7 +158,8 @@ class Risk:
                     sample, objective = single, replace(objective, whole=False)
                     self.chunk_size = self.chunk_size or sample.count
             if sample.whole: self.chunk_size = 1
-            if out.ndim == 2:
+            if settled: pass
+            elif out.ndim == 2:
                 weights = [network(params, sample.x[i:i + self.chunk_size])[:, 1].double() for i in range(0, sample.n, self.chunk_size)]
                 weights = torch.stack([w.sum() for w in weights]) if sample.whole else torch.cat(weights)
                 objective, sample = replace(objective, mean=float(weights.mean())), sample.weighing(weights)

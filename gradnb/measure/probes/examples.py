@@ -31,8 +31,15 @@ def noise_scale_probe(
     examples: int = 0,   # whose gradients; 0: all
     every: int = 100,    # steps between measurements
 ) -> Probe:
-    "Tr Σ/‖∇L‖² (McCandlish et al. 2018), in examples; columns value, stderr, low, high, variance and norm_sq, the two parts."
+    """Tr Σ/‖∇L‖² (McCandlish et al. 2018), in examples; columns value, stderr, low, high, variance and norm_sq, the two parts.
+
+    Where only means of batches are known, from the gradients of up to 64 of them, in what weighs them: examples, or tokens.
+    """
     def measure(view):
+        if view.problem.dataset.whole:
+            some = torch.randperm(view.problem.n, generator=view.stream.generator())[:64]
+            spread, each = Spread.of(torch.stack([view.problem.grad_and_loss(view.theta, Batch(i[None]))[0] for i in some])), view.problem.dataset.each
+            return noise_scale(spread, each)._asdict() | dict(variance=each * grad_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
         batch = some_examples(view, examples)
         if batch is None:
             (V, *_), G = single_examples(view)
