@@ -16,6 +16,11 @@ from gradnb import Quadratic, Stream, sharpness
 from gradnb.ground.estimate import Estimate
 from gradnb.linalg import Eigs, hutchinson, lanczos, lobpcg, power_iteration
 from gradnb.linalg.spectra import spectrum, xtrace
+from gradnb.measure.noise.comparing import bias_check
+from gradnb.measure.noise.coordinates import coordinate_normalized_variance, gsnr
+from gradnb.measure.noise.spread import grad_norm_sq, grad_variance, noise_scale, signal_to_noise
+from gradnb.measure.tail.estimators import tail_index
+from gradnb.measure.tail.stable import stable_sample
 
 F64 = torch.float64
 
@@ -153,6 +158,48 @@ for name, (values, products) in TRACES.items():
         Claim(f"linalg: density at a place, {name}", rotated(values),
               lambda A, s: (d := spectrum(A.__matmul__, len(A), 8, 40, s, F64).density([.3], .1)) and (d.low, d.high),
               lambda A: blurred(A, torch.tensor([.3], dtype=F64), .1), .93)]
+
+
+# --- noise of gradients -----------------------------------------------------------------------------------------
+
+class Noise(NamedTuple):
+    draws: Tensor      # (64, 50)
+    other: Tensor      # as many, independent of them
+    mean: Tensor       # (50,), of both
+    var: Tensor        # (50,), of both
+
+def noisy(kind):
+    "Draws with a signal of 0.3 of the noise."
+    def draw(stream):
+        sd = {"equal": torch.ones(50), "decay": 1 / I[:50], "one": torch.cat([torch.ones(1), torch.full((49,), .01)]), "heavy": torch.ones(50)}[kind].double()
+        mean = torch.linspace(1, .1, 50, dtype=F64)
+        mean *= .3 * sd.norm() / mean.norm()
+        def some(s):
+            z = normal(s, 64, 50)
+            return mean + sd * (z if kind != "heavy" else z * sqrt(.75) / normal(s / "chi", 64, 8).square().mean(1, keepdim=True).sqrt())     # Student, 8
+        return Noise(some(stream / "a"), some(stream / "b"), mean, sd.square())
+    return draw
+
+MEASURES = {
+    "grad_variance": (lambda x, s: grad_variance(x.draws), lambda x: x.var.sum(), .89),
+    "grad_norm_sq": (lambda x, s: grad_norm_sq(x.draws), lambda x: x.mean.square().sum(), .93),
+    "signal_to_noise": (lambda x, s: signal_to_noise(x.draws), lambda x: x.mean.square().sum() / x.var.sum(), .93),
+    "noise_scale": (lambda x, s: noise_scale(x.draws), lambda x: x.var.sum() / x.mean.square().sum(), .93),
+    "normalized variance of coordinates": (lambda x, s: coordinate_normalized_variance(x.draws).mean, lambda x: (x.var / (x.var + x.mean**2)).mean(), .9),
+    "gsnr": (lambda x, s: gsnr(x.draws).mean, lambda x: (x.mean**2 / x.var).mean(), .93),
+    "bias_check, none there": (lambda x, s: bias_check(x.draws, x.other).sq, lambda x: 0., .95)}
+CLAIMS += [Claim(f"measure: {name}, {kind}", noisy(kind), *measure) for name, measure in MEASURES.items() for kind in ("equal", "decay", "one", "heavy")]
+
+
+# --- tails ------------------------------------------------------------------------------------------------------
+
+def power(alpha): return lambda s: uniform(s / "size", 1000)**(-1 / alpha) * (2 * torch.randint(2, (1000,), generator=(s / "sign").generator()) - 1)
+def stable(alpha): return lambda s: stable_sample(alpha, (1000,), s.generator(), dtype=F64)
+
+CLAIMS += [Claim(f"measure: tail_index, {method}, stable {alpha}", stable(alpha), lambda x, s, m=method: tail_index(x, m), lambda x, a=alpha: a, .88)
+           for method in ("mle", "mcculloch", "logmoment", "ecf", "mohammadi", "mohammadi22") for alpha in (1., 1.5, 2.)]
+CLAIMS += [Claim(f"measure: tail_index, {method}, Pareto {alpha}", power(alpha), lambda x, s, m=method: tail_index(x, m), lambda x, a=alpha: a, .85)
+           for method in ("hill", "pickands", "dedh") for alpha in (1.5, 3.)]
 
 
 # --- the laws ---------------------------------------------------------------------------------------------------

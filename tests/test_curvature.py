@@ -168,3 +168,32 @@ def test_magnitudes_of_a_family_and_the_probe_of_that_name(model, loss):
     assert lens.name == "magnitude_sharpness" and row["converged"]
     torch.testing.assert_close(torch.from_numpy(row["value"]).abs(), truth, rtol=0, atol=1e-5 * truth[0].item() + 1e-9)
     with pytest.raises(ValueError, match="choose 1 ≤ k"): sharpness(point, k=problem.p + 1, which="magnitude")
+
+
+def test_a_problem_of_some_parameters_is_a_block_of_the_whole():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3), torch.nn.Tanh(), torch.nn.Dropout(.3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 10)).double()
+    data = load_dataset("digits-60")
+    problem = Problem(net, "ce", data)
+    theta = problem.theta0 + .1 * torch.randn(problem.p, dtype=torch.float64)
+    def loss(theta):                                      # in training mode, without the noise of Dropout
+        parts = [b.view_as(p) for b, p in zip(theta.split([p.numel() for p in net.parameters()]), net.parameters())]
+        h = torch.nn.functional.linear(data.x.double().flatten(1), parts[0], parts[1]).tanh()
+        h = (h - h.mean(0)) / (h.var(0, correction=0) + 1e-5).sqrt() * parts[2] + parts[3]
+        return torch.nn.functional.cross_entropy(torch.nn.functional.linear(h, parts[4], parts[5]), data.y)
+    H, owner = torch.autograd.functional.hessian(loss, theta), [n for n, p in net.named_parameters() for _ in range(p.numel())]
+    g = torch.func.grad(loss)(theta)
+    for words, names in (("5", ["5.weight", "5.bias"]), (["1.weight", "4.*"], ["1.weight", "4.weight", "4.bias"]), ("vector", ["1.bias", "4.weight", "4.bias", "5.bias"]),
+                         (lambda name, p: p.ndim == 2, ["1.weight", "5.weight"])):
+        part, mine = problem.only(words, theta), torch.tensor([n in names for n in owner])
+        assert part.layout.names == tuple(names) and part.p == mine.sum() and torch.equal(part.theta0, theta[mine])
+        torch.testing.assert_close(part.at().hvp(torch.eye(part.p, dtype=torch.float64)), H[mine][:, mine], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(part.at().grad, g[mine], rtol=1e-8, atol=1e-10)
+        assert sharpness(part, tol=1e-9).values.item() == pytest.approx(torch.linalg.eigvalsh(H[mine][:, mine])[-1].item(), rel=1e-7)
+        assert part.loss(part.theta0) == pytest.approx(loss(theta).item()) and part.noisy and part.frozen().example_grads(part.theta0).shape == (60, part.p)
+    assert torch.equal(problem.theta0, torch.nn.utils.parameters_to_vector(net.parameters()).detach())      # and the whole is as it was
+    torch.testing.assert_close(problem.at(theta).grad, g, rtol=1e-8, atol=1e-10)
+    eigs = sharpness(problem, theta, k=2, tol=1e-9, vectors=True)
+    named = eigs.named(problem)
+    assert named["5.weight"].shape == (2, 10, 3) and torch.equal(torch.cat([named[n][1].reshape(-1) for n in problem.layout.names]), eigs.vectors[:, 1])
+    with pytest.raises(ValueError, match="no parameter 'layer9'"): problem.only("layer9")

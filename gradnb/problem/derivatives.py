@@ -113,9 +113,9 @@ class Problem(Risk):
         "Piecewise linear operations between θ and the loss, where it has no second derivative."
         with torch.enable_grad(): return kinks_of(self.piece(self.theta0.clone().requires_grad_(), *self._few(2)))
 
-    def at(self, theta: Tensor, batch=None) -> Point:
-        "This problem at θ, for several measurements that share a forward pass."
-        return Point(self, theta, batch)
+    def at(self, theta: Tensor | None = None, batch=None) -> Point:
+        "This problem at θ (None: θ₀), for several measurements that share a forward pass."
+        return Point(self, self.theta0 if theta is None else theta, batch)
 
     def hvp(self, theta: Tensor, v: Tensor, batch=None) -> Tensor:
         "H(θ) v for one direction (p,) or a block (p, k)."

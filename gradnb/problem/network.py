@@ -399,3 +399,12 @@ class Network:
         other.module = change(self.module)
         other.places, other._modes = {other.module: places(other.module)}, {other.module: modes(other.module)}
         return other
+
+    def around(self,
+        change: Callable[[nn.Module], nn.Module],    # a module → another of its kind
+    ) -> "Network":
+        "This network with other tensors inside."
+        other = self._with(change)
+        other.loud = other.module if self.loud is self.module else change(self.loud)
+        other.places[other.loud], other._modes[other.loud] = places(other.loud), modes(other.loud)
+        return other

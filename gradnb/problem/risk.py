@@ -118,7 +118,7 @@ class Risk:
         owners = [m for m in (self.given, *tree_leaves((getattr(self.per_example, "loss", self.per_example), [c.cell_contents for c in getattr(self.per_example, "__closure__", None) or ()])))
                   if isinstance(m, nn.Module)]
         names = {id(p): f"{k!r} of {type(m).__name__}" for m in owners for k, p in m.named_parameters()}
-        if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if not any(t is b for b in blocks.values())]:
+        if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if isinstance(t, nn.Parameter) and not any(t is b for b in blocks.values())]:
             raise TypeError(f"the loss has parameters of its own, which would stay as they are: {', '.join(still[:5])}; make them part of the network, "
                             "or call requires_grad_(False) on them.")
 
@@ -312,6 +312,23 @@ class Risk:
         other = copy(self)
         for cached in ("coupled", "cuts", "_layer_bytes", "_mapped"): other.__dict__.pop(cached, None)
         other.network = self.network.frozen(buffers)
+        return other
+
+    def only(self,
+        params,                          # which parameters: patterns of names ("layer4": all below it), roles, or (name, parameter) → bool
+        theta: Tensor | None = None,     # where the others stay, (p,); None: θ₀
+    ) -> "Risk":                         # its θ₀ is the part of θ that these are
+        """L as a function of some of the parameters: its Hessian is a diagonal block of the whole, and nothing is kept for the others.
+        Raises ValueError where a pattern meets none."""
+        here, held, other = self.layout.named(self.theta0 if theta is None else self.check(theta).detach()), [], copy(self)
+        def at(module):
+            own = dict(module.named_parameters())
+            held.append(chosen(copied(module, {id(p): nn.Parameter(here.get(k, p.detach()).clone()) for k, p in own.items()}), params))
+            return held[-1]
+        other.network = self.network.around(at)
+        for cached in ("coupled", "cuts", "graph_bytes", "kinks", "_layer_bytes", "_mapped"): other.__dict__.pop(cached, None)
+        other.layout, other._checked, found = Layout.of(held[0]), {}, dict(held[0].named_parameters())
+        other.theta0 = other.layout.join(found[k].detach().to(self.dtype) for k in other.layout.names)
         return other
 
     @torch.no_grad()

@@ -223,8 +223,7 @@ def with_held(problem, held: dict[str, Tensor]):
     if not new: return problem
     other = copy(problem)
     for cached in ("coupled", "cuts", "_layer_bytes", "_mapped"): other.__dict__.pop(cached, None)
-    other.network = problem.network._with(copied)
-    other.network.loud = other.network.module if problem.network.loud is problem.network.module else copied(problem.network.loud)
+    other.network = problem.network.around(copied)
     for module in {other.network.module, other.network.loud}:
         own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         with torch.no_grad():
