@@ -169,10 +169,12 @@ class Sample:
             raise ValueError(f"batches is how many to keep, a whole number of at least 1, got {batches!r}.")
         if isinstance(data, (Tensor, Mapping, str)) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
             raise TypeError(f"data are {_AIM}; got {type(data).__name__}. One batch alone is [batch].")
-        name, source, loader = type(data).__name__, data, data if isinstance(data, DataLoader) else None
+        name = type(data).__name__
+        if isinstance(data, IterableDataset): data = DataLoader(data, batch_size=count)      # of single examples
+        source, loader = data, data if isinstance(data, DataLoader) else None
         if loader is not None: source, name = loader.dataset, f"DataLoader of {type(loader.dataset).__name__}"
         if isinstance(source, IterableDataset): source = data
-        if isinstance(source, (list, tuple)) and loader is None or not hasattr(source, "__getitem__"): return cls._kept(source, name, batches)
+        if isinstance(source, (list, tuple)) and loader is None or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")): return cls._kept(source, name, batches)
         single = loader is not None and loader.batch_sampler is None        # each item is a batch
         count = 1 if single else getattr(loader, "batch_size", None) or count
         parts = (_consecutive(range(len(source)), count) if loader is None else _parts(loader, len(source), count))[:batches]
