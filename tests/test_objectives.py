@@ -249,6 +249,19 @@ def test_nothing_global_moves_and_an_example_is_one_example():
     torch.testing.assert_close(one, four)
 
 
+@pytest.mark.parametrize("loss", [each, mean])
+def test_processes_that_read_ahead_read_the_same(loss, monkeypatch):
+    alone, many = (Problem(NET, loss, DataLoader(Drawing(), batch_size=5, num_workers=n)) for n in (0, 2))
+    many.dataset.shelf.room = 0
+    many.dataset.shelf.kept.clear()
+    monkeypatch.setattr(type(many.dataset.shelf), "__call__", lambda *_: pytest.fail("the process itself read"))
+    before = random.getstate(), torch.get_rng_state()
+    found = many.loss(many.theta0)
+    monkeypatch.undo()
+    assert before[0] == random.getstate() and torch.equal(before[1], torch.get_rng_state())
+    assert found == alone.loss(alone.theta0)
+
+
 def test_a_sampler_of_the_owners_is_asked_once_and_said():
     torch.manual_seed(0)
     loader = DataLoader(TensorDataset(X, Y), batch_size=5, sampler=WeightedRandomSampler(torch.arange(1., 24), 10))

@@ -6,14 +6,14 @@
 __all__ = ['mapped', 'tensors', 'size_of', 'Examples', 'Sample']
 
 # %% ../../nbs/03_data/10_samples.ipynb #imports
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 import warnings
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset, default_collate
 from ..ground.streams import Stream, everywhere
 
 # %% ../../nbs/03_data/10_samples.ipynb #trees
@@ -104,13 +104,16 @@ class Shelf:
 
     def __call__(self, numbers: tuple[int, ...]):
         if (found := self.kept.get(numbers)) is not None: return found
-        batch = self._read(numbers)
+        return self.keep(numbers, self._read(numbers))
+
+    def keep(self, numbers: tuple[int, ...], batch):
+        "The batch, kept where there is room and its examples follow one another."
         size = sum(t.nbytes for t in tensors(batch))
         if size <= self.room and numbers == tuple(range(numbers[0], numbers[0] + len(numbers))):
             self.kept[numbers], self.room = batch, self.room - size
         return batch
 
-    def _read(self, numbers):
+    def _read(self, numbers: tuple[int, ...]):
         if type(self.source) is TensorDataset and self.collate is default_collate: return [t[list(numbers)] for t in self.source.tensors]
         if not self.draws:
             with everywhere(Stream() / "batch") as drew:
@@ -121,6 +124,17 @@ class Shelf:
                           "example, the same whenever it is looked at.", stacklevel=2)
         items = [self.item(i) for i in numbers]
         with everywhere(Stream() / "collated" / numbers[0]): return self.collate(items)
+
+@dataclass
+class Reader(Dataset):
+    "Batches of a shelf, for other processes to read."
+    shelf: Shelf
+    asked: list
+
+    def __len__(self): return len(self.asked)
+    def __getitem__(self, i): return self.shelf._read(self.asked[i])
+
+def as_it_is(batch): return batch
 
 # %% ../../nbs/03_data/10_samples.ipynb #sample
 _AIM = "a Dataset, a torch Dataset or DataLoader, a list of batches, or batches=… of a stream"
@@ -134,7 +148,8 @@ class Sample:
     count: int = 0               # examples in a batch, as its owner has it; 0: not said
     each: float = 1.             # the mean weight of a member: examples in a batch, or tokens
     parts: tuple = ()            # the numbers of the examples in each batch, where there are single ones
-    shelf: Callable | None = None   # (numbers of examples) → batch; None: there are only batches
+    shelf: Shelf | None = None   # reads single examples; None: there are only batches
+    workers: tuple = (0, None)   # how many processes of the owner's read ahead, and what each begins with
     classes = words = augment = None
 
     @property
@@ -144,6 +159,18 @@ class Sample:
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "Sample":
         return replace(self, x=self.x.to(device, dtype), y=self.y.to(device, dtype))
+
+    def ahead(self, size: int) -> Iterator[Examples]:
+        "All members in order, `size` at a time; what is not kept, read ahead by as many processes as the owner's loader has."
+        views = [self.x[i:i + size] for i in range(0, self.n, size)]
+        asked = [self.parts[v.where] if self.whole else tuple(v.where.tolist()) for v in views] if self.shelf and self.workers[0] else []
+        missing = [k for k in asked if k not in self.shelf.kept]
+        if len(missing) < 2: yield from views; return
+        found = iter(DataLoader(Reader(self.shelf, missing), batch_size=None, num_workers=self.workers[0], worker_init_fn=self.workers[1],
+                                collate_fn=as_it_is, generator=torch.Generator()))
+        for view, numbers in zip(views, asked):
+            if numbers not in self.shelf.kept: view._held = self.shelf.keep(numbers, next(found))
+            yield view
 
     def by_example(self) -> "Sample | None":
         "The same data, example by example; None where there are only batches."
@@ -183,7 +210,8 @@ class Sample:
         if single: read = lambda numbers: shelf.collate(shelf.item(numbers[0], parts[numbers[0]]))
         else: read = lambda numbers: shelf(parts[numbers[0]])
         many = cls(Examples(read, torch.arange(len(parts)), True), torch.ones(len(parts), dtype=torch.float64), name)
-        return many if single else replace(many.weighing([len(p) for p in parts]), count=count, parts=parts, shelf=shelf)
+        return many if single else replace(many.weighing([len(p) for p in parts]), count=count, parts=parts, shelf=shelf,
+                                           workers=(0, None) if loader is None else (loader.num_workers, loader.worker_init_fn))
 
     @classmethod
     def _kept(cls, data, name, batches):

@@ -216,11 +216,13 @@ class Risk:
         size, xs = self.chunk_size or max(len(mine), 1), None
         if noise and self.dataset.augment:                       # the whole batch at once: chunks change nothing
             xs = self.dataset.augment(examples(self.dataset.x, batch.idx.to(self.device)), (noise / "data").generator())
+        ahead = self.dataset.ahead(size) if batch is None and len(mine) == self.n and isinstance(self.dataset, Sample) else None
         for i in mine[::size]:
             part = slice(i, min(i + size, mine.stop))
             where = part if batch is None else batch.idx[part].to(self.device)
             weight = None if batch is None or batch.weight is None else batch.weight[part].to(self.device, self.dtype)
-            yield examples(self.dataset.x, where) if xs is None else xs[part], examples(self.dataset.y, where), weight, n, noise and noise / i
+            x = next(ahead) if ahead else examples(self.dataset.x, where) if xs is None else xs[part]
+            yield x, examples(self.dataset.y, where), weight, n, noise and noise / i
 
     def piece(self, theta: Tensor | dict[str, Tensor], x: Tensor, y: Tensor, weight: Tensor | None, n: int, noise: Stream | None = None) -> Tensor:
         "A chunk's share of the batch loss, differentiable in theta, flat or by name."
