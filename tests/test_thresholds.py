@@ -342,7 +342,7 @@ def test_a_critical_sharpness_along_a_run_costs_about_three_gradients():
 
 
 @pytest.mark.parametrize("words, why", [
-    ("sharpness:k=0", "1 ≤ k < inf, got k=0"), ("sharpness:tol=0", "1e-15 ≤ tol < 1, got tol=0"), ("sharpness:which=top", "'smallest', got 'top'"),
+    ("sharpness:k=0", "1 ≤ k < inf, got k=0"), ("sharpness:tol=0", "1e-15 ≤ tol < 1, got tol=0"), ("sharpness:which=top", "'magnitude'; got 'top'"),
     ("stabilization:tol=-1", "got tol=-1"), ("preconditioned_sharpness:tol=nan", "got tol=nan"), ("update_radius:products=1", "2 ≤ products"),
     ("critical_sharpness:tol=0", "got tol=0"), ("batch_sharpness:draws=1", "2 ≤ draws"), ("interaction_sharpness:draws=1", "2 ≤ draws"),
     ("spectrum:draws=1", "2 ≤ draws"), ("spectrum:steps=0", "1 ≤ steps"), ("iterates:size=0", "1 ≤ size")])

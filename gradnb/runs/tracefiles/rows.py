@@ -187,16 +187,18 @@ class TraceWriter:
     def lost(self) -> RuntimeError:
         return RuntimeError(f"{self.path} was removed or changed by someone else while this process was writing it; the same call goes on from what is left.")
 
-    def check_place(self):
+    def check_place(self,
+        more: int = 0,    # bytes that may stand behind the rows
+    ):
         "Raises RuntimeError where the path no longer names the file that is written, or someone else has written to it."
         here = os.fstat(self._fd)
         try: found = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError): raise self.lost() from None
-        if not os.path.samestat(here, found) or here.st_size != self.size: raise self.lost()
+        if not os.path.samestat(here, found) or not 0 <= here.st_size - self.size <= more: raise self.lost()
 
     def check(self):
-        "As check_place, and where arrays are lost."
-        self.check_place()
+        "As check_place, and where arrays are lost. An append that was interrupted may have left a row that is not counted."
+        self.check_place(self.layout.dtype.itemsize)
         if self.layout.arrays and self.rows > sum(1 for _ in arrays_of(self.path).glob("*.safetensors")): raise self.lost()
 
     def sync(self): flush(self._fd, self.path)
