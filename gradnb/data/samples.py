@@ -81,7 +81,7 @@ class Examples:
         return mapped(lambda t: t.to(device, dtype if t.is_floating_point() else None), self._held)
 
     @property
-    def device(self) -> torch.device: return next((t.device for t in tensors(self.batch)), torch.device("cpu"))
+    def device(self) -> torch.device: return torch.device(self._to[0] or next((t.device for t in tensors(self._held)), "cpu"))
 
     def clone(self) -> "Examples":
         "What was read, as it is now, whatever becomes of it."

@@ -167,7 +167,7 @@ class Risk:
             elif sample.whole and (size or not sample.parts):
                 sample = sample.weighing([float((size or size_of)(sample.x[i:i + 1].batch)) for i in range(sample.n)])
         self.per_example, self.dataset = objective, sample
-        self._check_slopes(network, sample.x[:1 if sample.whole else 3], sample.y[:1 if sample.whole else 3])
+        self._check_slopes(network, *self._few(3)[:2])
         return network
 
     def check_apart(self):
@@ -310,10 +310,13 @@ class Risk:
 
     def frozen(self, buffers: dict[str, Tensor] | None = None) -> "Risk":
         "This problem in evaluation mode: no noise, BatchNorm with these running statistics (None: those of the start)."
-        if not (self.network.modal or self.noisy): return self
+        return self.around(self.network.frozen(buffers)) if self.network.modal or self.noisy else self
+
+    def around(self, network: Network) -> "Risk":
+        "This problem of another network of the same kind."
         other = copy(self)
         for cached in ("coupled", "cuts", "_layer_bytes", "_mapped"): other.__dict__.pop(cached, None)
-        other.network = self.network.frozen(buffers)
+        other.network = network
         return other
 
     def only(self,
@@ -322,13 +325,13 @@ class Risk:
     ) -> "Risk":                         # its θ₀ is the part of θ that these are
         """L as a function of some of the parameters: its Hessian is a diagonal block of the whole, and nothing is kept for the others.
         Raises ValueError where a pattern meets none."""
-        here, held, other = self.layout.named(self.theta0 if theta is None else self.check(theta).detach()), [], copy(self)
+        here, held = self.layout.named(self.theta0 if theta is None else self.check(theta).detach()), []
         def at(module):
             own = dict(module.named_parameters())
             held.append(chosen(copied(module, {id(p): nn.Parameter(here.get(k, p.detach()).clone()) for k, p in own.items()}), params))
             return held[-1]
-        other.network = self.network.around(at)
-        for cached in ("coupled", "cuts", "graph_bytes", "kinks", "_layer_bytes", "_mapped"): other.__dict__.pop(cached, None)
+        other = self.around(self.network.around(at))
+        for cached in ("graph_bytes", "kinks"): other.__dict__.pop(cached, None)
         other.layout, other._checked, found = Layout.of(held[0]), {}, dict(held[0].named_parameters())
         other.theta0 = other.layout.join(found[k].detach().to(self.dtype) for k in other.layout.names)
         return other

@@ -9,7 +9,6 @@ __all__ = ['proving_ground', 'law', 'Watch', 'same', 'stored', 'precise', 'off_b
 
 # %% ../../nbs/08_runs/02_laws.ipynb #imports
 import json
-import random
 from collections.abc import Callable
 from copy import copy, deepcopy
 from math import frexp
@@ -28,7 +27,7 @@ from ..move.rules.fromtorch import FromTorch
 from ..move.rules.gd import GD
 from ..move.rules.inplace import OVER
 from ..move.steppers import Descent, trajectory
-from ..ground.streams import Stream
+from ..ground.streams import Stream, generators, moved
 from .training import train
 from ..ground.trees import flatten, leaves, unflatten
 
@@ -127,8 +126,7 @@ def check_problem(
     module = problem.given if isinstance(problem, Problem) else problem
     held = lambda: {**dict(module.named_parameters()), **dict(module.named_buffers()), **{f"gradient of {k}": p.grad for k, p in module.named_parameters() if p.grad is not None}}
     modes = lambda: {path: m.training for path, m in module.named_modules()}
-    draws = lambda: dict(zip(("torch", "NumPy", "Python"), (torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate())))
-    before = held(), {k: t.detach().clone() for k, t in held().items()}, modes(), draws()
+    before = held(), {k: t.detach().clone() for k, t in held().items()}, modes(), generators()
     if isinstance(problem, nn.Module): problem = Problem(module, loss, data)
     batch, look = Batch(torch.arange(min(size, problem.n))), lambda: problem.dataset.x[:1 if problem.dataset.whole else size]
     x = look().clone()
@@ -145,12 +143,11 @@ def check_problem(
     law(all(torch.allclose(a, b, equal_nan=True) for a, b in zip(first, again)), problem, "answers otherwise once the mode of the module it was made of has changed.")
     check_derivatives(precise(problem), problem, batch)
     law(torch.equal(x, look()) if isinstance(x, Tensor) else x.equals(look()), problem, "writes over its data.")
-    now, rng = held(), draws()
+    now, drew = held(), moved(before[3])
     written = [k for k in {**before[0], **now} if now.get(k) is not before[0].get(k) or not torch.equal(now[k].detach().nan_to_num(), before[1][k].nan_to_num())]
     law(not written, problem, f"writes into the module it was made of: {', '.join(written)}.")
     law(modes() == before[2], problem, "changes the mode of the module it was made of.")
-    moved = [name for name in rng if rng[name] != before[3][name]]
-    law(not moved, problem, f"moves the global generator of {', '.join(moved)}.")
+    law(not drew, problem, f"moves the global generator of {', '.join(drew)}.")
 
 # %% ../../nbs/08_runs/02_laws.ipynb #rule
 def check_rule(

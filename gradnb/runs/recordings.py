@@ -22,14 +22,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from ..ground.commit import commit
-from ..ground.files import replace_file, seal, tensor_checksum
+from ..ground.files import replace_file, tensor_checksum
 from ..ground.locks import Lock
 from ..ground.registry import unknown
 from ..ground.traces import as_row
 from .record import Recorder
 from .run import Run
-from .spec import SCHEMA, Imported, Newer
-from .store import STRETCH, Store, environment, room, stretches, there, tidy
+from .spec import Imported, Newer
+from .store import STRETCH, Store, environment, room, stretches, there, tidy, write_manifest
 from .tracefiles import file_name
 
 # %% ../../nbs/08_runs/08_recordings.ipynb #settings
@@ -99,7 +99,7 @@ class Recording(Run):
             stack.callback(self._recorder.close)
             self._start, self._flushed = time.monotonic(), time.monotonic()
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else torch.device("cpu")
-            self._about = {"run": self.hash, "schema": SCHEMA} | environment(device) | {"began": time.time()}
+            self._about = environment(device) | {"began": time.time()}
             self._about["stretches"] = [*stretches(self._before), {k: self._about[k] for k in STRETCH} | {"step": 0}]
             replace_file(self.path / "spec.json", lambda part: part.write_text(spec.to_json(), "utf-8"))
             self._note("running")
@@ -115,8 +115,7 @@ class Recording(Run):
         "Write the manifest."
         seconds = (self._before.get("seconds") or 0.) + time.monotonic() - self._start
         damaged = (self._before.get("damaged") or []) + self._recorder.damaged
-        text = seal(self._about | {"status": status, "seconds": round(seconds, 3), "damaged": damaged, "step": self.step} | more, indent=1)
-        with self._recorder.ours(): replace_file(self.path / "manifest.json", lambda part: part.write_text(text, "utf-8"))
+        write_manifest(self._recorder, self._about | {"status": status, "seconds": round(seconds, 3), "damaged": damaged, "step": self.step} | more)
 
     @property
     def closed(self) -> bool: return not self._recorder

@@ -37,9 +37,7 @@ def preconditioned_sharpness_probe(
         metric = metric_of(view.problem, view.stepper, view.state)
         eigs = preconditioned_sharpness(view.point, metric, k, tol, view.memory.get("sketch"), view.stream)
         view.memory["sketch"] = eigs.sketch
-        one = lambda v: v[0] if k == 1 else v
-        return dict(value=one(eigs.values), error=one(eigs.errors), residual=one(eigs.residuals), converged=eigs.converged, matvecs=eigs.matvecs,
-                    threshold=edge_of(view, metric))
+        return eigs.as_row() | dict(threshold=edge_of(view, metric))
     return Probe("preconditioned_sharpness", every, measure)
 
 @PROBES.add("update_radius")

@@ -163,8 +163,7 @@ def sharpness_probe(
         if examples: point = point.problem.at(view.theta, Batch(torch.arange(min(examples, view.problem.n))))
         eigs = sharpness(point, k=k, tol=tol, warm=view.memory.get("sketch"), stream=view.stream, which=which)
         view.memory["sketch"] = eigs.sketch
-        one = lambda v: v[0] if k == 1 else v
-        return dict(value=one(eigs.values), error=one(eigs.errors), residual=one(eigs.residuals), converged=eigs.converged, matvecs=eigs.matvecs)
+        return eigs
     return Probe("frozen_" * frozen + f"{which}_" * (which != "largest") + "sharpness", every, measure)
 
 @PROBES.add("grad_norm")

@@ -13,7 +13,6 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from copy import copy
 from glob import glob, has_magic
 from pathlib import Path
 from typing import NamedTuple
@@ -221,9 +220,7 @@ def with_held(problem, held: dict[str, Tensor]):
     there = {**dict(problem.module.named_parameters()), **dict(problem.module.named_buffers())}
     new = {n: t for n, t in held.items() if n not in problem.buffers and not torch.equal(t.to(there[n]), there[n])}
     if not new: return problem
-    other = copy(problem)
-    for cached in ("coupled", "cuts", "_layer_bytes", "_mapped"): other.__dict__.pop(cached, None)
-    other.network = problem.network.around(copied)
+    other = problem.around(problem.network.around(copied))
     for module in {other.network.module, other.network.loud}:
         own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         with torch.no_grad():
