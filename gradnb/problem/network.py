@@ -271,20 +271,24 @@ class Network:
             out, after, self.hush = run(self.module)
             if self.hush: out, after, self.draws = run(self.module, hush=True)
         self.buffers = {k: v for k, v in start.items() if not torch.equal(v, after[k])}
-        def close(other): return torch.allclose(out, other, *2 * [torch.finfo(out.dtype).eps ** .5 if out.is_floating_point() else 0], equal_nan=True)
-        def same(buffers): return close(run(self.module, start | buffers, self.hush)[0])
-        moved = {k: v + 1 for k, v in self.buffers.items()}
-        if not same(moved):
-            if same(self.buffers):
-                raise TypeError(f"the outputs of this network in training mode depend on buffers that it writes, {list(moved)[:3]} "
-                                "(spectral normalisation?), so its loss is no function of the parameters; use module.eval().")
+        eps = torch.finfo(out.dtype).eps if out.is_floating_point() else 0
+        def gap(buffers):                   # relative; the same buffers again show what is rounding
+            other = run(self.module, start | buffers, self.hush)[0]
+            apart = (out - other).abs().masked_fill(out.isnan() & other.isnan(), 0)
+            return 0 if torch.equal(out, other) or not apart.any() else (apart.max() / out.nan_to_num().abs().max()).nan_to_num(torch.inf).item()
+        shift = lambda v: v + 1 + (10 * torch.randn(v.shape, generator=gen).to(v) if v.is_floating_point() else 0)
+        moved = max(gap({k: shift(v) for k, v in self.buffers.items()}) for _ in range(2)) if self.buffers else 0
+        if (again := gap({})) > eps ** .5:
             raise TypeError("this network answers the same question twice with two answers: it draws random numbers that are not of torch's "
                             "global generator, or keeps something from call to call; draw by torch's functions without generator=, keep nothing.")
+        if moved > 16 * eps + 10 * again:
+            raise TypeError(f"the outputs of this network in training mode depend on buffers that it writes, {list(self.buffers)[:3]} "
+                            "(spectral normalisation?), so its loss is no function of the parameters; use module.eval().")
         if not self.buffers or self.draws:
             still = copied(self.module).eval()
             self.places[still] = places(still)
             calm, _, self._draws_still = run(still, hush=True)
-            self.modal = self.noisy or bool(self.buffers) or calm.shape != out.shape or not close(calm)
+            self.modal = self.noisy or bool(self.buffers) or calm.shape != out.shape or not torch.allclose(out, calm, eps ** .5, eps ** .5, equal_nan=True)
             del self.places[still]
         with torch.enable_grad(): self._try_backward({k: v.requires_grad_() for k, v in params.items()}, x[:4])
 
