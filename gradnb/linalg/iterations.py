@@ -10,7 +10,7 @@ from collections.abc import Callable
 from math import inf
 import torch
 from torch import Tensor
-from .basis import Basis, Eigs, open_pairs, orthonormalise, start_rows
+from .basis import Basis, Eigs, combine, open_pairs, orthonormalise, start_rows
 from .krylov import certify
 from ..ground.streams import Stream
 
@@ -30,30 +30,31 @@ def lobpcg(
     k = j if k is None else k
     if k > j: raise ValueError(f"start has {j} columns for k = {k} pairs; give at least as many columns as pairs.")
     size = min(p, max(3 * j, 40, min(200 + 20 * k + j, 2**26 // p)))
-    B, n = Basis(matvec, rows, min(3 * j, p), max(j, k + 3), limit=size), 0
-    B.add(rows)
+    B, n = Basis(matvec, rows, size), 0
+    B.add(rows.clone())
     while B.m < j: B.add_random(stream)
     while True:
         theta, Y = B.ritz()
         X = Y[:j]
-        R, r = B.residuals(theta[:j, None] * X, X)
+        r = B.residuals(theta[:j], X)
         open, allowed = open_pairs(theta, r, r, k, tol, torch.finfo(rows.dtype).eps)
         done = B.m == p or not open.any()
         if done or n == max_iters: break
         P = X.clone()
         P[:, :j] = 0                                             # the change of X: its part outside the old X
         B.rotate(torch.cat([X, P[:orthonormalise(X, P)]]))
-        if not B.add(R[open | (r > allowed)]): B.add_random(stream)
+        moving = B.F[:j][open | (r > allowed)]
+        if not B.add(combine(moving, B.R, rows.new_zeros(len(moving), p))): B.add_random(stream)
         n += 1
     return _checked(B, k, tol, stream, 200 + 20 * k, bool(done), check)
 
 def _checked(B: Basis, k: int, tol: float, stream: Stream, budget: int, done: bool, check: bool) -> Eigs:
     "The answer in a basis, once a random direction has agreed."
-    error = torch.full((k,), inf if B.m < B.Q.shape[1] else 0, dtype=torch.float64)
+    error = torch.full((k,), inf if B.m < B.p else 0, dtype=torch.float64)
     if check and done: error, done = certify(B, k, tol, stream / "check", B.products + budget, True)
     theta, Y = (x[:k] for x in B.ritz())
-    allowed = max(tol, 10 * torch.finfo(B.Q.dtype).eps) * theta.abs().max()
-    return B.eigs(theta, Y, B.residuals(theta[:, None] * Y, Y)[1], error.clamp_min(allowed), done)
+    allowed = max(tol, 10 * torch.finfo(B.like.dtype).eps) * theta.abs().max()
+    return B.eigs(theta, Y, B.residuals(theta, Y), error.clamp_min(allowed), done)
 
 # %% ../../nbs/02_linalg/03_iterations.ipynb #power
 def power_iteration(
@@ -69,25 +70,26 @@ def power_iteration(
     if len(rows) > 1: raise ValueError(f"power iteration takes one vector (p,), got {tuple(start.shape)}.")
     if max_matvecs < 1: raise ValueError(f"max_matvecs = {max_matvecs}; at least one product is needed.")
     size = min(len(rows[0]), max(40, min(max_matvecs, 2**26 // len(rows[0]))))
-    B, tol = Basis(matvec, rows, 1, 4, limit=size), max(tol, 10 * torch.finfo(rows.dtype).eps)
-    if not B.add(rows): B.add_random(stream)
+    B, tol = Basis(matvec, rows, size), max(tol, 10 * torch.finfo(rows.dtype).eps)
+    if not B.add(rows.clone()): B.add_random(stream)
     while True:
         theta, Y = B.ritz()
-        done = bool(B.residuals(theta[:, None] * Y, Y)[1] <= tol * theta[0].abs())
+        done = bool(B.residuals(theta, Y) <= tol * theta[0].abs())
         if done or B.products >= max_matvecs: break
-        B.m = 0
-        B.add(B.AQ[:1])
+        w = combine(torch.cat([B.M, B.F], 1), [*B.Q, *B.R], rows.new_empty(1, B.p))      # A q
+        B.clear()
+        B.add(w)
     found, error = theta[0], torch.full_like(theta, inf if len(rows[0]) > 1 else 0)
     if check and done:
         high = found.abs()
         for end in (1., -1.):                                    # A, then −A, each with a direction of its own
             sign = end * (1 if found >= 0 else -1)
-            C = Basis(lambda V: sign * matvec(V), rows, 1, 4, limit=size)
+            C = Basis(lambda V: sign * matvec(V), rows, size)
             C.products = B.products
-            C.add(B.Q[:1])
+            C.add(B.Q[0][None].clone())
             rise, sure = certify(C, 1, tol, stream / "check" / int(end), max_matvecs, False, 0, -inf if end > 0 else found.abs().item())
             top = C.ritz()[0][0] + rise[0]
             high, done, B.products = torch.maximum(high, top), done and sure, C.products
         error[0] = high - found.abs()
         done = done and bool(error <= tol * high)
-    return B.eigs(theta, Y, B.residuals(theta[:, None] * Y, Y)[1], error.clamp_min(tol * found.abs()), done)
+    return B.eigs(theta, Y, B.residuals(theta, Y), error.clamp_min(tol * found.abs()), done)

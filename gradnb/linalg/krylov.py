@@ -26,7 +26,8 @@ class _Joint(NamedTuple):
 
 def _joint(B: Basis) -> _Joint:
     "What is known now: new products first, then the old sketch. Jumps of old directions that the products hint at are believed."
-    K, G, (C, D) = B.T[:B.m, :B.m], B.G, B.CD[:, :, :B.m]
+    K, G, C = B.T, B.G, B.C
+    D = C @ B.M.T + B.E @ B.F.T                                            # V A Qᵀ
     lam = B.T.new_zeros(0) if B.sketch is None else B.sketch.values
     share = C.norm(dim=1).clamp_min(1e-3)                                  # ‖P vᵢ‖
     change = ((D - lam[:, None] * C) * C).sum(1) / share
@@ -42,10 +43,10 @@ def _ahead(
     B: Basis,
     joint: _Joint,
     i: int,                   # of which pair
-) -> Tensor:                  # (1, p), a free row of the basis
-    "Where the search for eigenpair i goes on: its predicted vector, as far as it is not in the basis."
-    R = B.residuals(joint.values[i] * joint.inside[i, None], joint.inside[i, None])[0]
-    return R if B.sketch is None or joint.values[i] <= 0 else combine(joint.ahead[i, None] * joint.values[i], B.V, R, add=1)
+) -> Tensor:                  # (1, p)
+    "Where the search for eigenpair i goes on: its predicted vector, as far as it is not in the basis, but for old vectors' parts in it."
+    R = combine(joint.inside[i, None] @ B.F, B.R, B.like.new_zeros(1, B.p))
+    return combine(joint.ahead[i, None] * joint.values[i], B.V, R, add=1)
 
 def _updated(
     B: Basis,
@@ -54,7 +55,7 @@ def _updated(
 ) -> Sketch:
     "The top of what is known now."
     inside, outside = joint.inside[:keep], joint.outside[:keep]
-    vectors = combine(inside - outside @ B.CD[0, :, :B.m], B.Q[:B.m], B.Q.new_empty(len(inside), B.Q.shape[1]))
+    vectors = combine(inside - outside @ B.C, B.Q, B.like.new_empty(len(inside), B.p))
     return Sketch(joint.values[:keep], combine(outside, B.V, vectors, add=1).T)
 
 # %% ../../nbs/02_linalg/02_krylov.ipynb #errors
@@ -74,13 +75,13 @@ def _errors(
     worked: Tensor,   # (c,) pairs that the search has worked on
 ) -> Tensor:          # (c,)
     "How far the i-th eigenvalue is believed to lie above the i-th Ritz value, at most."
-    narrow = B.T[:B.m, :B.m].diagonal().abs().max() / 200
+    narrow = B.T.diagonal().abs().max() / 200
     if B.sketch is None:
         n = torch.arange(len(r) - 1)
         gap = (theta[:, None] - theta[1:] - r[1:]).clamp_max(narrow)       # (c, c − 1): pair i, block of the first j + 1
         bound = torch.where((n >= torch.arange(len(r))[:, None]) & (gap > 0), _temple(r[:-1].square().cumsum(0), gap), torch.inf)
         return torch.cat([bound, r[:, None]], 1).min(1).values
-    carried = ~worked & ((B.CD[0, :, :B.m] @ Y.T).square().sum(0) > 0.99)  # still a combination of old vectors
+    carried = ~worked & ((B.C @ Y.T).square().sum(0) > 0.99)  # still a combination of old vectors
     gap = (theta - joint.values[:len(B.sketch.values)][-1]) / 2
     rise = (joint.values[:len(r)] - theta).clamp_min(0)
     elsewhere = (r.square() - (joint.across @ Y.T).square().sum(0)).clamp_min(0)
@@ -138,7 +139,7 @@ def certify(
     least: float = -inf,      # eigenvalues below this need no better bound
 ) -> tuple[Tensor, bool]:     # (k,) errors of the Ritz values, and whether they are as small as wanted
     "Looks for larger eigenvalues from a random direction, until chance says that there are none."
-    p, eps, a = B.Q.shape[1], torch.finfo(B.Q.dtype).eps, None
+    p, eps, a = B.p, torch.finfo(B.like.dtype).eps, None
     while True:
         theta, Y = B.ritz()
         allowed = max(tol, 10 * eps) * theta.abs().max()
@@ -146,30 +147,28 @@ def certify(
         if a is None:
             error = rest = theta.new_full((k,), inf)
             top, ceiling = theta[-1], 2 * theta.abs().max()
-        elif (B.m - a) % (1 + B.m // 24) == 0 or B.m == B.limit or B.products >= budget:      # a look costs more in a large basis
+        elif (B.m - a) % (1 + B.m // 24) == 0 or B.full or B.products >= budget:      # a look costs more in a large basis
             F = _factor(B.outside(), 10 * eps * theta.abs().max())
-            top, ceiling = _ceiling(B.T[a:B.m, a:B.m], F[a:], p - a)
-            error, rest = (_rise(B.T[:B.m, :B.m], F, a, x, k, p - B.m) for x in (ceiling, torch.minimum(ceiling, top + allowed / 4)))
+            top, ceiling = _ceiling(B.T[a:, a:], F[a:], p - a)
+            error, rest = (_rise(B.T, F, a, x, k, p - B.m) for x in (ceiling, torch.minimum(ceiling, top + allowed / 4)))
         open = (rest > allowed) & (theta[:k] + rest > least)
-        r = B.residuals(theta[:k, None] * Y[:k], Y[:k])[1]
+        r = B.residuals(theta[:k], Y[:k])
         if vectors: open |= r > allowed
         if not open.any() and ((error <= allowed) | (theta[:k] + error <= least)).all(): return error, True
         if B.products >= budget: return error, False
-        if B.m == B.limit:                                             # full: the best stays, and chance begins anew
+        if B.full:                                                     # the best stays, and chance begins anew
             if keep: B.recall(_updated(B, _joint(B), keep))
             B.rotate(Y[:k + (B.limit - k) // 3])
             a = None
         missed = a is not None and top > max(theta[k - 1] + allowed, least)   # a pair of the k came from outside: are there more?
         rough = r > torch.maximum(allowed, (allowed * theta.abs().max() / 200).sqrt())
-        if a is None or missed and not rough.any(): a, W = B.m, None
+        if a is None or missed and not rough.any(): a, y = B.m, None
         elif missed or open.any() and ceiling <= max(theta[k - 1], top) + allowed:
-            y = Y[int((r if missed else torch.where(open, rest, -1)).argmax()), None]
-            W = B.residuals(y @ B.T[:B.m, :B.m], y)[0]
+            y = Y[int((r if missed else torch.where(open, rest, -1)).argmax())]
         else:                                                          # the residual of (A − ceiling) y = b, as if it were to be solved
-            ritz, Z = torch.linalg.eigh(B.T[a:B.m, a:B.m])
-            y = torch.cat([Z.new_zeros(a), Z @ (Z[0] / _below(ritz, ceiling))])[None]
-            W = B.residuals((y := y / y.norm()) @ B.T[:B.m, :B.m], y)[0]
-        if W is None or not B.add(W): B.add_random(stream)
+            ritz, Z = torch.linalg.eigh(B.T[a:, a:])
+            y = torch.cat([Z.new_zeros(a), Z @ (Z[0] / _below(ritz, ceiling))])
+        if y is None or not B.grow(y): B.add_random(stream)
 
 # %% ../../nbs/02_linalg/02_krylov.ipynb #lanczos
 def lanczos(
@@ -195,28 +194,31 @@ def lanczos(
     if size < min(p, follow + 2):
         raise ValueError(f"basis = {basis} is too small to follow {follow} pairs; give at least {follow + 2}.")
     if budget < k: raise ValueError(f"max_matvecs = {budget} cannot give k = {k} pairs; each takes a product.")
-    B, worked = Basis(matvec, rows, min(size, least), follow + 3, sketch, size), torch.zeros(size, dtype=torch.bool)
-    if not B.add(rows): B.add_random(stream)
+    B, worked = Basis(matvec, rows, size, sketch=sketch), torch.zeros(size, dtype=torch.bool)
+    if not B.add(rows.clone()): B.add_random(stream)
     while True:
         theta, Y = B.ritz()
         c = k + guards
-        r, joint = B.residuals(theta[:c + 3, None] * Y[:c + 3], Y[:c + 3])[1], _joint(B)
+        r, joint = B.residuals(theta[:c + 3], Y[:c + 3]), _joint(B)
         error, r = _errors(B, theta[:len(r)], Y[:len(r)], r, joint, worked[:len(r)])[:c], r[:c]
         open, allowed = open_pairs(theta, r, r if vectors else error, k, tol, torch.finfo(rows.dtype).eps)
         done = B.m == p or B.m >= k and not open.any()
         if done or B.products >= budget: break
         wanted = open & (torch.arange(len(r)) < k)
         worst = int((error * (wanted if wanted.any() else open)).argmax())
-        ahead, worked[worst] = _ahead(B, joint, worst) if open.any() else None, True
-        again = _updated(B, joint, keep) if keep and B.m == size else None   # before the basis forgets
-        if B.m == size: B.rotate(Y[:follow + (size - follow) // 3])          # thick restart
-        if again is not None:
-            B.recall(again)
-            worked[:] = True
-        if ahead is None or not B.add(ahead): B.add_random(stream)
+        worked[worst], y, W = True, joint.inside[worst], None
+        if sketch is not None and joint.values[worst] > 0: W = _ahead(B, joint, worst)
+        if B.full:                                                           # thick restart
+            again, best = _updated(B, joint, keep) if keep else None, Y[:follow + (size - follow) // 3]
+            B.rotate(best)
+            y = best @ y
+            if again is not None:
+                B.recall(again)
+                worked[:] = True
+        if not open.any() or not (B.grow(y) if W is None else B.add(W)): B.add_random(stream)
     error = torch.full_like(theta[:k], inf if B.m < p else 0)
     if check and done and B.m < p:
         error, done = certify(B, k, tol, stream, budget, vectors, keep)
         theta, Y = B.ritz()
-    r, allowed = B.residuals(theta[:k, None] * Y[:k], Y[:k])[1], max(tol, 10 * torch.finfo(rows.dtype).eps) * theta.abs().max()
+    r, allowed = B.residuals(theta[:k], Y[:k]), max(tol, 10 * torch.finfo(rows.dtype).eps) * theta.abs().max()
     return B.eigs(theta[:k], Y[:k], r, error.clamp_min(allowed), done, _updated(B, _joint(B), keep) if keep else None)
