@@ -1,4 +1,6 @@
 """A sketch of an old matrix speeds a search up, and never decides what it finds."""
+import gc
+
 import pytest
 import torch
 
@@ -109,3 +111,27 @@ def test_a_sketch_of_other_strides_gives_the_same_bits():
     assert stored.vectors.stride() != old.vectors.stride()
     a, b = (sharpness(bowl, bowl.theta0 * 1.5, warm=w) for w in (old, stored))
     assert torch.equal(a.vectors, b.vectors) and torch.equal(a.sketch.vectors, b.sketch.vectors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("memory", [10, 15])
+def test_a_budget_of_memory_is_kept_and_the_bound_holds(memory, dtype):
+    "What lives while a product is made is counted by the garbage collector; the rest of the budget is the product's."
+    held, sketch = [], None
+    def live():
+        seen = {}
+        for x in gc.get_objects():
+            if type(x) is torch.Tensor and x.numel() >= P and x.shape != (P, P): seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return sum(seen.values()) / (P * dtype.itemsize)
+    for i, A in zip(range(4), drifting()):
+        A = A.to(dtype)
+        def product(v):
+            held.append(live() - before)
+            return A @ v
+        g, truth, before = draw(P, seed=9 + i, dtype=dtype), torch.linalg.eigvalsh(A.double()).flip(0)[0], 0.
+        if sketch is not None: g = sketch.vectors[:, 0].to(dtype) + .02 * g / g.norm()
+        before = live() - 1 - (0 if sketch is None else sketch.vectors.nbytes / (P * dtype.itemsize))
+        e = lanczos(product, g, sketch=sketch, keep=9, memory=memory)
+        assert e.converged and -1e-5 * truth <= truth - e.values[0] <= e.errors[0]
+        sketch = e.sketch
+    assert max(held) <= memory - 2, held

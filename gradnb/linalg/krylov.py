@@ -11,7 +11,7 @@ from math import inf, pi, sqrt
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .basis import Basis, Eigs, Sketch, combine, open_pairs, start_rows
+from .basis import Basis, Eigs, Sketch, combine, inner, open_pairs, orthonormalise, start_rows, strip
 from ..ground.streams import Stream
 from ..ground.roles import check_given
 
@@ -52,11 +52,14 @@ def _updated(
     B: Basis,
     joint: _Joint,
     keep: int,                # pairs
+    dtype: torch.dtype | None = None,    # of its vectors; None: the rows'
+    own: Sketch | None = None,           # written over, where it is large enough
 ) -> Sketch:
     "The top of what is known now."
     inside, outside = joint.inside[:keep], joint.outside[:keep]
-    vectors = combine(inside - outside @ B.C, B.Q, B.like.new_empty(len(inside), B.p))
-    return Sketch(joint.values[:keep], combine(outside, B.V, vectors, add=1).T)
+    out = B.like.new_empty(len(inside), B.p, dtype=dtype) if own is None or len(own.values) < len(inside) else own.vectors.T[:len(inside)]
+    vectors = combine(torch.cat([inside - outside @ B.C, outside], 1), [*B.Q, *B.V], out)
+    return Sketch(joint.values[:keep], vectors.T)
 
 # %% ../../nbs/02_linalg/02_krylov.ipynb #errors
 def _temple(
@@ -123,7 +126,7 @@ def _below(theta: Tensor, x: Tensor) -> Tensor:
 def _rise(T: Tensor, F: Tensor, a: int, ceiling: Tensor, k: int, left: int) -> Tensor:
     "How far the k largest eigenvalues may lie above their Ritz values, if nothing outside of the first a rows exceeds the ceiling; `left` dimensions are unseen."
     theta, Y = torch.linalg.eigh(T[a:, a:])
-    half = Y.T @ F[a:] / _below(theta, ceiling).sqrt()[:, None]
+    half = Y.T @ F[a:] / _below(theta, ceiling).sqrt()[:, None] if a < len(T) else F[a:]
     M = torch.cat([torch.cat([T, F], 1), torch.cat([F.T, ceiling * torch.eye(F.shape[1], dtype=F.dtype) - half.T @ half], 1)])
     bounds = torch.cat([torch.linalg.eigvalsh(M), ceiling.expand(min(k, max(left - F.shape[1], 0)))]).sort().values      # and what F does not touch
     return (bounds[-k:] - torch.linalg.eigvalsh(T)[-k:]).flip(0).clamp_min(0)
@@ -170,55 +173,137 @@ def certify(
             y = torch.cat([Z.new_zeros(a), Z @ (Z[0] / _below(ritz, ceiling))])
         if y is None or not B.grow(y): B.add_random(stream)
 
+# %% ../../nbs/02_linalg/02_krylov.ipynb #scan
+def _drawn(B: Basis, stream: Stream) -> Tensor:
+    "A random direction (1, p), on the CPU drawn, so that devices agree."
+    return torch.randn(1, B.p, generator=stream.generator(), dtype=B.like.dtype).to(B.like.device)
+
+def _scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, int]:
+    "Errors (k,) of the pairs in a basis, from three vectors; and, where something larger shows, after how many products it does."
+    a, eps, q, before = B.m, torch.finfo(B.like.dtype).eps, _drawn(B, stream), []
+    if not orthonormalise(B.Q, q): return allowed.expand(k), 0
+    theta, off, T, pad, steps, q = B.ritz()[0], B.outside(), B.T, torch.nn.functional.pad, 0, q[0]
+    while True:
+        w, = B._images(q[None])
+        h, left, size = strip([*B.Q, q, *before], w)
+        steps, T = steps + 1, pad(T, (0, 1, 0, 1))
+        T[:a, -1] = T[-1, :a] = h[:a]
+        T[-1, -1] = h[a]
+        if before: T[-1, -2] = T[-2, -1] = h[a + 1]
+        G = pad(off - T[:a, a:] @ T[a:, :a], (0, steps, 0, steps))           # what is left of the images of X, and the last row's
+        G[-1, -1], G[-1, :a] = left**2, B.F @ inner(B.R, [w])[:, 0]
+        G[:a, -1] = G[-1, :a]
+        F = _factor(G, 10 * eps * theta.abs().max())
+        top, ceiling = _ceiling(T[a:, a:], F[a:], B.p - a)
+        lift = torch.linalg.eigvalsh(T).flip(0)[:k] - theta[:k]              # of the pairs by rows that nobody keeps
+        error, rest = (lift + _rise(T, F, a, x, k, B.p - a - steps) for x in (ceiling, torch.minimum(ceiling, top + allowed / 4)))
+        if top > theta[k - 1] + allowed: return error, steps
+        if (error <= allowed).all() or B.products >= budget or left <= 4 * eps * size: return error, 0
+        if (rest > allowed).any() and ceiling <= max(theta[k - 1], top) + allowed: return error, 0
+        before, q = [q], w.div_(left.to(w))
+
+def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, vectors: bool, keep: int, dtype: torch.dtype | None) -> tuple[Tensor, bool, Sketch | None]:
+    "As `certify`, with few vectors at a time; and what was learned."
+    sketch, eps, rough = None, torch.finfo(B.like.dtype).eps, 1.
+    while True:
+        if keep and sketch is None: B.most -= keep * (dtype or B.like.dtype).itemsize / B.like.element_size()
+        if keep: sketch = _updated(B, _joint(B), keep, dtype, sketch)
+        theta, Y = B.ritz()
+        scale, x = theta.abs().max(), max(k, min(k + 3, int(B.most - 4) // 2))
+        allowed = max(tol, 10 * eps) * scale
+        smooth = B.residuals(theta[:x], Y[:x]) <= (allowed * scale / 200).sqrt()
+        B.rotate(Y[:x][smooth | (torch.arange(len(smooth)) < k)])            # a rough row would hide what couples to it
+        if keep: B.recall(sketch)
+        draw = stream / B.products
+        error, seen = _scan(B, k, allowed, draw, budget)
+        done = bool((error <= allowed).all())
+        if done or B.products >= budget: return error, done, sketch
+        if seen: B.add(_drawn(B, draw))
+        aim, rough = allowed if vectors else max(allowed, rough * (allowed * scale / 200).sqrt()), rough / 4
+        while B.products < budget:
+            theta, Y = (x[:k] for x in B.ritz())
+            r = B.residuals(theta, Y)
+            if not seen and not (r > aim).any(): break
+            y = torch.eye(B.m, dtype=Y.dtype)[-1] if seen else Y[int(r.argmax())]
+            if B.full:
+                best = B.ritz()[1][:max(k, (B.m + 1) // 3)]
+                B.rotate(best)
+                y = torch.eye(B.m, dtype=Y.dtype)[-1] if seen else best @ y
+            seen = max(seen - 1, 0)
+            if not B.grow(y): break
+
 # %% ../../nbs/02_linalg/02_krylov.ipynb #lanczos
-def lanczos(
-    matvec: Callable[[Tensor], Tensor],  # A @ v for v (p,) or (p, j), A symmetric
-    start: Tensor,                       # (p,), or a block (p, j): old eigenvectors, a gradient; never taken for random
-    k: int = 1,                          # how many of the largest (algebraic) eigenpairs
-    tol: float = 1e-3,                   # error to reach, relative to max |λ|; not below 10 roundings
-    max_matvecs: int | None = None,      # budget of products; 200 + 20 k unless told
-    basis: int | None = None,            # basis vectors kept, each with its image; as many as are needed, up to 2²⁶ numbers
-    stream: Stream = Stream(0, ("lanczos",)),  # random directions
-    sketch: Sketch | None = None,        # of a matrix nearby: an earlier answer's
-    keep: int = 0,                       # pairs in the sketch of the answer; 0: none is made
-    vectors: bool = False,               # hold the residuals against tol too, for whoever needs the vectors
-    check: bool = True,                  # False: columns of the start past k are guards, nobody looks further, errors are infinite
-) -> Eigs:
-    "The k largest eigenpairs by thick-restart Lanczos (Wu & Simon 2000), warm from any block and sketch."
-    check_given("lanczos", matvec, "product")
-    rows = start_rows(start, k)
-    j, p = rows.shape
-    follow, guards = max(j, k + (j < k)), 0 if check else max(j - k, 0)
-    budget, least = 200 + 20 * k if max_matvecs is None else max_matvecs, max(24, 16 + 2 * follow)
-    size = min(p, basis if basis is not None else max(least + 16, min(budget + j, 2**26 // p)) if check else least)
-    if size < min(p, follow + 2):
-        raise ValueError(f"basis = {basis} is too small to follow {follow} pairs; give at least {follow + 2}.")
-    if budget < k: raise ValueError(f"max_matvecs = {budget} cannot give k = {k} pairs; each takes a product.")
-    B, worked = Basis(matvec, rows, size, sketch=sketch), torch.zeros(size, dtype=torch.bool)
-    if not B.add(rows.clone()): B.add_random(stream)
+def _settle(B: Basis, k: int, guards: int, follow: int, tol: float, stream: Stream, budget: int, vectors: bool, keep: int) -> bool:
+    "Searches until the beliefs of `_errors` hold, or the budget is paid."
+    worked = torch.zeros(B.limit + 1, dtype=torch.bool)
     while True:
         theta, Y = B.ritz()
         c = k + guards
         r, joint = B.residuals(theta[:c + 3], Y[:c + 3]), _joint(B)
         error, r = _errors(B, theta[:len(r)], Y[:len(r)], r, joint, worked[:len(r)])[:c], r[:c]
-        open, allowed = open_pairs(theta, r, r if vectors else error, k, tol, torch.finfo(rows.dtype).eps)
-        done = B.m == p or B.m >= k and not open.any()
-        if done or B.products >= budget: break
+        open, allowed = open_pairs(theta, r, r if vectors else error, k, tol, torch.finfo(B.like.dtype).eps)
+        done = B.m == B.p or B.m >= k and not open.any()
+        if done or B.products >= budget: return done
         wanted = open & (torch.arange(len(r)) < k)
         worst = int((error * (wanted if wanted.any() else open)).argmax())
         worked[worst], y, W = True, joint.inside[worst], None
-        if sketch is not None and joint.values[worst] > 0: W = _ahead(B, joint, worst)
+        if B.sketch is not None and joint.values[worst] > 0: W = _ahead(B, joint, worst)
         if B.full:                                                           # thick restart
-            again, best = _updated(B, joint, keep) if keep else None, Y[:follow + (size - follow) // 3]
+            again = _updated(B, joint, keep) if keep and B.most == inf else None
+            best = Y[:max(follow, min(follow + (B.limit - follow) // 3, (B.m + 1) // 3 if B.most < inf else B.m))]
             B.rotate(best)
             y = best @ y
             if again is not None:
                 B.recall(again)
                 worked[:] = True
         if not open.any() or not (B.grow(y) if W is None else B.add(W)): B.add_random(stream)
-    error = torch.full_like(theta[:k], inf if B.m < p else 0)
+
+def lanczos(
+    matvec: Callable[[Tensor], Tensor],  # A @ v for v (p,) or (p, j), A symmetric
+    start: Tensor,                       # (p,), or a block (p, j): old eigenvectors, a gradient; never taken for random
+    k: int = 1,                          # how many of the largest (algebraic) eigenpairs
+    tol: float = 1e-3,                   # error to reach, relative to max |λ|; not below 10 roundings
+    max_matvecs: int | None = None,      # budget of products; 200 + 20 k unless told
+    basis: int | None = None,            # basis vectors kept; as many as are needed, up to 2²⁶ numbers and the memory
+    stream: Stream = Stream(0, ("lanczos",)),  # random directions
+    sketch: Sketch | None = None,        # of a matrix nearby: an earlier answer's
+    memory: float | None = None,         # copies of the start held at a time, with the start and 3 for a product; None: as many as it wants
+    keep: int = 0,                       # pairs in the sketch of the answer; 0: none is made
+    vectors: bool = False,               # hold the residuals against tol too, for whoever needs the vectors
+    check: bool = True,                  # False: columns of the start past k are guards, nobody looks further, errors are infinite
+) -> Eigs:
+    """The k largest eigenpairs by thick-restart Lanczos (Wu & Simon 2000), warm from any block and sketch.
+
+    Without a bound on memory it holds one vector a product, warm up to two; with one it looks for what was not seen in three vectors, and the
+    sketch of a float32 search is k + 4 pairs in bfloat16. Raises ValueError where the memory is too small.
+    """
+    check_given("lanczos", matvec, "product")
+    rows = start_rows(start, k)
+    j, p = rows.shape
+    follow, guards = max(j, k + (j < k)), 0 if check else max(j - k, 0)
+    budget, least = 200 + 20 * k if max_matvecs is None else max_matvecs, max(24, 16 + 2 * follow)
+    lean, half, held, copies = memory is not None, None, 0, inf if memory is None else memory
+    if copies < 2 * k + 6:
+        raise ValueError(f"memory = {copies:g} copies cannot follow k = {k} pairs: a product takes 3, the start one and the search at least {2 * k + 2}; give {2 * k + 6} or more.")
+    if lean:
+        half = torch.bfloat16 if rows.dtype == torch.float32 else None
+        keep = min(keep, k + 4, max(k, int(copies - 2 * k - 6) // (1 if half else 2)))         # of the old sketch and of the new
+        if sketch is not None:                                               # as much of it as fits
+            column = sketch.vectors.element_size() / start.element_size()
+            sketch = Sketch(*(x[..., :int((copies - 2 * k - 6) / 2 / column)] for x in sketch[:2]))
+            held = sketch.vectors.shape[1] * column
+    size = min(p, basis if basis is not None else max(least + 16, min(budget + j, 2**26 // p)) if check else least)
+    if size < min(p, follow + 2):
+        raise ValueError(f"basis = {basis} is too small to follow {follow} pairs; give at least {follow + 2}.")
+    if budget < k: raise ValueError(f"max_matvecs = {budget} cannot give k = {k} pairs; each takes a product.")
+    B = Basis(matvec, rows, size, copies - held - 4, sketch)
+    if not B.add(rows.clone()): B.add_random(stream)
+    done, new = _settle(B, k, guards, follow, tol, stream, budget, vectors, keep), None
+    error = torch.full((k,), inf if B.m < p else 0, dtype=torch.float64)
     if check and done and B.m < p:
-        error, done = certify(B, k, tol, stream, budget, vectors, keep)
-        theta, Y = B.ritz()
-    r, allowed = B.residuals(theta[:k], Y[:k]), max(tol, 10 * torch.finfo(rows.dtype).eps) * theta.abs().max()
-    return B.eigs(theta[:k], Y[:k], r, error.clamp_min(allowed), done, _updated(B, _joint(B), keep) if keep else None)
+        if lean: error, done, new = _certify_in_few(B, k, tol, stream, budget, vectors, keep, half)
+        else: error, done = certify(B, k, tol, stream, budget, vectors, keep)
+    theta, Y = (x[:k] for x in B.ritz())
+    r, allowed = B.residuals(theta, Y), max(tol, 10 * torch.finfo(rows.dtype).eps) * B.ritz()[0].abs().max()
+    if keep and new is None: new = _updated(B, _joint(B), keep, half)
+    return B.eigs(theta, Y, r, error.clamp_min(allowed), done, new)

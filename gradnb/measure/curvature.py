@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from ..linalg import Eigs, Sketch, lanczos
 from ..problem.designs import NotFinite
+from ..problem.graphs import free_memory
 from ..problem import Point
 from ..ground.estimate import in_unit, to_unit
 from ..ground.roles import check_given, check_number
@@ -31,8 +32,9 @@ def _one_end(point, k, warm, stream, which, check, **options):
     else:
         known, scale = in_unit(warm[0], room=300)
         sketch = Sketch(known, warm[1].T.contiguous().T)         # strides decide roundings, and a resumed run has others
-        start = sketch.vectors[:, :k].clone()
-        start[:, -1] += 0.3 * unit(sketch.vectors[:, k:].sum(1)) + 0.3 * unit(point.grad) + 0.1 * unit(noise)
+        start = sketch.vectors[:, :k].to(point.theta.dtype, copy=True)
+        start[:, -1] += 0.3 * unit(sketch.vectors[:, k:].sum(1, dtype=point.theta.dtype)) + 0.3 * unit(point.grad) + 0.1 * unit(noise)
+    del noise, fresh
     sign = 1 if which == "largest" else -1
     def product(v):
         nonlocal scale
@@ -74,9 +76,14 @@ def sharpness(
     max_matvecs: int | None = None, # Hessian products allowed; None: the solver's default
     vectors: bool = False,          # hold the residuals against tol, for whoever needs the eigenvectors
     which: str = "largest",         # or "smallest": the negative end of the spectrum, and a sketch of −H; "magnitude": of both, and their sketches
+    memory: float | None = None,    # copies of θ that the search may hold at a time, 3 of them for a product; None: as many as it wants
     check: bool = True,             # False: nobody looks for what the search has not seen, in half the products; errors are infinite
 ) -> Eigs:                          # values (k,), the outermost first, vectors (p, k), residuals (k,), errors (k,), matvecs, converged
-    "The k largest (algebraic, unless told) eigenvalues of the Hessian of the training loss. Raises ValueError where θ or ∇L is not finite."
+    """The k largest (algebraic, unless told) eigenvalues of the Hessian of the training loss.
+
+    At the edge of stability k = 1 costs some 20 products, and about two copies of θ a product beside the problem and its graph, unless `memory` bounds them. Raises ValueError where θ or ∇L
+    is not finite or the memory too small for a search, and MemoryError where it is not free.
+    """
     if which not in WHICH: raise ValueError(f"which is {', '.join(map(repr, WHICH))}; got {which!r}.")
     check_number("sharpness", "tol", tol, 0)
     if not isinstance(problem, Point): check_given("sharpness", problem, "point")
@@ -89,5 +96,10 @@ def sharpness(
             raise NotFinite(f"{what} is not finite in {', '.join(bad[:4])}; there is no Hessian here. If the run has diverged, look at an earlier step.")
     if point.problem.kinks:
         warnings.warn(f"the loss has kinks ({', '.join(point.problem.kinks)}); its Hessian is that of the smooth piece around θ.", stacklevel=2)
-    options = dict(tol=tol, max_matvecs=max_matvecs, vectors=vectors, check=check)
+    if memory is not None:
+        copies, one, free = memory, point.theta.nbytes, free_memory(point.theta.device)
+        if copies * one > free:
+            raise MemoryError(f"a search for {k} eigenvalue{'s' * (k > 1)} holds up to {copies:g} copies of θ, {copies * one / 2**30:.3g} GB, and {free / 2**30:.3g} GB "
+                              f"are free; {f'give it memory={int(free / one)}' if free >= (2 * k + 6) * one else f'it needs {2 * k + 6} copies, so free some'}.")
+    options = dict(memory=memory, tol=tol, max_matvecs=max_matvecs, vectors=vectors, check=check)
     return _two_ends(point, k, warm, stream, **options) if which == "magnitude" else _one_end(point, k, warm, stream, which, **options)
