@@ -105,9 +105,10 @@ class Seen(State):
         buffers: dict,       # running statistics, copies
         grad: Callable,      # → ∇L(θ) over all examples
         rule: Callable,      # → what the optimizer remembers
+        latest: Callable = lambda: (None, None),    # → loss and gradient norm of the batch that it has stepped along
     ):
         self = super().__new__(cls, step, theta, buffers=buffers, settled=buffers)
-        self.asked = grad, rule
+        self.asked, self.latest = (grad, rule), latest
         return self
 
     @property
@@ -122,6 +123,9 @@ class Glance(View):
     def grad(self) -> Tensor:
         raise RuntimeError("the gradient that this loop steps along next is that of a batch which it has not drawn yet; "
                            "view.full_grad is the gradient over all examples, view.grads(n) are draws.")
+
+    @property
+    def latest(self) -> tuple[float | None, float | None]: return self.state.latest()
 
     @property
     def loss(self) -> Tensor:
