@@ -18,7 +18,7 @@ from ..noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale
 from ...problem.designs import finite
 from ...problem.layers import LayerIO, Rows
 from ...problem.layers.capture import unit_of
-from .view import PROBES, Probe, View
+from .view import PROBES, Probe
 
 # %% ../../../nbs/07_measure/09_probes/10_layers.ipynb #spreads
 def apart(io: LayerIO, layout: Layout) -> LayerIO:

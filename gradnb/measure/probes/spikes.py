@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from ...ground.display import warn
 from ...ground.roles import check_number
-from .view import PROBES, Probe, View
+from .view import PROBES, Probe
 
 # %% ../../../nbs/07_measure/09_probes/11_spikes.ipynb #above
 def above(
