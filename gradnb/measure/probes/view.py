@@ -80,6 +80,11 @@ class View:
     def loss(self) -> Tensor: return self.state.loss         # (), the loss that came with it
 
     @property
+    def latest(self) -> tuple[float | None, float | None]:
+        "Loss and gradient norm of the batch that the run steps along; in a loop that is not ours, of that it has stepped along, as far as it says."
+        return float(self.loss), float(self.grad.norm())
+
+    @property
     def point(self) -> Point: return self.once("point", lambda: self.problem.at(self.theta))
 
     @property
