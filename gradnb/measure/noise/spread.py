@@ -16,7 +16,7 @@ from ...problem.designs import finite
 from ...problem.layers.capture import unit_of
 from ...ground.draws import Draws, blocks, checked, columns, kept
 from ...ground.estimate import Estimate, in_unit, to_unit, unit_near
-from ...ground.roles import check_given
+from ...ground.roles import Batch, check_given
 from ...ground.layout import Layout
 
 # %% ../../../nbs/07_measure/01_noise/01_spread.ipynb #mean
@@ -98,31 +98,42 @@ class Spread(NamedTuple):
         theta: Tensor,               # where, (p,)
         batch=None,                  # of which examples; None: all
         turned: bool = False,        # for intervals of the inner-product and orthogonality tests, at one more pass
+        cross: bool = True,          # for errors of squared norms and ratios to them
     ) -> "Spread":
         "Of single examples' gradients ∇ℓᵢ(θ), without forming them."
         check_given("Spread.at", problem, "point")
-        return cls._at(lambda: problem.layer_io(theta, batch), theta, None if batch is None else batch.idx, turned)
+        return cls._at(lambda some=batch: problem.layer_io(theta, some), theta, torch.arange(problem.n) if batch is None else batch.idx, turned, cross)
 
     @classmethod
-    def _at(cls, given, theta, idx, turned, unit=1.):
-        parts, ios, mean, sq, n = lambda: (io.in_unit(unit) for io in given()), [], 0, [], 0
+    def _at(cls, given, theta, idx, turned, cross, unit=1.):
+        parts, ios, mean, sq, sizes = lambda *some: (io.in_unit(unit) for io in given(*some)), [], 0, [], []
         for io in parts():                                                # kept as long as there is only one
-            ios, n = [io] if n == 0 else [], n + io.n
+            ios = ios if sizes else [io]
+            sizes.append(io.n)
             mean, sq = mean + io.combine(torch.ones_like(io.losses)), [*sq, io.sq_norms().double().cpu()]
-        if n < 2: raise ValueError(f"a spread needs at least 2 examples, got {n}.")
+        if (n := sum(sizes)) < 2: raise ValueError(f"a spread needs at least 2 examples, got {n}.")
+        if len(sizes) > 1: ios = []
         mean, sq = mean / n, torch.cat(sq)
-        if unit == 1 and (other := unit_of(sq, theta.dtype, given)) != 1: return cls._at(given, theta, idx, turned, other)
+        if unit == 1 and (other := unit_of(sq, theta.dtype, given)) != 1: return cls._at(given, theta, idx, turned, cross, other)
         finite(sq, idx)
         sweep = lambda f: [f(io) for io in ios or parts()]
         dots = torch.cat(sweep(lambda io: io.dots(mean).double().cpu()))
         size = mean.double().square().sum().item()
-        along, twist = dots - size, None
+        along, twist, pairs = dots - size, None, torch.zeros(())
         if turned:
-            weights = iter(along.to(theta).split([io.n for io in ios or parts()]))
+            weights = iter(along.to(theta).split(sizes))
             twist = sum(sweep(lambda io: io.combine(next(weights)))) / (n - 1)                    # Sḡ
             twist = torch.cat(sweep(lambda io: io.dots(twist).double().cpu()))
             twist = twist - twist.mean()
-        return cls(size, (sq - 2 * dots + size).clamp_min(0), along, twist, unit)
+        if cross:
+            first = torch.tensor([0, *sizes[:-1]]).cumsum(0)                                      # of each part, whose neighbour is in another
+            ends = [Batch(idx[at % n].repeat(2)) for at in (first, first - 1)]                    # a network may want two
+            pairs = torch.empty(n, dtype=torch.float64)
+            pairs[first] = torch.cat([a.paired(b).double().cpu() for a, b in zip(*map(parts, ends))])[:len(first)]
+            inside = torch.ones(n, dtype=torch.bool).index_fill_(0, first, False)
+            pairs[inside] = torch.cat(sweep(lambda io: io.neighbours().double().cpu()))
+            pairs = pairs - dots - dots.roll(1) + size                                            # ⟨zᵢ, zᵢ₋₁⟩
+        return cls(size, (sq - 2 * dots + size).clamp_min(0), along, twist, unit, pairs.square().mean().item())
 
 # %% ../../../nbs/07_measure/01_noise/01_spread.ipynb #jackknife
 def jackknife(
