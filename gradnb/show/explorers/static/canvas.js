@@ -239,7 +239,7 @@ class Plot {                                                       // one panel
 
   paint(u) {
     this.el.dataset.beyond = "";
-    const { ctx } = u, { left, top, width, height } = u.bbox, ratio = devicePixelRatio, { theme } = this.board, { ylog } = this.panel;
+    const { ctx } = u, { left, top, width, height } = u.bbox, ratio = devicePixelRatio, { theme } = this.board, { xlog, ylog } = this.panel;
     const px = (v) => u.valToPos(v, "x", true), py = (v) => u.valToPos(v, "y", true);
     const ok = (v) => Number.isFinite(v) && !(ylog && v <= 0), [bottom, ceiling] = this.limits.y, clipped = (v) => py(Math.min(Math.max(v, bottom), ceiling));
     const marked = [0, 0];
@@ -263,7 +263,7 @@ class Plot {                                                       // one panel
       if (i.low) {
         ctx.fillStyle = color; ctx.globalAlpha = 0.2;
         let begin = 0;
-        for (let k = 0; k <= n; k++) if (k === n || Number.isNaN(i.low[k]) || Number.isNaN(i.high[k])) {
+        for (let k = 0; k <= n; k++) if (k === n || Number.isNaN(i.low[k]) || Number.isNaN(i.high[k]) || (xlog && i.x[k] <= 0)) {
           if (k - begin > 1) {
             ctx.beginPath();
             for (let j = begin; j < k; j++) ctx.lineTo(px(i.x[j]), clipped(i.high[j]));
@@ -288,7 +288,7 @@ class Plot {                                                       // one panel
       } else {
         let before = false;
         for (let k = 0; k < n; k++) {
-          const good = ok(i.y[k]);
+          const good = ok(i.y[k]) && !(xlog && i.x[k] <= 0);
           if (good) {
             const X = px(i.x[k]), Y = py(i.y[k]);
             if (!before) ctx.moveTo(X, Y);
@@ -321,7 +321,8 @@ class Plot {                                                       // one panel
     ctx.fillStyle = color;
     ctx.beginPath(); ctx.moveTo(X, text ? Y - back / 2 : tip); ctx.lineTo(X - 5 * r, text ? Y + back / 2 : tip + back); ctx.lineTo(X + 5 * r, text ? Y + back / 2 : tip + back); ctx.fill();
     ctx.font = `${11 * r}px system-ui, sans-serif`; ctx.textAlign = "right"; ctx.textBaseline = "middle";
-    ctx.fillText(text, X - 5 * r, Y);
+    ctx.strokeStyle = this.board.theme.back; ctx.lineWidth = 3 * r;
+    ctx.strokeText(text, X - 5 * r, Y); ctx.fillText(text, X - 5 * r, Y);
   }
 
   mark() {                                                         // the marker of the step
