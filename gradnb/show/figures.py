@@ -18,7 +18,7 @@ import time
 import tokenize
 import traceback
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -288,8 +288,10 @@ def run_figures(
         home = Path(out) / name
         try:
             with beside(home) as made: claims = make_figure(known[name], made, set_, store, device, progress, timeout)
+            (home / f"{name}.failed.ipynb").unlink(missing_ok=True)
         except Exception as e:
             error = explain(e, home / ".new" / known[name].name)
+            with suppress(OSError): os.replace(home / ".new" / known[name].name, home / f"{name}.failed.ipynb")
             if (home / f"{name}.png").exists(): error += f"\n{home} holds what was made at an earlier time."
         shutil.rmtree(home / ".new", ignore_errors=True)
         results.append(FigureResult(name, home, time.monotonic() - began, claims, error))
