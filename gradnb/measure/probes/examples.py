@@ -10,6 +10,7 @@ from math import nan
 import torch
 from torch import Tensor
 from ...ground.estimate import Estimate
+from ...ground.draws import Draws
 from ...ground.roles import Batch, learning_rate
 from ...linalg import hutchinson
 from ..noise.batchsize import cabs, inner_product_test, norm_test, orthogonality_test
@@ -38,7 +39,8 @@ def noise_scale_probe(
     def measure(view):
         if view.problem.dataset.whole:
             some = torch.randperm(view.problem.n, generator=view.stream.generator())[:64]
-            spread, each = Spread.of(torch.stack([view.problem.grad_and_loss(view.theta, Batch(i[None]))[0] for i in some])), view.problem.dataset.each
+            draws = Draws(lambda i: view.problem.grad_and_loss(view.theta, Batch(some[i:i + 1]))[0], len(some))
+            spread, each = Spread.of(draws, turned=False), view.problem.dataset.each
             return noise_scale(spread, each)._asdict() | dict(variance=each * grad_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
         batch = some_examples(view, examples)
         if batch is None:
