@@ -41,7 +41,7 @@ def writes(view): view.theta.zero_(); return 0.
 
 
 PROBES = ["sharpness:every=3", "grad_variance:every=3,draws=4", "preconditioned_sharpness:every=3", "update_variance:every=3,draws=3", "test:every=3",
-          "critical_sharpness:every=3", "relative_updates:every=3", "tail_index:every=6,draws=80,surrogates=0", draws, torch_draws, fails, writes]
+          "critical_sharpness:every=3", "relative_updates:every=3", "update_angles:every=3", "noise_scales:every=3,examples=8", "spikes:every=3", "tail_index:every=6,draws=80,surrogates=0", draws, torch_draws, fails, writes]
 
 
 def net(norm=False, drop=0.):
@@ -215,9 +215,10 @@ def test_bitwise_as_if_nobody_had_looked(loop, capsys):
     for k in alone: assert equal(watched[k], alone[k]), k
     (seen, *_), said = watches, " ".join({str(w.message) for w in words})
     due = {0, 3, 6}
-    for name in ("sharpness", "grad_variance", "preconditioned_sharpness", "update_variance", "critical_sharpness", "relative_updates", "test"):
+    for name in ("update_angles", "sharpness", "grad_variance", "preconditioned_sharpness", "update_variance", "critical_sharpness", "relative_updates", "test"):
         if name == "test" and loop is loaded: continue
         assert {*seen.traces[name].steps} == due and np.isfinite(seen.traces[name].values).all(), (name, seen.failures)
+    assert loop in (noisy, averaged) or np.isfinite(seen.traces["noise_scales"].columns["variance"]).all() and len(seen.traces["spikes"]) == 3
     for name, why in dict(fails="MemoryError: no room", torch_draws="drew from torch's global generator", writes="wrote into the run's state").items():
         assert why in next(iter(seen.failures[name].values())) and np.isnan(seen.traces[name].values).all() and said.count(f"probe {name!r} failed") == 1
     assert "'draws' drew from NumPy's" in said and "'draws' drew from Python's" in said and np.isfinite(seen.traces["draws"].values).all()
@@ -474,6 +475,38 @@ def test_a_budget_stretches_cadences(monkeypatch, capsys):
         assert .05 < seen.seconds / total <= .1 and seen.seconds == len(seen.traces["slow"]) + len(seen.traces["broken"])
         seen, total = loop(None)
     assert len(seen.traces["slow"]) == 201 and f"{201 / total:.1%}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_spike_is_said_at_once(attached):
+    "The loop's own losses and clipped gradient norms, and one batch whose targets are a hundred times too large."
+    model, data = small()
+    opt, losses, norms = torch.optim.SGD(model.parameters(), 1e-3), [], []
+    gen = Stream(5).generator()
+    seen = gradnb.watch(model, "mse", data, "spikes:window=40", opt)
+    if attached: seen.attach()
+    with warnings.catch_warnings(record=True) as words:
+        warnings.simplefilter("always")
+        for k in range(60):
+            i = torch.randint(30, (10,), generator=gen)
+            loss = (model(data.x[i]) - data.y[i] * (100 if k == 50 else 1)).square().mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 50.)
+            losses.append(loss.item()), norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+            opt.step()
+            if attached: opt.zero_grad()
+            seen.step(loss)
+            if not attached: opt.zero_grad()
+    frame = seen.traces["spikes"].frame()
+    seen.close()
+    np.testing.assert_allclose(frame.grad_norm[1:], norms, rtol=1e-12)
+    np.testing.assert_allclose(frame.loss[1 + attached:], losses[:60 - attached], rtol=1e-12)        # attached, the hook comes before the loss
+    assert np.isnan([frame.loss[0], frame.grad_norm[0]]).all()
+    assert frame.step[frame.spike == 1].tolist() == [51] + [52] * attached and {w.filename for w in words} == {__file__}
+    last = np.log(norms[10:50])
+    middle = np.median(last)
+    assert frame.grad_norm_above[51] == pytest.approx((np.log(norms[50]) - middle) / (1.4826 * np.median(abs(last - middle))), rel=1e-4)
+    assert sum("gradient norm is 50," in str(w.message) for w in words) == 1 and sum("the loss is" in str(w.message) for w in words) == 1
 
 
 def test_unfreezing_on_the_way():

@@ -125,7 +125,9 @@ def draw(
                          devices=every("device"), versions={k: ", ".join(every(k)) for k in ("gradnb", "torch") if every(k)})
             (folder / "made.json").write_text(json.dumps(about | causes, indent=1, ensure_ascii=False) + "\n", "utf-8")
         return FigureResult(name, plan.home, about["seconds"], claims)
-    except Exception as e: return FigureResult(name, plan.home, time.monotonic() - began, error=explain(e, plan.home / f"{name}.failed.ipynb"), drawn=False)
+    except Exception as e:
+        earlier = f"\n{plan.home} holds what was made at an earlier time." * bool(plan.about())
+        return FigureResult(name, plan.home, time.monotonic() - began, error=explain(e, plan.home / f"{name}.failed.ipynb") + earlier, drawn=False)
 
 def draw_all(
     plans: Sequence[Plan],

@@ -84,17 +84,21 @@ class InUse(FromTorch):
 @dataclass(frozen=True)
 class Untold(Estimator, Rule):
     "Batches and steps of a loop of which nothing was said."
+    call: str = "watch"    # where it could have been
+
     def init(self, *_): return ()
 
     def refresh(self, state, *_): return state
 
     def sample(self, state, problem, stream):
-        raise TypeError("this loop draws its own batches, and how many examples it takes at a time was not said: watch(…, batch_size=128).")
+        raise TypeError(f"this loop draws its own batches, and how many examples it takes at a time was not said: {self.call}(…, batch_size=128).")
 
     def design(self, state, problem): self.sample(state, problem, None)
 
     def step(self, state, blocks, grads):
-        raise TypeError("this loop takes its own steps, and by which optimizer was not said: watch(…, optimizer=optimizer).")
+        why = "this loop takes its own steps, and by which optimizer was not said" if self.call == "watch" else \
+            "weights do not say what optimizer moved them, and what it remembered; look while it is there"
+        raise TypeError(f"{why}: watch(…, optimizer=optimizer).")
 
 # %% ../../../nbs/08_runs/13_foreign/01_glance.ipynb #state
 class Seen(State):
@@ -105,9 +109,10 @@ class Seen(State):
         buffers: dict,       # running statistics, copies
         grad: Callable,      # → ∇L(θ) over all examples
         rule: Callable,      # → what the optimizer remembers
+        latest: Callable = lambda: (None, None),    # → loss and gradient norm of the batch that it has stepped along
     ):
         self = super().__new__(cls, step, theta, buffers=buffers, settled=buffers)
-        self.asked = grad, rule
+        self.asked, self.latest = (grad, rule), latest
         return self
 
     @property
@@ -120,9 +125,12 @@ class Glance(View):
     "A loop that is not ours at one step, as a probe sees it."
     @property
     def grad(self) -> Tensor:
-        raise RuntimeError("the gradient that this loop steps along next is that of a batch which it has not drawn yet; "
+        raise RuntimeError("the gradient that is stepped along next is that of a batch that is not drawn yet; "
                            "view.full_grad is the gradient over all examples, view.grads(n) are draws.")
 
     @property
+    def latest(self) -> tuple[float | None, float | None]: return self.state.latest()
+
+    @property
     def loss(self) -> Tensor:
-        raise RuntimeError("the loss of this loop's next batch is not there yet: it has not been drawn; view.full_loss is the loss over all examples.")
+        raise RuntimeError("the loss of the next batch is not there: it is not drawn yet; view.full_loss is the loss over all examples.")

@@ -8,14 +8,13 @@ __all__ = ['HOW', 'numbers', 'Watch', 'trained', 'bare', 'watch', 'known_of']
 # %% ../../../nbs/08_runs/13_foreign/02_watch.ipynb #imports
 import atexit
 import math
-import sys
-import warnings
 from collections.abc import Callable
 from time import perf_counter
 from weakref import WeakMethod
 import numpy as np
 import torch
 from torch import nn
+from ...ground.display import warn
 from ...ground.roles import check_number
 from ...ground.traces import Row, Trace, as_row
 from ...move.estimators.minibatch import MiniBatch
@@ -69,7 +68,7 @@ class Watch:
         self._estimator = MiniBatch(size, replace=size > problem.n) if size else Untold()
         if self.optimizer is not None: InUse(self.optimizer, self._live())       # or an error
         self._trained, self._kind = trained(problem.given), {(p.dtype, p.device) for p in self._live().values()}
-        self._columns, self._waiting, self._losses, self._cost, self._said = {}, {}, [], {}, set()
+        self._last, self._columns, self._waiting, self._losses, self._cost, self._said = None, {}, {}, [], {}, set()
         self._idle = rank()[0] > 0 and problem.share[1] == 1      # the first process looks, all of them at a split problem
         self._hook, self._told, self._before, self._began, self.closed = None, -1, None, perf_counter(), False
         forgotten = WeakMethod(self._forgotten)
@@ -151,7 +150,7 @@ class Watch:
         if step <= self._told:
             return self._say("twice", f"watch.step was told a second loss since step {self.steps} of the optimizer, which is not kept.")
         self._told = step
-        if isinstance(loss, torch.Tensor): loss = loss.detach()
+        self._last = loss = loss.detach() if isinstance(loss, torch.Tensor) else loss
         if isinstance(loss, torch.Tensor) and not loss.is_cpu: self._losses.append((step, loss.clone()))     # without waiting for the device
         else: self._try("loss", lambda: self._keep("loss", step, as_row(float(loss))))
         if len(self._losses) > 100: self._flush()
@@ -163,6 +162,7 @@ class Watch:
     def _advance(self):
         self.steps += 1
         self._look()
+        self._last = None
 
     def _look(self):
         "Measure what is due."
@@ -219,8 +219,12 @@ class Watch:
         if self.optimizer is not None: rule = InUse(self.optimizer, live)
         watching.stepper = Descent(rule, self._estimator)
         state = Seen(self.steps, theta, seen, lambda: once("point", lambda: problem.at(theta)).grad,
-                     lambda: once("rule", lambda: rule.state(problem.dtype)) if self.optimizer is not None else ())
+                     lambda: once("rule", lambda: rule.state(problem.dtype)) if self.optimizer is not None else (), lambda: once("latest", self._latest))
         return lambda p: watching.view(p, state, shared, Glance)
+
+    def _latest(self) -> tuple[float | None, float | None]:
+        grads = [p.grad for p in self._live().values() if p.grad is not None]
+        return None if self._last is None else float(self._last), float(nn.utils.get_total_norm(grads)) if grads else None
 
     def _change(self, now: dict):
         "Other parameters are trained than before."
@@ -265,9 +269,7 @@ class Watch:
         "In words, once."
         if key in self._said: return
         self._said.add(key)
-        frame, level = sys._getframe(), 1
-        while frame.f_back and frame.f_globals.get("__name__", "").startswith(("gradnb.", "torch.", "contextlib")): frame, level = frame.f_back, level + 1
-        warnings.warn(words, RuntimeWarning, stacklevel=level)         # at a line of the loop
+        warn(words)
 
 def trained(module: nn.Module) -> dict[str, tuple]:
     "Shapes of the trainable parameters by name."
