@@ -216,6 +216,9 @@ def run_figures(
     plans, results = plan_figures(names, out, size, params or {}, store, folder)
     order = [*dict.fromkeys(names or find_figures(folder))]
     if only_changed: plans = [plan for plan in plans if plan.about()]
+    ready = [] if force else [plan for plan in plans if plan.is_drawn(store)]
+    results += [FigureResult(plan.path.stem, plan.home, plan.about()["seconds"], tuple(load_claims(plan.home / "claims.json")), drawn=False) for plan in ready]
+    plans = [plan for plan in plans if plan not in ready]
     todo = missing_runs(plans, store)
     say = lambda text: progress and tqdm.write(printed(text, lines=True))
     for result in results: say(result)
@@ -226,16 +229,11 @@ def run_figures(
             say(result)
             bar.update(weight[result.name])
         frame = sweep(todo.values(), store, engine, progress=lambda spec: bar.update(weight.get(spec.hash, 0)), device=device)
-        errors = dict(zip(frame.hash, frame.error)) if len(frame) else {}
-        waiting = []
+        errors = dict(frame.dropna(subset="error")[["hash", "error"]].values) if len(frame) else {}
+        failing = {plan.path.stem: [f"run {key!r}: {errors[s.hash]}" for key, s in plan.specs.items() if s.hash in errors] for plan in plans}
         for plan in plans:
-            name = plan.path.stem
-            if why := [f"run {key!r}: {errors[s.hash]}" for key, s in plan.specs.items() if errors.get(s.hash)]:
-                tell(FigureResult(name, plan.home, 0., error="\n".join(why), drawn=False))
-            elif not force and plan.is_drawn(store):
-                tell(FigureResult(name, plan.home, plan.about()["seconds"], tuple(load_claims(plan.home / "claims.json")), drawn=False))
-            else: waiting.append(plan)
-        draw_all(waiting, store, timeout, jobs, tell)
+            if why := failing[plan.path.stem]: tell(FigureResult(plan.path.stem, plan.home, 0., error="\n".join(why), drawn=False))
+        draw_all([plan for plan in plans if not failing[plan.path.stem]], store, timeout, jobs, tell)
     results.sort(key=lambda r: order.index(r.name))
     write_gallery(out)
     if claims := [c for r in results for c in r.claims]: say("\n" + claims_table(claims))

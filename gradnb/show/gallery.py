@@ -27,8 +27,9 @@ def figures_in(
     return found
 
 def study(claims: Sequence[Claim]) -> list[str]:
-    "The papers that claims are from, each as it is cited: what stands before the first comma of a source."
-    return [*dict.fromkeys(c.source.partition(",")[0].strip() for c in claims)]
+    "The papers that claims are from: authors and year, as a source begins with them."
+    cited = (re.match(r"[^;:]*?\b[12]\d{3}\b", c.source) for c in claims)
+    return [*dict.fromkeys(found[0] for found in cited if found)]
 
 # %% ../../nbs/09_show/05_gallery.ipynb #card
 KINDS = {"html": "page", "png": "PNG", "svg": "SVG", "ipynb": "notebook"}
@@ -48,6 +49,7 @@ def card(
 ) -> str:                      # HTML
     "One figure: picture, question, verdict, how it came about, and its files."
     at, fails = quote(name), [c for c in claims if c.judged and not c.holds]
+    tone = "fails" if fails else "holds" if any(c.judged for c in claims) else ""
     files = " ".join(f'<a href="{at}/{at}.{kind}">{word}</a>' for kind, word in KINDS.items()) + f' <a href="{at}/made.json">JSON</a>'
     settings = ", ".join(f"{k} = {v}" for k, v in made["params"].items())
     reasons = "".join(f"<li>{escape(c.text)}: {escape(measurement(c.measured))}, expected {escape(interval(c.expected))}. {escape(c.note or 'No reason is given.')}</li>" for c in fails)
@@ -56,7 +58,7 @@ def card(
     return f"""<article data-name="{escape(name)}" data-studies="{escape('|'.join(study(claims)))}" data-fails="{len(fails)}" data-seconds="{made['seconds']}" data-drawn="{escape(made['drawn'])}">
 <a href="{at}/{at}.html"><img src="{at}/{at}.png" alt="{escape(made['title'])}" loading="lazy"></a>
 <h2>{escape(made['title'])}</h2><p>{escape(made['question'])}</p>
-<p class="{'fails' if fails else 'holds'}">{escape(verdict(claims))}</p>{f'<ul>{reasons}</ul>' if reasons else ''}
+<p class="{tone}">{escape(verdict(claims))}</p>{f'<ul>{reasons}</ul>' if reasons else ''}
 <details><summary>How it was made</summary><dl>{''.join(f'<dt>{k}</dt><dd>{escape(str(v))}</dd>' for k, v in about.items())}</dl></details>
 <p class="files">{files}</p></article>"""
 
@@ -64,9 +66,9 @@ def row(name: str, c: Claim) -> str:
     "One claim as a row of the table."
     said = "holds" if c.holds else "fails"
     mark, word = ("–", "not judged") if not c.judged else ("✓" if c.holds else "✗", said)
-    cells = [c.text, interval(c.expected), measurement(c.measured), c.source, c.note]
+    note, cells = f"<br><small>{escape(c.note)}</small>" * bool(c.note), [interval(c.expected), measurement(c.measured), c.source]
     return (f'<tr data-studies="{escape("|".join(study([c])))}"><td class="{said if c.judged else ""}" title="{word}">{mark}</td>'
-            f'<td><a href="{quote(name)}/{quote(name)}.html">{escape(name)}</a></td>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>')
+            f'<td><a href="{quote(name)}/{quote(name)}.html">{escape(name)}</a></td><td>{escape(c.text)}{note}</td>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>')
 
 def page(
     found: dict[str, tuple[dict, list[Claim]]],   # as figures_in gives it
@@ -82,7 +84,7 @@ def write_gallery(
     out: str | Path,   # folder of figures
 ) -> Path:             # of the page
     "Write index.html and claims.json for the figures in a folder. Raises OSError where they cannot be written."
-    out = Path(out)
+    (out := Path(out)).mkdir(parents=True, exist_ok=True)
     found = figures_in(out)
     table = [dict(figure=name) | one for name, (_, claims) in found.items() for one in as_rows(claims)]
     replace_file(out / "claims.json", lambda part: part.write_text(json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"))
@@ -102,7 +104,7 @@ img { width: 100%; height: 15rem; object-fit: contain; background: #fff } ul { m
 dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem .6rem; font-size: .85rem; margin: .3rem 0 } dt { color: var(--quiet) } dd { margin: 0; overflow-wrap: anywhere }
 .holds { color: var(--good) } .fails { color: var(--bad) } .files { font-size: .9rem } summary { color: var(--quiet); cursor: pointer }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .3rem .6rem; border-top: 1px solid var(--line) }
-input, select { font: inherit } [hidden] { display: none }
+small { color: var(--quiet) } input, select { font: inherit } [hidden] { display: none }
 </style>
 <header><h1>Figures</h1><span><!--SAYS--></span>
 <label>Find <input id="find" type="search"></label>
@@ -111,7 +113,7 @@ input, select { font: inherit } [hidden] { display: none }
 <a href="#claims">Claims</a> <a href="claims.json">claims.json</a></header>
 <main><!--CARDS--></main>
 <h2 id="claims">Claims</h2>
-<div class="wide"><table><thead><tr><th></th><th>figure</th><th>claim</th><th>expected</th><th>measured</th><th>source</th><th>note</th></tr></thead><tbody><!--ROWS--></tbody></table></div>
+<div class="wide"><table><thead><tr><th></th><th>figure</th><th>claim</th><th>expected</th><th>measured</th><th>source</th></tr></thead><tbody><!--ROWS--></tbody></table></div>
 <script>
 const [find, study, order] = ["find", "study", "order"].map(id => document.getElementById(id)), main = document.querySelector("main");
 const all = [...document.querySelectorAll("article, tbody tr")], cards = [...main.children], words = new Map(all.map(e => [e, e.textContent.toLowerCase()]));
