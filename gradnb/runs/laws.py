@@ -329,8 +329,8 @@ def watched(
 
 def tiny() -> Problem:
     "A network of 27 parameters and 64 examples."
-    with everywhere(Stream()):
-        net, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double(), torch.randn(64, 4, dtype=torch.float64)
+    with everywhere(Stream()): net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    x = torch.randn(64, 4, generator=Stream().generator(), dtype=torch.float64)
     y = x[:, :3].argmax(1)
     return Problem(net, "ce", Dataset(x, y, x, y, 3, "tiny"))
 
