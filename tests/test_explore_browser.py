@@ -14,8 +14,9 @@ import pytest
 
 from gradnb.bench.explore import CANVAS, CHROMIUM, FIVE, chromium, in_kernel, jupyterlab, latencies, open_notebook
 from gradnb.show.explorers.canvas import STATIC
+from gradnb.show.explorers.drawing import y_limits
 from gradnb.show.explorers.explorer import Explorer
-from gradnb.show.explorers.series import Line, Panel
+from gradnb.show.explorers.series import EDGE, Line, Panel
 from gradnb.show.plots.ticks import log_ticks, tick_label
 
 pytest.importorskip("playwright", reason="playwright is not installed (pip install 'gradnb[dev]')")
@@ -189,6 +190,91 @@ def test_both_languages_have_the_same_ticks(page):
         ours = log_ticks(*case)
         assert ([*map(float, ticks)], labels) == (ours, [*map(tick_label, ours)]), case
         assert 0 < len(ours) <= case[2] and ours == sorted(set(ours)) and case[0] <= ours[0] and ours[-1] <= case[1], case
+
+
+def test_both_languages_have_the_same_range(page):
+    source = (STATIC / "canvas.js").read_text().replace("export default", "return")
+    draws, cases, ours = np.random.default_rng(0), [], []
+    as_is = lambda v: None if v is None else [repr(float(u)) for u in v]
+    for _ in range(1500):
+        xlog, ylog = map(bool, draws.integers(0, 2, 2))
+        lines = []
+        for _ in range(draws.integers(1, 4)):
+            x = np.unique(draws.integers(0, 60, draws.integers(1, 15))).astype(float)
+            y = draws.normal(size=len(x)) * 10. ** draws.integers(-3, 4)
+            y[draws.random(len(x)) < .2] = draws.choice([np.nan, np.inf, -1., 0.])
+            wide = np.abs(draws.normal(size=len(x))) * 10. ** draws.integers(-3, 4)
+            low, high = (y - wide, y + wide) if draws.random() < .4 else (None, None)
+            lines.append(Line(x, y, low, high, style=str(draws.choice(["line", "edge", "steps", "bars", "points", "dashed"]))))
+        window = None if draws.random() < .4 else sorted(draws.uniform(0, 60, 2))
+        cases.append([[[as_is(line.x), as_is(line.y), as_is(line.low), as_is(line.high), line.style] for line in lines], window, xlog, ylog])
+        ours.append(y_limits(lines, window, xlog, ylog))
+    theirs = page.evaluate("""([source, cases]) => { const { yLimits } = new Function("uPlot", source)({}), number = (v) => v && v.map((t) => +t.replace("inf", "Infinity").replace("nan", "NaN"));
+        return cases.map(([lines, ...how]) => yLimits(lines.map(([x, y, low, high, style]) => ({ x: number(x), y: number(y), low: number(low), high: number(high), style })), ...how)); }""", [source, cases])
+    for case, a, b in zip(cases, ours, theirs): assert b == pytest.approx(a, rel=1e-9), case
+
+
+def limits(page, panel): return json.loads(page.locator(f"[data-panel='{panel}']").get_attribute("data-limits"))
+
+
+class Apart(Explorer):
+    "A sparse trace, one of a million points, bands and thresholds."
+    window = None
+
+    def panels(self, look):
+        x, many = np.arange(0, 1000, 100), np.arange(10**6)
+        around = lambda y, by: Line(x, y, y - by, y + by, key=f"by {by}")
+        return [Panel("sparse", (Line(x, x * 2. + 5, key="run"),)), Panel("many", (Line(many / 1000, np.sin(many / 1e5) * 1000, key="run"),)),
+                Panel("bands", (around(x * .1, 1.), around(x * .1, 2.), around(x * .1, 1000.))),
+                Panel("edges", (Line(x, 1 + x * .01, key="run"), Line(x, np.full(10, 12.), key="run", style=EDGE), Line(x, np.where(x < 500, 300., 20000.), key="run", style=EDGE))),
+                Panel("bands on a log axis", (Line(x, np.geomspace(1, 100, 10), np.geomspace(-1, -100, 10), np.geomspace(2, 200, 10), key="run"),), ylog=True)]
+
+
+def test_a_narrow_window_shows_what_is_between_the_points(alone):
+    page = alone(Apart(window=(120., 140.)))
+    assert limits(page, "sparse") == [[120, 140], pytest.approx([245 - .06 * 40, 285 + .06 * 40])]       # the line that joins 205 and 405
+    low, high = limits(page, "many")[1]
+    assert low == pytest.approx(1000 * np.sin(1.2), abs=20) and high == pytest.approx(1000 * np.sin(1.4), abs=20)
+    plain = pixels(page, "sparse")
+    page.locator("[data-panel=sparse] .gradnb-host").focus()
+    for _ in range(60): page.keyboard.press("+")
+    left, right = limits(page, "sparse")[0]
+    assert right - left == pytest.approx(1.) and pixels(page, "sparse") != plain                   # a step; the width that meets all of them
+    page.keyboard.press("0")
+    page.get_by_role("button", name="logarithmic step axis").click()
+    assert limits(page, "sparse")[0][0] > 0
+    for bad in ((5., 5.), (7., 2.), (1.,)):
+        with pytest.raises(ValueError, match="is no range of steps"): Apart().set(window=bad)
+
+
+def test_what_is_far_is_marked_at_the_edge(alone):
+    page = alone(Apart())
+    beyond = lambda panel: page.locator(f"[data-panel='{panel}']").get_attribute("data-beyond")
+    low, high = limits(page, "bands")[1]
+    assert -12 < low < -2 and 92 < high < 104 and beyond("bands") == "below band, above band"
+    assert limits(page, "edges")[1][1] < 14 and beyond("edges") == "above 20000"
+    assert limits(page, "bands on a log axis")[1][0] > .3 and beyond("bands on a log axis") == "below band" and not beyond("sparse")
+    figure = Apart().figure()
+    for ax, name in zip(figure.axes, ("sparse", "many", "bands", "edges", "bands on a log axis")):
+        assert ax.get_ylim() == pytest.approx(limits(page, name)[1], rel=1e-4), name
+        assert {line.get_marker() for line in ax.lines} - {"None", ""} == {"sparse": set(), "many": set(), "bands": {"v", "^"}, "edges": {"^"}}.get(name, {"v"})
+
+
+def test_a_run_keeps_its_colour_and_stays_hidden_under_another_name(alone, tmp_path):
+    class Named(Explorer):
+        keys = "abc"
+        def names(self, look): return {k: f"run {k}" for k in self.keys}
+        def panels(self, look): return [Panel("loss", tuple(Line(np.arange(9), np.arange(9.) * i, key=k) for i, k in enumerate(self.keys)))]
+    explorer = Named(hidden=("b",))
+    explorer.widget
+    seen = lambda page: {b.inner_text(): (b.get_attribute("aria-pressed"), b.locator("i").get_attribute("style")) for b in page.locator(".gradnb-legend button").all()}
+    before = seen(alone(explorer))
+    assert [shown for shown, _ in before.values()] == ["true", "false", "true"] and len({style for _, style in before.values()}) == 3
+    explorer.keys = "bcd"
+    explorer.refresh()
+    after = seen(alone(explorer))
+    assert {k: after[k] for k in ("run b", "run c")} == {k: before[k] for k in ("run b", "run c")} and after["run d"][1] not in [style for _, style in before.values()]
+    explorer.close()
 
 
 def test_page_steps_on_a_logarithmic_slider(alone):

@@ -91,7 +91,7 @@ def test_runs_are_reused_and_others_go_on(tmp_path, drawn):
     call = dict(out=tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
     first = run_figures(**call)
     assert [r.ok for r in first] == [False, True] and "digitz" in first[0].error
-    assert drawn[0][1] == {"size": "default", "store": str(tmp_path / "runs"), "out": str(tmp_path / "out" / "b_good")}
+    assert drawn[0][1] == {"size": "default", "store": str(tmp_path / "runs"), "out": str(tmp_path / "out" / "b_good" / ".new")}
     run, = Store(tmp_path / "runs").list()
     stamp = (run.path / "manifest.json").stat().st_mtime_ns
     again, = run_figures(["b_good"], **call)
@@ -100,17 +100,23 @@ def test_runs_are_reused_and_others_go_on(tmp_path, drawn):
     assert len(Store(tmp_path / "runs").list()) == 2
 
 
-def test_no_file_of_an_earlier_time_stays(tmp_path, drawn, monkeypatch):
-    "When a notebook fails, yesterday's picture and claims do not stand beside it."
+def test_a_failure_leaves_the_last_good_picture(tmp_path, drawn, monkeypatch):
+    "Whatever a notebook that fails has written, and when it fails: yesterday's files are as they were, and said to be."
     home = tmp_path / "nbs"
     write(home, "one")
     call = dict(out=tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
     assert run_figures(**call)[0].ok
     (tmp_path / "out" / "one" / "mine.txt").write_text("keep")
-    monkeypatch.setattr(figures, "execute", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    result, = run_figures(**call)
-    assert not result.ok and "disk full" in str(result)
-    assert [f.name for f in result.folder.iterdir()] == ["mine.txt"]
+    good = {f.name: f.read_text() for f in (tmp_path / "out" / "one").iterdir()}
+    assert len(good) == 6
+    def half(path, folder, *a):
+        (folder / "one.png").write_text("half")
+        raise OSError("disk full")
+    for fails in (half, lambda path, folder, *a: (folder / "one.png").write_text("half")):
+        monkeypatch.setattr(figures, "execute", fails)
+        result, = run_figures(**call)
+        assert not result.ok and ("disk full" in str(result) or "wrote no one.svg" in str(result)) and "holds what was made at an earlier time" in str(result)
+        assert {f.name: f.read_text() for f in result.folder.iterdir()} == good
 
 
 def test_missing_output_is_an_error(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from gradnb.measure.noise.coordinates import Moments, coordinate_normalized_vari
 from gradnb.measure.noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale, normalized_variance, signal_to_noise
 from gradnb.measure.probes.view import PROBES, View
 from gradnb.problem import Problem
+from gradnb.ground.draws import Draws
 from gradnb.ground.roles import Batch, draw
 from gradnb.move.rules.adam import Adam
 from gradnb.move.rules.momentum import Momentum
@@ -204,7 +205,7 @@ def test_layers_give_the_spread_and_the_moments_of_the_gradients(dtype, conv, ro
         whole = Problem.layer_io
         monkeypatch.setattr(Problem, "layer_io", lambda self, theta, batch=None: whole(self, theta, batch, rows))
     tol = dict(rtol=1e-10, atol=1e-12) if dtype == torch.float64 else dict(rtol=2e-4, atol=2e-5)
-    for got, want in zip(Spread.at(problem, problem.theta0, turned=True)[:5], Spread.of(g)[:5]):
+    for got, want in zip(Spread.at(problem, problem.theta0, turned=True), Spread.of(g)):
         torch.testing.assert_close(torch.as_tensor(got, dtype=torch.float64), torch.as_tensor(want, dtype=torch.float64), **tol)
     some = Batch(torch.arange(5, 45))
     for got, want in zip(Moments.at(problem, problem.theta0, some)[:3], Moments.of(g[5:45])):
@@ -441,6 +442,60 @@ def test_a_stream_without_an_end_is_refused_but_its_gradients_can_be_measured(st
     with pytest.raises(ValueError, match="Endless is a stream.*batches=16"): Problem(fine.module, "ce", stream)
     draws = torch.stack([1 - x.reshape(-1, 6).mean(0) for x, _ in islice(stream, 300)])       # of ½‖1 − x‖², Tr Σ = 6
     assert 6. / size in grad_variance(draws)
+
+
+# --- draws that are made again ---------------------------------------------------------------------------------------
+
+def streamed(rows, monkeypatch):
+    "Draws of these rows that are made anew each time, however small they are."
+    monkeypatch.setattr("gradnb.ground.draws.KEPT", 0)
+    return Draws(lambda i: rows[i].clone(), len(rows))
+
+
+@pytest.mark.parametrize("n, p, scale", ((2, 5, 1.), (9, 4, 1.), (50, 30, 1e-170), (7, 3, 1e200), (3, 200_000, 1.)), ids=str)
+def test_a_spread_of_draws_is_what_their_gram_matrix_says(n, p, scale, monkeypatch):
+    g = randn(n, p) + .3
+    z = g - g.mean(0)
+    gram, along = z @ z.T, z @ g.mean(0)
+    want = dict(mean_sq=g.mean(0).square().sum(), far=gram.diagonal(), along=along, turned=gram @ along / (n - 1),
+                cross=sum(gram[i, i - 1] ** 2 for i in range(n)) / n)
+    for draws in (g * scale, streamed(g * scale, monkeypatch)):
+        found = Spread.of(draws)
+        u = scale / found.unit
+        for name, power in dict(mean_sq=2, far=2, along=2, turned=4, cross=4).items():
+            got = torch.as_tensor(getattr(found, name), dtype=torch.float64)
+            torch.testing.assert_close(got, torch.as_tensor(want[name]) * u**power, rtol=1e-10, atol=1e-12 * float(abs(got).max()))
+
+
+@pytest.mark.parametrize("scales", ((1e-30, 1., 1e30), (1e30, 1e-30, 1.), (1e-38, 1e-36, 1e-37), (1e37, 1e36, 1e34)), ids=str)
+def test_draws_of_any_size_in_any_order_have_the_spread_of_their_matrix(scales, monkeypatch):
+    g = torch.cat([s * torch.randn(4, 6, generator=Stream(0).generator()) for s in scales])
+    for statistic in (grad_variance, grad_norm_sq, signal_to_noise, noise_scale, inner_product_test, orthogonality_test):
+        assert statistic(streamed(g, monkeypatch)) == pytest.approx(statistic(g), rel=1e-6, nan_ok=True)
+    u = max(scales)
+    assert grad_variance(g).value / u / u == pytest.approx((g.double() / u).var(0).sum().item(), rel=1e-5)
+
+
+def test_draws_that_are_not_finite_or_not_the_same_again_are_named(monkeypatch):
+    g = randn(5, 3)
+    g[3, 1] = float("inf")
+    with pytest.raises(ValueError, match="gradient 3 is not finite .1 of 5"): grad_variance(streamed(g, monkeypatch))
+    gen = Stream(0).generator()
+    with pytest.raises(RuntimeError, match=r"draw 0 is another one.*view.grads\(n\)"): grad_variance(Draws(lambda i: torch.randn(3, generator=gen), 4))
+    with pytest.raises(ValueError, match="at least 2 draws"): grad_variance(Draws(lambda i: g[0], 1))
+    with pytest.raises(TypeError, match="view.draws"): grad_variance(iter(g))
+
+
+def test_a_view_makes_draws_one_at_a_time_and_refuses_a_matrix_that_does_not_fit(monkeypatch):
+    problem = network()
+    stepper = Descent(Momentum(.1), MiniBatch(4))
+    view = View(problem, stepper, next(trajectory(problem, stepper)), Stream(0) / "probe")
+    assert torch.equal(torch.stack([*view.draws(5)]), view.grads(5)) and torch.equal(view.draws(5)[3], view.grads(5)[3])
+    assert torch.equal(view.draws(5, "updates").stacked(), view.updates(5))
+    with pytest.raises(ValueError, match="'updates'"): view.draws(5, "steps")
+    with pytest.raises(ValueError, match="n=0"): view.grads(0)
+    monkeypatch.setattr("gradnb.measure.probes.view.free_memory", lambda device: 1e9)
+    with pytest.raises(MemoryError, match=r"10000000 grads of 59 parameters take 4.4 GB and 0.931 GB are free.*view.draws\(10000000, 'grads'\)"): view.grads(10**7)
 
 
 # --- variations ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'find_figures', 'tagged', 'known_parameters', 'as_declared', 'set_parameters', 'figure_specs', 'Snapshot',
-           'read_runs', 'execute', 'kernel_in', 'begun', 'explain', 'FigureResult', 'make_figure', 'writable',
+           'read_runs', 'execute', 'kernel_in', 'begun', 'explain', 'FigureResult', 'make_figure', 'writable', 'beside',
            'run_figures']
 
 # %% ../../nbs/09_show/03_figures.ipynb #imports
@@ -13,10 +13,12 @@ import io
 import logging
 import os
 import re
+import shutil
 import time
 import tokenize
 import traceback
 from collections.abc import Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -218,12 +220,13 @@ class FigureResult:
 
     def __str__(self):
         if not self.ok: return f"✗ {self.name} FAILED after {self.seconds:.1f} s:\n{indent(self.error, '  ')}"
-        held = f"{sum(c.holds for c in self.claims)} of {len(self.claims)}" if self.claims else "no"
-        return f"✓ {self.name} in {self.seconds:.1f} s: {self.folder}, {held} claims{' hold' * bool(self.claims)}"
+        judged = [c for c in self.claims if c.judged]
+        held = f"{sum(c.holds for c in judged)} of {len(judged)} claims hold" if judged else f"{len(self.claims)} claims computed, none judged" if self.claims else "no claims"
+        return f"✓ {self.name} in {self.seconds:.1f} s: {self.folder}, {held}"
 
 def make_figure(
     path: Path,           # the notebook
-    folder: Path,         # the figure's
+    folder: Path,         # for what it writes
     params: dict,         # checked
     store: Store,         # of the runs
     device: str,          # where to train
@@ -232,8 +235,6 @@ def make_figure(
 ) -> tuple[Claim, ...]:
     "Train what is missing, execute the notebook, and read its claims."
     wanted = [*(folder / f"{path.stem}.{kind}" for kind in ("png", "svg", "ipynb", "html")), folder / "claims.json"]
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in wanted: file.unlink(missing_ok=True)
     specs = figure_specs(path, params)
     with tqdm(total=len(specs) + 1, desc=path.stem, unit="run", disable=not progress, leave=False) as bar:
         for name, spec in specs.items():
@@ -255,6 +256,15 @@ def writable(folder: Path):
     why = "is no folder" if not there.is_dir() else "may not be written to" if not os.access(there, os.W_OK | os.X_OK) else None
     if why: raise OSError(f"nothing can be written to {folder}: {there} {why}; name another folder.")
 
+@contextmanager
+def beside(folder: Path):
+    "A folder within a folder, whose files come to stand in that when nothing was raised."
+    made = folder / ".new"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    yield made
+    for file in sorted(made.iterdir()): os.replace(file, folder / file.name)
+
 def run_figures(
     names: Sequence[str] | None = None,      # which; None: all
     out: str | Path = "figures",             # each figure gets a folder of its name there
@@ -275,9 +285,16 @@ def run_figures(
     for place in (*(Path(out) / name for name in settings), *([] if store.root.is_dir() else [store.root])): writable(place)
     for name, set_ in settings.items():
         began, claims, error = time.monotonic(), (), ""
-        try: claims = make_figure(known[name], Path(out) / name, set_, store, device, progress, timeout)
-        except Exception as e: error = explain(e, Path(out) / name / known[name].name)
-        results.append(FigureResult(name, Path(out) / name, time.monotonic() - began, claims, error))
+        home = Path(out) / name
+        try:
+            with beside(home) as made: claims = make_figure(known[name], made, set_, store, device, progress, timeout)
+            (home / f"{name}.failed.ipynb").unlink(missing_ok=True)
+        except Exception as e:
+            error = explain(e, home / ".new" / known[name].name)
+            with suppress(OSError): os.replace(home / ".new" / known[name].name, home / f"{name}.failed.ipynb")
+            if (home / f"{name}.png").exists(): error += f"\n{home} holds what was made at an earlier time."
+        shutil.rmtree(home / ".new", ignore_errors=True)
+        results.append(FigureResult(name, home, time.monotonic() - began, claims, error))
         if progress: tqdm.write(printed(results[-1], lines=True))
     if progress and (claims := [c for r in results for c in r.claims]): tqdm.write("\n" + claims_table(claims))
     return results

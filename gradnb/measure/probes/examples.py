@@ -10,6 +10,7 @@ from math import nan
 import torch
 from torch import Tensor
 from ...ground.estimate import Estimate
+from ...ground.draws import Draws
 from ...ground.roles import Batch, learning_rate
 from ...linalg import hutchinson
 from ..noise.batchsize import cabs, inner_product_test, norm_test, orthogonality_test
@@ -38,7 +39,8 @@ def noise_scale_probe(
     def measure(view):
         if view.problem.dataset.whole:
             some = torch.randperm(view.problem.n, generator=view.stream.generator())[:64]
-            spread, each = Spread.of(torch.stack([view.problem.grad_and_loss(view.theta, Batch(i[None]))[0] for i in some])), view.problem.dataset.each
+            draws = Draws(lambda i: view.problem.grad_and_loss(view.theta, Batch(some[i:i + 1]))[0], len(some))
+            spread, each = Spread.of(draws, turned=False), view.problem.dataset.each
             return noise_scale(spread, each)._asdict() | dict(variance=each * grad_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
         batch = some_examples(view, examples)
         if batch is None:
@@ -57,7 +59,7 @@ def batch_tests_probe(
     "Norm, inner product and orthogonality test, and the batch size coupled to the rule's lr; each with its stderr."
     def measure(view):
         batch = some_examples(view, examples)
-        spread = Spread.at(view.problem, view.theta, batch, turned=intervals)
+        spread = Spread.at(view.problem, view.theta, batch, turned=intervals, cross=False)
         found = dict(norm=norm_test(spread), inner_product=inner_product_test(spread), orthogonality=orthogonality_test(spread),
                      cabs=cabs(spread, _losses(view, batch), lr) if (lr := learning_rate(view.stepper, view.step)) else Estimate.normal(nan, nan))
         return {f"{k}{end}": v for k, e in found.items() for end, v in (("", e.value), ("_stderr", e.stderr))}
@@ -92,5 +94,5 @@ def tic_probe(
     def measure(view):
         p = view.problem
         trace = hutchinson(view.point.hvp, p.p, samples, view.stream / "trace", p.dtype, p.device)
-        return tic_trace(Spread.at(view.problem, view.theta, some_examples(view, examples)), trace)
+        return tic_trace(Spread.at(view.problem, view.theta, some_examples(view, examples), cross=False), trace)
     return Probe("tic", every, measure)

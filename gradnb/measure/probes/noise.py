@@ -10,11 +10,10 @@ __all__ = ['named_estimator', 'state_of', 'age', 'estimates', 'titled', 'single_
 # %% ../../../nbs/07_measure/09_probes/02_noise.ipynb #imports
 from dataclasses import replace
 from math import nan
-import torch
-from torch import Tensor
 from ...problem.designs import Design, Exact, exact_variance
 from ...ground.estimate import Estimate
-from ...ground.roles import ESTIMATORS, Estimator, draw
+from ...ground.draws import Draws
+from ...ground.roles import ESTIMATORS, Estimator
 from ...ground.trees import flatten, unflatten
 from ..noise.compat import faghri2020
 from ..noise.coordinates import coordinate_normalized_variance
@@ -55,10 +54,9 @@ def estimates(
     state,
     draws: int,
     name: str = "draws",    # of their stream
-) -> Tensor:                # (draws, p)
+) -> Draws:                 # (p,) each
     "Independent gradient estimates at this step."
-    batches = (draw(estimator, state, view.problem, view.stream / name / i) for i in range(draws))
-    return torch.stack([estimator.estimate(state, view.problem, view.theta, b)[0] for b in batches])
+    return Draws.of(view.problem, estimator, view.theta, draws, view.stream / name, state)
 
 def titled(
     name: str,                    # what the user calls it; empty: made of the rest
@@ -110,7 +108,7 @@ def grad_variance_probe(
         raise ValueError(f"grad_variance takes draws ≥ 2, or 0 for the closed form, got {draws!r}.")
     def measure(view):
         estimator, state = state_of(view, chosen)
-        if draws: spread = Spread.of(estimates(view, estimator, state, draws))
+        if draws: spread = Spread.of(estimates(view, estimator, state, draws), turned=False)
         found = Exact(grad_variance(spread), grad_norm_sq(spread).value) if draws else closed_form(view, estimator, state)
         ratio = normalized_variance(spread).value if draws else found.normalized
         return found.variance._asdict() | dict(normalized=ratio, norm_sq=found.norm_sq, age=age(view, state))
@@ -126,7 +124,7 @@ def update_variance_probe(
     def measure(view):
         rule, stepper = getattr(view.stepper, "rule", None), view.stepper
         if hasattr(rule, "unclipped"): stepper = replace(stepper, rule=rule.unclipped())
-        spread = Spread.of(View(view.problem, stepper, view.state, view.stream).updates(draws))
+        spread = Spread.of(View(view.problem, stepper, view.state, view.stream).draws(draws, "updates"), turned=False)
         more = dict(normalized=normalized_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
         return grad_variance(spread)._asdict() | more
     return Probe("update_variance", every, measure)
@@ -144,7 +142,7 @@ def published_variance_probe(
     chosen = named_estimator(of)
     def measure(view):
         estimator, state = state_of(view, chosen)
-        first, second = (estimates(view, estimator, state, draws, half) for half in ("first", "second"))
+        first, second = (estimates(view, estimator, state, draws, half).stacked() for half in ("first", "second"))
         found, masked = coordinate_normalized_variance(second)
         ours = dict(unbiased=found.value, unbiased_stderr=found.stderr, masked=masked, whole=normalized_variance(second).value)
         return faghri2020(first, second, eps)._asdict() | ours

@@ -14,7 +14,8 @@ from math import nan, sqrt
 import torch
 from torch import Tensor
 from ...ground.estimate import in_unit, to_unit
-from ...ground.roles import Batch, Estimator, draw
+from ...ground.draws import Draws
+from ...ground.roles import Batch, Estimator
 from ...ground.streams import Stream
 from .controls import control_row, gaussian_surrogate
 from .estimators import tail_index
@@ -28,11 +29,9 @@ def gradient_draws(
     n: int,                  # how many
     stream: Stream,          # draw i is made from stream / i
     state=None,              # the estimator's; None: its first
-) -> Iterator[Tensor]:       # (p,) each
-    "Independent gradients from an estimator."
-    state = estimator.init(problem, theta) if state is None else state
-    for i in range(n):
-        yield estimator.estimate(state, problem, theta, draw(estimator, state, problem, stream / i))[0]
+) -> Draws:                  # (p,) each
+    "Independent gradients from an estimator, one at a time."
+    return Draws.of(problem, estimator, theta, n, stream, state)
 
 def partition_grads(
     problem,

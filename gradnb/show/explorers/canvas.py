@@ -32,7 +32,7 @@ class Canvas(AnyWidget):
     last = Int(0).tag(sync=True)                                                    # its largest
     window = List(Float(), allow_none=True, default_value=None).tag(sync=True)      # of steps; None: all
     log = List(Unicode()).tag(sync=True)                                            # panels with a logarithmic y axis; "step": the x axes
-    hidden = List(Unicode()).tag(sync=True)                                         # entries of the legend
+    hidden = List(Unicode()).tag(sync=True)                                         # keys of lines
     message = Unicode("").tag(sync=True)                                            # what the user should know
     alone = Bool(False).tag(sync=True)                                              # is there no kernel?
 
@@ -61,6 +61,7 @@ def page(
     panels: Iterable[Panel],
     title: str,
     png: bytes = b"",         # a picture for who reads without scripts
+    legend: dict | None = None,   # as for pack
     **look,                   # step, window, log, hidden, as on a canvas
 ) -> str:                     # HTML
     "Panels as a page that needs nothing else."
@@ -68,5 +69,5 @@ def page(
     values = dict(step=-1, position=0, last=0, window=None, log=[], hidden=[], message="", alone=True) | look
     b64 = lambda data: base64.b64encode(data).decode()
     parts = dict(title=html.escape(title), css=styles(), js=script().replace("export default", "const widget ="), png=b64(png),
-                 values=json.dumps(values).replace("<", "\\u003c"), scene=b64(pack(panels, log=values["log"], room=PAGE_ROOM)))
+                 values=json.dumps(values).replace("<", "\\u003c"), scene=b64(pack(panels, log=values["log"], room=PAGE_ROOM, legend=legend)))
     return re.sub("@(" + "|".join(parts) + ")@", lambda found: parts[found[1]], PAGE)

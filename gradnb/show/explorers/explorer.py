@@ -20,8 +20,8 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 from .canvas import Canvas, page
-from .drawing import Look, draw_panels, logarithmic
-from .series import Panel, pack, stops
+from .drawing import Look, draw_panels, legend, logarithmic, seated
+from .series import Panel, keys, pack, stops
 from ..plots.traces import style
 from ...ground.registry import unknown
 
@@ -39,6 +39,16 @@ class Explorer:
     def panels(self, look: Look) -> list[Panel]:
         "What is to be seen. To be written by each kind of explorer."
         raise NotImplementedError(f"{type(self).__name__} says nothing of its panels; write panels(look).")
+
+    def names(self, look: Look) -> dict[str, str]:
+        "What the legend calls the keys, in its order. Empty: as they are, and as they come."
+        return {}
+
+    def view(self, look: Look) -> tuple[list[Panel], dict[str, str], Look]:
+        "Panels, the legend's names, and the look with a colour for each of them."
+        panels = self.panels(look)
+        names = self.names(look) or {k: k for k in keys(panels)}
+        return panels, names, replace(look, slots=seated(look.slots, names))
 
     def controls(self) -> dict[str, ipywidgets.Widget]:
         "Widgets by the field of the look that they set."
@@ -69,25 +79,28 @@ class Explorer:
         known = [f.name for f in fields(self.Look)]
         for name in changes:
             if name not in known: raise unknown(f"field of a {type(self).__name__}'s look", name, known)
-        return replace(look, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+        look = replace(look, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+        if look.window is not None and not (len(look.window) == 2 and look.window[0] < look.window[1]): raise ValueError(f"window={look.window!r} is no range of steps; write (first, last), or None for all.")
+        return look
 
     def figure(self, **changes) -> Figure:
         "The present view, or one that differs from it, as a matplotlib figure."
-        look = self.changed(self._look, changes)
-        return draw_panels(self.panels(look), look)
+        panels, names, look = self.view(self.changed(self._look, changes))
+        return draw_panels(panels, look, names)
 
     def code(self) -> str:
         "Code that draws the present view again."
         look, default = self.pinned(self._look), self.Look()
+        if self.view(replace(look, slots=()))[2].slots == look.slots: look = replace(look, slots=())      # the same without being told
         differs = {f.name: v for f in fields(self.Look) if (v := getattr(look, f.name)) != getattr(default, f.name)}
         return f"{self.source()}.figure({', '.join(f'{k}={v!r}' for k, v in differs.items())})"
 
     def html(self) -> str:
         "The panels as a page that needs neither a server nor a network."
-        panels = self.panels(self._look)
+        panels, names, seen = self.view(self._look)
         look = dict(log=[*logarithmic(self._look, panels)], hidden=[*self._look.hidden], window=self._look.window and [*self._look.window],
                     step=-1 if self._look.step is None else self._look.step)
-        return page(panels, type(self).__name__, self.image("png"), **look)
+        return page(panels, type(self).__name__, self.image("png"), legend(seen, names), **look)
 
     def image(self,
         kind: str,      # "png" or "svg"
@@ -130,8 +143,8 @@ class Explorer:
         "Show what the data are now. What is wrong becomes a message; the panels that were there stay."
         with self._lock, self.telling():
             if self._box is None: return
-            panels = self.panels(self._look)
-            scene = pack(panels, None, logarithmic(self._look, panels))
+            panels, names, self._look = self.view(self._look)
+            scene = pack(panels, None, logarithmic(self._look, panels), legend=legend(self._look, names))
             if self._look.log is None: self._canvas.log = [*logarithmic(self._look, panels)]
             self._panels, self._canvas.scene, self._canvas.message = panels, scene, ""
             self._slider.layout.display = None if stops(panels) else "none"
