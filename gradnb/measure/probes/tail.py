@@ -7,9 +7,9 @@ __all__ = ['sampled_groups', 'run_grads', 'of_split', 'tail_index_probe', 'noise
            'original_index_probe']
 
 # %% ../../../nbs/07_measure/09_probes/03_tail.ipynb #imports
+from collections.abc import Iterator
 import torch
 from torch import Tensor
-from ...ground.draws import Draws
 from ...ground.roles import check_number
 from .view import PROBES, Probe, View
 from ..tail.compat import original_noise_index
@@ -36,8 +36,8 @@ def run_grads(
     view: View,
     n: int,
     split: str = "train",    # or "test": from an estimator that has just begun there
-) -> Draws:                  # (p,) each
-    "view.draws(n), or what they would be on the test set."
+) -> Iterator[Tensor]:       # (p,) each
+    "The rows of view.grads(n), one at a time, or what they would be on the test set."
     state = view.state.estimator if split == "train" else None
     return gradient_draws(on_split(view.problem, split), view.stepper.estimator, view.theta, n, view.stream / "grads", state)
 
@@ -84,7 +84,7 @@ def noise_norms_probe(
     "Norms of the run's gradient noise, one for each pair of draws, and their Hill index."
     if draws < 2 * LEAST_BLOCKS: raise ValueError(f"{draws} draws are too few for an index; take {2 * LEAST_BLOCKS} or more.")
     def measure(view):
-        source = iter(run_grads(view, draws))
+        source = run_grads(view, draws)
         norms = torch.cat([noise_norms(paired_noise(pair)) for pair in zip(source, source)])
         try: index = tail_index(norms, "hill")._asdict()
         except TailRefusal: index = dict.fromkeys(("value", "stderr", "low", "high"), torch.nan)
