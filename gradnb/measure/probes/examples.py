@@ -59,7 +59,7 @@ def batch_tests_probe(
     "Norm, inner product and orthogonality test, and the batch size coupled to the rule's lr; each with its stderr."
     def measure(view):
         batch = some_examples(view, examples)
-        spread = Spread.at(view.problem, view.theta, batch, turned=intervals, cross=False)
+        spread = Spread.at(view.problem, view.theta, batch, turned=intervals)
         found = dict(norm=norm_test(spread), inner_product=inner_product_test(spread), orthogonality=orthogonality_test(spread),
                      cabs=cabs(spread, _losses(view, batch), lr) if (lr := learning_rate(view.stepper, view.step)) else Estimate.normal(nan, nan))
         return {f"{k}{end}": v for k, e in found.items() for end, v in (("", e.value), ("_stderr", e.stderr))}
@@ -94,5 +94,5 @@ def tic_probe(
     def measure(view):
         p = view.problem
         trace = hutchinson(view.point.hvp, p.p, samples, view.stream / "trace", p.dtype, p.device)
-        return tic_trace(Spread.at(view.problem, view.theta, some_examples(view, examples), cross=False), trace)
+        return tic_trace(Spread.at(view.problem, view.theta, some_examples(view, examples)), trace)
     return Probe("tic", every, measure)

@@ -7,16 +7,17 @@ __all__ = ['sampled_groups', 'run_grads', 'of_split', 'tail_index_probe', 'noise
            'original_index_probe']
 
 # %% ../../../nbs/07_measure/09_probes/03_tail.ipynb #imports
-from collections.abc import Iterator
 import torch
 from torch import Tensor
+from ...ground.draws import Draws
 from ...ground.roles import check_number
+from ...problem.graphs import free_memory
 from .view import PROBES, Probe, View
 from ..tail.compat import original_noise_index
 from ..tail.controls import control_row, gaussian_surrogate
 from ..tail.estimators import LEAST_BLOCKS, METHODS, tail_index
 from ..tail.magnitudes import TailRefusal
-from ..tail.noise import gradient_draws, noise_index, noise_norms, on_split, paired_noise, partition_grads
+from ..tail.noise import gradient_draws, noise_index, noise_norms, on_split, paired_noise, pairs, partition_grads
 from ..tail.sketch import layer_groups
 
 # %% ../../../nbs/07_measure/09_probes/03_tail.ipynb #index
@@ -36,8 +37,8 @@ def run_grads(
     view: View,
     n: int,
     split: str = "train",    # or "test": from an estimator that has just begun there
-) -> Iterator[Tensor]:       # (p,) each
-    "The rows of view.grads(n), one at a time, or what they would be on the test set."
+) -> Draws:                  # (p,) each
+    "view.draws(n), or what they would be on the test set."
     state = view.state.estimator if split == "train" else None
     return gradient_draws(on_split(view.problem, split), view.stepper.estimator, view.theta, n, view.stream / "grads", state)
 
@@ -84,8 +85,7 @@ def noise_norms_probe(
     "Norms of the run's gradient noise, one for each pair of draws, and their Hill index."
     if draws < 2 * LEAST_BLOCKS: raise ValueError(f"{draws} draws are too few for an index; take {2 * LEAST_BLOCKS} or more.")
     def measure(view):
-        source = run_grads(view, draws)
-        norms = torch.cat([noise_norms(paired_noise(pair)) for pair in zip(source, source)])
+        norms = torch.cat([noise_norms(z[None]) for z in pairs(run_grads(view, draws))])
         try: index = tail_index(norms, "hill")._asdict()
         except TailRefusal: index = dict.fromkeys(("value", "stderr", "low", "high"), torch.nan)
         return index | {"norms": norms}
@@ -108,7 +108,7 @@ def original_index_probe(
     every: int = 100,        # steps between measurements
     size: int = 100,         # examples in a batch
     split: str = "train",    # or "test"
-    most: int = 200,         # batches; all of them are kept at once, as the surrogate needs them
+    most: int = 200,         # batches; all of them are kept at once, as the surrogate needs them: up to 5 copies of θ each
     surrogates: int = 3,     # Gaussian samples of the same covariance, at least 3
 ) -> Probe:
     "The tail index of the 2019 analysis, over neighbouring coordinates, and that of a Gaussian of the same covariance."
@@ -117,6 +117,10 @@ def original_index_probe(
     check_number("original_index", "most", most, 2, whole=True)
     def measure(view):
         problem = on_split(view.frozen, split)
+        kept, free = min(problem.n // size, most), free_memory(view.theta.device)
+        if (need := 5 * kept * view.theta.nbytes) > free:
+            raise MemoryError(f"original_index keeps {kept} gradients and surrogates of them, {need / 2**30:.3g} GB, and {free / 2**30:.3g} GB are free; "
+                              f"take most={int(free / (5 * view.theta.nbytes))}, or tail_index, which samples coordinates.")
         grads = torch.stack(list(partition_grads(problem, view.theta, size, most)))
         row = control_row(grads, original_noise_index, view.stream, surrogates, {"gaussian": gaussian_surrogate})
         data, gauss = row.loc["data"], row.loc["gaussian"]
