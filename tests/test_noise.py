@@ -19,7 +19,7 @@ from gradnb.runs.laws import check_probe, proving_ground
 from gradnb.measure.noise.batchsize import inner_product_test, norm_test, orthogonality_test
 from gradnb.measure.noise.comparing import bias_check, step_cost
 from gradnb.measure.noise.compat import faghri2020
-from gradnb.measure.noise.coordinates import Moments, coordinate_normalized_variance, coordinate_variance, gsnr, stopping_evidence
+from gradnb.measure.noise.coordinates import Moments, coordinate_normalized_variance, coordinate_variance, gsnr, stopping_evidence, tic_diagonal
 from gradnb.measure.noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale, normalized_variance, signal_to_noise
 from gradnb.measure.probes.view import PROBES, View
 from gradnb.problem import Problem
@@ -208,8 +208,12 @@ def test_layers_give_the_spread_and_the_moments_of_the_gradients(dtype, conv, ro
     for got, want in zip(Spread.at(problem, problem.theta0, turned=True), Spread.of(g)):
         torch.testing.assert_close(torch.as_tensor(got, dtype=torch.float64), torch.as_tensor(want, dtype=torch.float64), **tol)
     some = Batch(torch.arange(5, 45))
-    for got, want in zip(Moments.at(problem, problem.theta0, some)[:3], Moments.of(g[5:45])):
-        torch.testing.assert_close(got.double(), want, **tol)
+    for room in (2**23, 0):                                                                     # the groups at once, or again and again
+        monkeypatch.setattr("gradnb.ground.draws.KEPT", room)
+        got, want = Moments.at(problem, problem.theta0, some), g[5:45].unflatten(0, (10, 4))
+        torch.testing.assert_close(torch.stack([got.sums[j] for j in range(10)]).double(), torch.stack([want.sum(1), want.square().sum(1)], 1), **tol)
+        torch.testing.assert_close(got.whole.double(), torch.stack([want.sum((0, 1)), want.square().sum((0, 1))]), **tol)
+        assert got.count.tolist() == [4.] * 10 and got.unit == 1
 
 
 def test_unbiased_over_all_samples_of_a_small_population():
@@ -474,6 +478,34 @@ def test_draws_of_any_size_in_any_order_have_the_spread_of_their_matrix(scales, 
         assert statistic(streamed(g, monkeypatch)) == pytest.approx(statistic(g), rel=1e-6, nan_ok=True)
     u = max(scales)
     assert grad_variance(g).value / u / u == pytest.approx((g.double() / u).var(0).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("n, p, scale", ((3, 5, 1.), (9, 4, 1e-140), (25, 30, 1e140), (23, 7, 1.)), ids=str)
+def test_moments_of_draws_are_those_of_the_groups_that_are_left(n, p, scale, monkeypatch):
+    "Every statistic of the coordinates against the draws without each group, written out."
+    g = randn(n, p) + .5 * randn(p, seed=1)
+    parts = torch.arange(n).tensor_split(min(10, n))
+    sets = [g, *(g[[i for i in range(n) if i not in part]] for part in parts)]
+    def jack(values):
+        rest = torch.stack(values[1:])
+        return values[0], (((len(rest) - 1) / len(rest)) * (rest - rest.mean(0)).square().sum(0)).sqrt()
+    square, H = lambda s: s.square().mean(0), torch.rand(p, generator=Stream(9).generator(), dtype=torch.float64) + .1
+    want = {coordinate_normalized_variance: lambda s: (s.var(0) / square(s)).mean(), stopping_evidence: lambda s: (1 - len(s) * s.mean(0).square() / s.var(0)).mean(),
+            gsnr: lambda s: ((len(s) - 3) / (len(s) - 1) * s.mean(0).square() / s.var(0) - 1 / len(s)).mean()}
+    for draws in (g * scale, streamed(g * scale, monkeypatch)):
+        close = dict(rtol=1e-10, atol=0)
+        found = coordinate_variance(draws)
+        for got, expected in zip(found, jack([s.var(0) for s in sets])): torch.testing.assert_close(got / scale / scale, expected, **close)
+        for statistic, of in want.items():
+            if n < 4: continue
+            got, expected = statistic(draws), jack([of(s) for s in sets])
+            assert got.masked == 0 and got.mean[:2] == pytest.approx([float(v) for v in expected], rel=1e-9)
+        got, expected = tic_diagonal(draws, H, 0.), jack([(square(s) / H).sum() for s in sets])
+        assert (got.value / scale / scale, got.stderr / scale / scale) == pytest.approx([float(v) for v in expected], rel=1e-9)
+    a, b = (g[:n // 2] * 1e3, g[n // 2:2 * (n // 2)] * 1e3)
+    noise, second = (b - a.mean(0)).square().sum(0), b.square().sum(0)
+    published = [noise.mean() / len(b), (noise / (second + 1e-7)).mean(), ((second + 1e-10).log() - (noise + 1e-10).log()).mean(), second.mean() / len(b)]
+    assert faghri2020(streamed(a, monkeypatch), streamed(b, monkeypatch)) == pytest.approx([float(v) for v in published], rel=1e-10)
 
 
 def test_draws_that_are_not_finite_or_not_the_same_again_are_named(monkeypatch):

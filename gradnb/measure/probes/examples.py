@@ -14,7 +14,7 @@ from ...ground.draws import Draws
 from ...ground.roles import Batch, learning_rate
 from ...linalg import hutchinson
 from ..noise.batchsize import cabs, inner_product_test, norm_test, orthogonality_test
-from ..noise.coordinates import Moments, coordinate_normalized_variance, gsnr, stopping_evidence, tic_trace
+from ..noise.coordinates import EVIDENCE, GSNR, NORMALIZED, Moments, means_over_parameters, tic_trace
 from ..noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale
 from .noise import single_examples
 from .view import PROBES, Probe, View
@@ -79,8 +79,8 @@ def gradient_moments_probe(
     "Means over parameters: gsnr, stopping evidence and normalised variance of single examples, with stderr and masked share."
     def measure(view):
         moments = Moments.at(view.problem, view.theta, some_examples(view, examples))
-        found = dict(gsnr=gsnr(moments), evidence=stopping_evidence(moments), normalized=coordinate_normalized_variance(moments))
-        return {f"{k}{end}": v for k, (e, masked) in found.items()
+        found = zip(("gsnr", "evidence", "normalized"), means_over_parameters(moments, 1e-12, GSNR, EVIDENCE, NORMALIZED))
+        return {f"{k}{end}": v for k, (e, masked) in found
                 for end, v in (("", e.value), ("_stderr", e.stderr), ("_masked", masked))}
     return Probe("gradient_moments", every, measure)
 

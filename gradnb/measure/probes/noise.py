@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import nan
 from ...problem.designs import Design, Exact, exact_variance
 from ...ground.estimate import Estimate
-from ...ground.draws import Draws
+from ...ground.draws import Draws, kept
 from ...ground.roles import ESTIMATORS, Estimator
 from ...ground.trees import flatten, unflatten
 from ..noise.compat import faghri2020
@@ -142,7 +142,7 @@ def published_variance_probe(
     chosen = named_estimator(of)
     def measure(view):
         estimator, state = state_of(view, chosen)
-        first, second = (estimates(view, estimator, state, draws, half).stacked() for half in ("first", "second"))
+        first, second = (kept(estimates(view, estimator, state, draws, half)) for half in ("first", "second"))
         found, masked = coordinate_normalized_variance(second)
         ours = dict(unbiased=found.value, unbiased_stderr=found.stderr, masked=masked, whole=normalized_variance(second).value)
         return faghri2020(first, second, eps)._asdict() | ours

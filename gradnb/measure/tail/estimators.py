@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from scipy.stats import binom, kstwobign
 from torch import Tensor
-from ...ground.estimate import Estimate, check_level
+from ...ground.estimate import Estimate, check_level, skewed_student
 from .magnitudes import CHUNK, MOST_ZEROS, NOT_FINITE, Magnitudes, TailRefusal, histogram, near_one
-from .methods import (EXTREME, STABLE, Histograms, dedh_error, ecf_low, inverse, mcculloch, mle, mohammadi,
-                                         mohammadi22, student, student_of_logs)
+from .methods import (EXTREME, KURTOSIS, SKEWNESS, STABLE, Histograms, dedh_error, ecf_low, inverse, mcculloch, mle,
+                                         mohammadi, mohammadi22, student)
 
 # %% ../../../nbs/07_measure/03_tail/04_estimators.ipynb #index
 MOHAMMADI = ("mohammadi", "mohammadi22")
@@ -49,7 +49,8 @@ def _estimate(record: Magnitudes, method: str, level: float, draws: Magnitudes |
     spread = np.array(without) - np.mean(without)
     stderr = float(np.sqrt((len(without) - 1) / len(without) * (spread**2).sum()))
     if method == "dedh": stderr = max(stderr, dedh_error(Histograms.leaving_out(record), **options))
-    half = stderr * (student_of_logs(level, len(without), int(record.blocks.sum())) if method == "mohammadi" else student(level, record))
+    few = int(record.blocks.sum()), SKEWNESS, KURTOSIS, level, len(without)
+    half = stderr * (skewed_student(*few) if method == "mohammadi" else student(level, record))
     if not isfinite(value + half):
         raise TailRefusal(f"{method} has no value on these draws; too few of them lie in the tail it looks at.")
     if method in STABLE:

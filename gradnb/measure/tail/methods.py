@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STABLE', 'EXTREME', 'SKEWNESS', 'KURTOSIS', 'Histograms', 'LogQuantile', 'stable_method', 'extreme_method',
            'mcculloch_curve', 'mcculloch_index', 'mcculloch', 'logmoment', 'ecf', 'ecf_error', 'ecf_low', 'fit_stable',
-           'mle', 'student', 'inverse', 'mohammadi', 'mohammadi22', 'student_of_logs', 'hill', 'hill_edge', 'hill_k',
-           'pickands', 'dedh', 'dedh_error']
+           'mle', 'student', 'inverse', 'mohammadi', 'mohammadi22', 'hill', 'hill_edge', 'hill_k', 'pickands', 'dedh',
+           'dedh_error']
 
 # %% ../../../nbs/07_measure/03_tail/03_methods.ipynb #imports
 from functools import lru_cache
@@ -233,15 +233,6 @@ def mohammadi22(record: Magnitudes, level: float, draws: Magnitudes, q: float = 
     return inverse(gamma, (high - low) / (2 * t), low, high)
 
 SKEWNESS, KURTOSIS = -1.535, 4.0      # of log|x| of a Gaussian, from the polygamma functions at ½; the latter less 3
-
-def student_of_logs(
-    level: float,
-    groups: int,     # from whose means the standard error is
-    n: int,          # blocks in them
-) -> float:
-    "Student's quantile for a mean of so many logarithms."
-    t = float(stdtrit(groups - 1, (1 + check_level(level)) / 2))
-    return t * (1 + max(0., SKEWNESS**2 * (t**4 + 2 * t**2 - 3) / 18 - KURTOSIS * (t**2 - 3) / 12) / n)
 
 # %% ../../../nbs/07_measure/03_tail/03_methods.ipynb #extreme
 def _tail(h: Histograms, k: int | float | None) -> tuple[int, Tensor]:
