@@ -689,3 +689,40 @@ def test_a_layer_is_put_in_the_place_of_another():
     problem = Problem(model, "mse", data)
     assert seen.traces["grad_norm"].values[-1] == pytest.approx(problem.at(problem.theta0).grad.norm().item(), rel=1e-12)
     assert np.isnan(ready.traces["grad_norm"].values[-1]) and len(ready.traces["grad_norm"]) == 2
+
+
+def test_trackers_are_told_in_their_own_way():
+    "By the signatures of W&B, MLflow, aim and TensorBoard."
+    told = {name: [] for name in ("wandb", "mlflow", "aim", "board")}
+    class Wandb:
+        def log(self, data, step=None, commit=None, sync=None): told["wandb"].append((step, data))
+    class MLflow:
+        def log_metrics(self, metrics, step=None, synchronous=None, run_id=None, timestamp=None, model_id=None): told["mlflow"].append((step, metrics))
+    class Aim:
+        hash = "f00"
+        def track(self, value, name=None, step=None, epoch=None, *, context=None): told["aim"].append((step, {name: value}))
+    class Board:
+        def add_scalar(self, tag, scalar_value, global_step=None, walltime=None): told["board"].append((global_step, {tag: scalar_value}))
+    model, data = small()
+    opt, logs = torch.optim.SGD(model.parameters(), .05), [Wandb(), MLflow(), Aim(), Board()]
+    traces = plain(model, data, opt, gradnb.watch(model, "mse", data, "grad_norm:every=2", opt, log=logs), 3)
+    for found in told.values():
+        norms = {step: row["grad_norm"] for step, row in found if "grad_norm" in row}
+        assert norms == dict(zip(traces["grad_norm"].steps.tolist(), traces["grad_norm"].values.tolist()))
+        assert [step for step, _ in found] == sorted(step for step, _ in found)                            # W&B drops what goes back
+    with pytest.raises(TypeError, match="log_metrics"): gradnb.watch(model, "mse", data, log=3)
+
+
+def test_tensorboard_reads_what_a_watch_wrote(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+    model, data = small()
+    opt = torch.optim.SGD(model.parameters(), .05)
+    with SummaryWriter(tmp_path) as writer: traces = plain(model, data, opt, gradnb.watch(model, "mse", data, "sharpness:every=2", opt, log=writer), 3)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    for tag, column in (("sharpness", "value"), ("sharpness.error", "error")):
+        rows = events.Scalars(tag)
+        assert [e.step for e in rows] == [0, 2]
+        np.testing.assert_allclose([e.value for e in rows], traces["sharpness"].columns[column], rtol=1e-6)

@@ -98,7 +98,7 @@ class Point:
         labels: str = "model",  # expected by the "model", or those of the "data" (the empirical Fisher)
     ) -> Tensor:                # of v's shape
         "Product with the Fisher matrix."
-        if self.problem.loss_couples: self.problem.check_examples()
+        if self.problem.loss_couples or self.problem.dataset.whole: self.problem.check_examples()
         self.problem.check_products(linear=True)
         return self.linear.fisher(v, labels)
 
