@@ -37,11 +37,8 @@ class Moments(NamedTuple):
         draws = kept(checked(draws, 3, "moments"))
         whole, unit, *_ = sums_of(draws, squares=True)
         parts = torch.arange(len(draws)).tensor_split(min(groups, len(draws)))
-        return cls._in(parts, lambda j: sums_of(draws[int(parts[j][0]):int(parts[j][-1]) + 1], True, unit)[0], whole, unit)
-
-    @classmethod
-    def _in(cls, parts, make, whole, unit):
-        return cls(torch.tensor([len(i) for i in parts], dtype=torch.float64), kept(Draws(make, len(parts))), whole, unit)
+        sums = kept(Draws(lambda j: sums_of(draws[int(parts[j][0]):int(parts[j][-1]) + 1], True, unit)[0], len(parts)))
+        return cls(torch.tensor([len(i) for i in parts], dtype=torch.float64), sums, sums.sum(0) if isinstance(sums, Tensor) else whole, unit)
 
     @classmethod
     def at(cls,
@@ -63,10 +60,11 @@ class Moments(NamedTuple):
             sums = theta.new_zeros(2, len(theta))
             for io in ios(part): io.moments(sums)
             return sums
-        whole = make(idx)
+        sums = kept(Draws(lambda j: make(parts[j]), len(parts)))
+        whole = sums.sum(0) if isinstance(sums, Tensor) else make(idx)
         if unit == 1 and (other := unit_of(whole[1], theta.dtype, lambda: given(idx))) != 1: return cls._at(given, theta, idx, parts, other)
         if not whole.isfinite().all(): finite(torch.cat([io.sq_norms() for io in ios(idx)]), idx)
-        return cls._in(parts, lambda j: make(parts[j]), whole, unit)
+        return cls(torch.tensor([len(i) for i in parts], dtype=torch.float64), sums, whole, unit)
 
     def totals(self, j: int | None, c: slice = slice(None), out: Tensor | None = None) -> tuple:
         "(n, mean, unbiased variance, mean square) of all draws, or without group j whose sums are `out`; in the unit, of some of the parameters."

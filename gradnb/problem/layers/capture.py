@@ -55,7 +55,9 @@ class LayerIO:
 
     def combine(self, w: Tensor) -> Tensor:                 # w (n,) → (p,), (k, n) → (k, p)
         "Σᵢ wᵢ gᵢ for each row of weights."
-        out = torch.cat([l.combine(w if w.ndim == 2 else w[None]) for l in self.layers], 1)
+        rows = w if w.ndim == 2 else w[None]
+        out = self.layers[0].like.new_empty(len(rows), self.layers[-1].span.stop)
+        for l in self.layers: out[:, l.span] = l.combine(rows)
         return out if w.ndim == 2 else out[0]
 
     def gram(self, other: "LayerIO | None" = None) -> Tensor:    # (n, m)
