@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from gradnb.bench.explore import CANVAS, CHROMIUM, FIVE, chromium, in_kernel, jupyterlab, latencies, open_notebook
+from gradnb.show.claims import claim, save_claims
 from gradnb.show.explorers.canvas import STATIC
 from gradnb.show.explorers.drawing import y_limits
 from gradnb.show.explorers.explorer import Explorer
 from gradnb.show.explorers.series import EDGE, Line, Panel
+from gradnb.show.gallery import write_gallery
 from gradnb.show.plots.ticks import log_ticks, tick_label
 
 pytest.importorskip("playwright", reason="playwright is not installed (pip install 'gradnb[dev]')")
@@ -812,3 +814,33 @@ def test_lab_explorers_by_hand(notebook, name):
     unnamed = page.evaluate("() => [...document.querySelectorAll('.jp-OutputArea select, .jp-OutputArea input, .jp-OutputArea button')]"
                             ".filter((e) => e.offsetParent && !(e.labels?.length || e.getAttribute('aria-label') || e.title || e.textContent.trim())).map((e) => e.outerHTML)")
     assert unnamed == []
+
+
+def test_the_gallery_needs_nobody(tmp_path, browser):
+    "From disk and without a network: figures are found, chosen by study, and ordered; every link leads to a file."
+    made = dict(title="One", question="Does it?", params={}, runs={}, seeds=[0], seconds=1.0, devices=["cpu"], versions={}, drawn="2026-01-01")
+    claims = {"one": [claim("one is two", "Cohen et al. 2021, §3", (2, 2), 1.0, note="it is not")], "two": [claim("two is two", "Faghri et al. 2020", (2, 2), 2.0)]}
+    for seconds, name in enumerate(claims):
+        (tmp_path / name).mkdir()
+        for kind in ("png", "svg", "ipynb", "html"): (tmp_path / name / f"{name}.{kind}").touch()
+        save_claims(claims[name], tmp_path / name / "claims.json")
+        (tmp_path / name / "made.json").write_text(json.dumps(made | dict(title=name.title(), seconds=seconds)))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "made.json").write_text("{")
+    at = write_gallery(tmp_path)
+    context = browser.new_context(offline=True)
+    page, asked = context.new_page(), []
+    page.on("request", lambda r: asked.append(r.url))
+    page.goto(at.as_uri())
+    shown = lambda: page.locator("article:not([hidden]) h2").all_text_contents()
+    assert shown() == ["One", "Two"] and "1 of 2 claims hold" in page.locator("header").inner_text()
+    assert page.locator("article li").all_text_contents() == ["one is two: 1, expected 2. it is not"]
+    page.get_by_label("Order").select_option("longest first")
+    assert shown() == ["Two", "One"]
+    page.get_by_label("Study").select_option("Cohen et al. 2021")
+    assert shown() == ["One"] and page.locator("tbody tr:not([hidden])").count() == 1
+    page.get_by_label("Find").fill("faghri")
+    assert shown() == []
+    assert all((tmp_path / link).exists() for link in page.eval_on_selector_all("a", "all => all.map(a => a.getAttribute('href'))") if link[0] != "#")
+    assert asked and all(url.startswith("file:") for url in asked)
+    context.close()

@@ -1,7 +1,13 @@
 "Figures, claims and plots: what must keep holding beyond what their notebooks show."
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,12 +16,14 @@ import numpy as np
 import pytest
 from nbformat import v4
 
-from gradnb.show import figures
+from gradnb.show import build, figures
 from gradnb.show.claims import batch_means, claim, claims_table, load_claims, save_claims
 from gradnb.ground.estimate import Estimate
-from gradnb.show.figures import as_declared, figure_specs, find_figures, run_figures, set_parameters
+from gradnb.show.build import dry_run, run_figures
+from gradnb.show.figures import as_declared, figure_specs, find_figures, set_parameters
 from gradnb.show.plots.traces import STYLE, label_end, palette, plot_sharpness, plot_trace, save_figure, style
 from gradnb.runs import Spec, Store
+from gradnb.runs.sweeps.engines import Here
 from gradnb.ground.traces import Trace
 
 PARAMETERS = 'size: str = "smoke"  # how long\nseed: int = 0  # of the weights\nstore: str = ""\nout: str = ""'
@@ -37,12 +45,12 @@ def drawn(monkeypatch):
     "Instead of a kernel: write what a good notebook writes, and note the parameters."
     seen = []
 
-    def execute(path, folder, params, timeout):
+    def execute(path, folder, params, timeout, threads=1):
         seen.append((path.stem, params))
         for kind in ("png", "svg", "ipynb", "html"):
             (folder / f"{path.stem}.{kind}").write_text("new")
         save_claims([claim("one is positive", "Peano 1889", (0, math.inf), 1.)], folder / "claims.json")
-    monkeypatch.setattr(figures, "execute", execute)
+    monkeypatch.setattr(build, "execute", execute)
     return seen
 
 
@@ -69,7 +77,7 @@ def test_edge_of_stability(tmp_path):
     call = dict(params=params, store=tmp_path / "runs", progress=False)
     result, = run_figures(["edge_of_stability"], tmp_path / "out", **call)
     assert result.ok, result.error
-    wanted = {"claims.json", *(f"edge_of_stability.{kind}" for kind in ("png", "svg", "ipynb", "html"))}
+    wanted = {"claims.json", "made.json", *(f"edge_of_stability.{kind}" for kind in ("png", "svg", "ipynb", "html"))}
     assert {f.name for f in result.folder.iterdir()} == wanted
     assert plt.imread(result.folder / "edge_of_stability.png").std() > .01
     assert sorted(type(r.spec.rule).__name__ for r in Store(tmp_path / "runs").list()) == ["GD", "Momentum", "Momentum", "Scheduled"]
@@ -108,14 +116,14 @@ def test_a_failure_leaves_the_last_good_picture(tmp_path, drawn, monkeypatch):
     assert run_figures(**call)[0].ok
     (tmp_path / "out" / "one" / "mine.txt").write_text("keep")
     good = {f.name: f.read_text() for f in (tmp_path / "out" / "one").iterdir()}
-    assert len(good) == 6
+    assert len(good) == 7
     def half(path, folder, *a):
         (folder / "one.png").write_text("half")
         raise OSError("disk full")
     for fails in (half, lambda path, folder, *a: (folder / "one.png").write_text("half")):
-        monkeypatch.setattr(figures, "execute", fails)
-        result, = run_figures(**call)
-        assert not result.ok and ("disk full" in str(result) or "wrote no one.svg" in str(result)) and "holds what was made at an earlier time" in str(result)
+        monkeypatch.setattr(build, "execute", fails)
+        result, = run_figures(**call, force=True)
+        assert not result.ok and ("disk full" in str(result) or "wrote no one." in str(result)) and "holds what was made at an earlier time" in str(result)
         assert {f.name: f.read_text() for f in result.folder.iterdir()} == good
 
 
@@ -129,18 +137,109 @@ def test_a_page_needs_no_network(tmp_path):
     assert page.count('class="math"') == 3 and r'alt="2/\eta"' in page and "echo $HOME$" in page and "costs $5 or $6" in page and r"<code>\undefinedword</code>" in page
 
 
+def test_what_is_up_to_date_is_not_drawn_again(tmp_path, drawn):
+    "Each cause by itself makes a figure out of date, and so does a file that is gone."
+    home, out = tmp_path / "nbs", tmp_path / "out"
+    for name in "ab": write(home, name)
+    call = dict(out=out, store=tmp_path / "runs", folder=home, progress=False)
+    assert [r.drawn for r in run_figures(["a"], **call)] == [True] and [r.drawn for r in run_figures(**call)] == [False, True]
+    assert [(str(r)[:23], r.ok, len(r.claims)) for r in run_figures(**call)] == [("✓ a is up to date: " + str(out)[:4], True, 1), ("✓ b is up to date: " + str(out)[:4], True, 1)]
+    assert dry_run(out=out, store=tmp_path / "runs", folder=home).state.tolist() == ["up to date"] * 2
+    run, = Store(tmp_path / "runs").list()
+    causes = {"notebook": lambda: write(home, "a", body="pass  # else"), "file": (out / "a" / "a.svg").unlink, "run": lambda: (run.path / "traces" / "more").write_text("x")}
+    for cause, change in causes.items():
+        change()
+        changed = ["a", "b"] if cause == "run" else ["a"]
+        assert [r.name for r in run_figures(**call) if r.drawn] == changed and not any(r.drawn for r in run_figures(**call)), cause
+    assert [r.name for r in run_figures(**call, params={"seed": 1}) if r.drawn] == ["a", "b"]
+    write(home, "new")
+    assert [r.name for r in run_figures(**call, params={"seed": 2}, only_changed=True) if r.drawn] == ["a", "b"]
+    assert [r.name for r in run_figures(**call, params={"seed": 2}, force=True) if r.drawn] == ["a", "b", "new"]
+
+
+def test_runs_of_all_figures_are_one_sweep(tmp_path, drawn):
+    "What two figures share is trained once, by the engine that is given; a figure whose run fails names it, and the others are drawn."
+    home, jobs = tmp_path / "nbs", []
+    for name in "ab": write(home, name, specs=SPECS + f"\nspecs['own'] = Spec('digits-50', 'fc-tanh:width=4', 'mse', GD(.05), 3, seed={ord(name)})")
+    write(home, "c", specs=SPECS.replace("width=4", "width=0"))
+
+    def engine(some, worker):
+        jobs.extend(spec for job in some for spec in job)
+        return Here()(some, worker)
+    call = dict(names=["b", "a", "c"], out=tmp_path / "out", store=tmp_path / "runs", folder=home)
+    planned = dry_run(**call)
+    assert planned.missing.tolist() == [2, 2, 1] and planned.seconds.isna().all()
+    results = run_figures(**call, progress=False, engine=engine, jobs=2)
+    assert [(r.name, r.ok) for r in results] == [("b", True), ("a", True), ("c", False)] and len(jobs) == 4
+    assert "run 'a': " in results[2].error and "width" in results[2].error
+    write(home, "d", specs=SPECS.replace("seed=seed", "seed=5"))
+    known = dry_run(**call | dict(names=["d"])).iloc[0]
+    assert known.missing == 1 and known.isna().seconds                 # a run like it is known, its notebook is not
+
+
+SLOW = """
+import time
+from pathlib import Path
+from gradnb.show.figures import read_runs
+read_runs(specs, store)
+(Path(out) / "begun").write_text("")
+while not Path(NAME).exists(): time.sleep(.05)
+import matplotlib.pyplot as plt
+from gradnb.show.claims import save_claims
+from gradnb.show.plots.traces import save_figure
+save_figure(plt.figure(), out, FIGURE)
+save_claims([], Path(out) / "claims.json")
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_build_that_is_stopped_goes_on(tmp_path, how):
+    "No kernel outlives it; the same call draws what is missing, and nothing of it is trained again."
+    home, gate = tmp_path / "nbs", tmp_path / "gate"
+    for name in "ab": write(home, name, body=f"NAME, FIGURE = {str(gate)!r}, {name!r}\n" + SLOW)
+    call = dict(out=str(tmp_path / "out"), store=str(tmp_path / "runs"), folder=str(home), progress=False, jobs=2)
+    process = subprocess.Popen([sys.executable, "-c", f"from gradnb.show.build import run_figures\nrun_figures(**{call!r})"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    begun = [tmp_path / "out" / name / ".new" / "begun" for name in "ab"]
+    deadline = time.monotonic() + 120
+    while not all(map(Path.exists, begun)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(.1)
+    kernels = [p for p in Path("/proc").glob("[0-9]*") if b"ipykernel" in (cmdline(p)) and parent(p) == process.pid]
+    assert len(kernels) == 2
+    os.kill(process.pid, how)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode != 0 and ("KeyboardInterrupt" in said or how == signal.SIGKILL)
+    while any(b"ipykernel" in cmdline(p) for p in kernels):
+        assert time.monotonic() < deadline
+        time.sleep(.1)
+    gate.touch()
+    run, = Store(tmp_path / "runs").list()
+    stamp = (run.path / "manifest.json").stat().st_mtime_ns
+    assert all(r.ok and r.drawn for r in run_figures(**call)) and (run.path / "manifest.json").stat().st_mtime_ns == stamp
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b", "claims.json", "index.html"]
+
+
+def cmdline(p):
+    with suppress(OSError): return (p / "cmdline").read_bytes()
+    return b""
+
+
+def parent(p):
+    with suppress(OSError): return int((p / "stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_missing_output_is_an_error(tmp_path, monkeypatch):
     write(tmp_path, "silent")
-    monkeypatch.setattr(figures, "execute", lambda path, folder, *a: (folder / "silent.png").write_text(""))
+    monkeypatch.setattr(build, "execute", lambda path, folder, *a: (folder / "silent.png").write_text(""))
     result, = run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False)
-    assert not result.ok and "wrote no silent.svg" in result.error and "claims.json" in result.error
+    assert not result.ok and "silent.svg" in result.error and "claims.json" in result.error
 
 
 def test_interrupt_is_passed_on(tmp_path, monkeypatch):
     write(tmp_path, "one")
 
     def execute(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(figures, "execute", execute)
+    monkeypatch.setattr(build, "execute", execute)
     with pytest.raises(KeyboardInterrupt):
         run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False)
 

@@ -65,7 +65,7 @@ class Problem(Risk):
         few = twin._few(3)
         theta = lambda k: twin._beside(f"products {k}")
         if linear:
-            if not all(wrong_jacobian(lambda theta: twin.outputs(theta, few[0]), theta(k), Stream(k) / "slopes") for k in range(3)): return ""
+            if not all(wrong_jacobian(lambda theta: twin.before_loss(theta, few[0]), theta(k), Stream(k) / "slopes") for k in range(3)): return ""
             where = "products with its Jacobian are not those of its backward pass"
         else:
             found = None

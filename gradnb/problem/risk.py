@@ -44,7 +44,7 @@ class Risk:
     def __init__(self,
         module: nn.Module,         # the network; its parameters give θ₀, device and dtype; it is copied, in its present mode
         loss: str | Callable,      # "ce", "mse", …; (outputs, targets) → (b,), or sums and weights (b,) each; torch's averaging losses;
-                                   # on data that are no Dataset also objective(model, batch) → (b,), its mean (), or sums and weights
+                                   # on data that are no Dataset also objective(model, batch) → (b,), its mean (), or sums and weights, or its parts (outputs, loss)
         dataset,                   # a Dataset; a torch Dataset or DataLoader; a list of batches; a stream
         chunk_size: int | None = None,  # examples worked on at a time; None: all at once, of a loader as many as it gives
         params=None,               # which parameters: patterns of names, roles, or (name, parameter) → bool; None: the trainable ones
@@ -172,9 +172,20 @@ class Risk:
 
     def check_apart(self):
         "Raises TypeError where outputs and targets are not known apart."
-        if isinstance(self.per_example, Objective):
-            raise TypeError(f"objective {self.per_example!r} keeps the network's outputs to itself, and Gauss–Newton and Fisher matrices are made of them; "
-                            "make the problem of a loss of outputs and targets and a Dataset, or ask for the Hessian.")
+        if isinstance(self.per_example, Objective) and not self.per_example.apart:
+            raise TypeError(f"objective {self.per_example!r} keeps the network's outputs to itself, and Gauss–Newton and Fisher matrices are made of them; give its two "
+                            "parts, Problem(model, (outputs, loss), data) with outputs(model, batch) and loss(outputs, batch), or ask for the Hessian.")
+
+    def before_loss(self, theta: Tensor, x, noise: Stream | None = None) -> Tensor:
+        "What the network gives to the loss, (b, …)."
+        if not isinstance(self.per_example, Objective): return self.outputs(theta, x, noise)
+        network = copy(self.network)
+        network._ask = self.per_example.outputs
+        return network(self.layout.named(theta.contiguous()), x, noise)
+
+    def losses(self, out: Tensor, x, y: Tensor) -> Tensor:
+        "Of what `before_loss` gave, (b,), or of a batch (1,)."
+        return self.per_example.losses(out, x, y) if isinstance(self.per_example, Objective) else self.per_example(out, y)
 
     def rows(self, batch=None) -> int:
         "How many examples a batch asks for. Raises TypeError where it is none."

@@ -66,6 +66,10 @@ class LayerIO:
         "⟨gᵢ, hᵢ⟩ with the same examples at another θ."
         return sum(a.paired(b) for a, b in zip(self.layers, other.layers))
 
+    def neighbours(self) -> Tensor:                         # (n − 1,)
+        "⟨gᵢ, gᵢ₋₁⟩ of every example but the first."
+        return sum(l.neighbours() for l in self.layers) if self.n > 1 else self.losses[1:]
+
     def sketch(self, m: int, stream: Stream) -> Tensor:     # (n, m)
         "A random linear map of gᵢ to m numbers, unbiased in inner products; equal streams give equal maps."
         return sum(l.sketch(m, stream / l.name) for l in self.layers)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'USUAL', 'read_weights', 'Weights', 'bare_name', 'dicts_in', 'find_weights', 'most_alike', 'step_of',
-           'listed', 'measure_weights', 'rows_of', 'surveyed', 'label', 'look', 'with_held']
+           'listed', 'measure_weights', 'rows_of', 'surveyed', 'label', 'look']
 
 # %% ../../../nbs/08_runs/13_foreign/03_checkpoints.ipynb #imports
 import math
@@ -16,14 +16,12 @@ from collections.abc import Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
 from typing import NamedTuple
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from ...ground.traces import Row, Trace
 from ...move.estimators.minibatch import MiniBatch
 from ...move.steppers import Descent
-from ...problem.network import copied
-from .glance import Glance, Seen, Untold, untouched
+from .glance import Glance, Seen, Untold, untouched, with_held
 from ..recordings import earlier, settings_of
 from ..originals import ROOM, load_foreign
 from ..store import Store
@@ -229,15 +227,3 @@ def look(watching: Watching, problem, step: int, w, keep, lost: dict, there=()):
             with untouched(problem.device): row = p.measure(watching.view(p, state, shared, Glance))
             keep(p.name, step, row)
         except Exception as e: lost[p.name, step] = f"{p.name} at step {step}: {type(e).__name__}: {e}"
-
-def with_held(problem, held: dict[str, Tensor]):
-    "A problem whose network holds other constants: frozen parameters, and in evaluation mode running statistics."
-    there = {**dict(problem.module.named_parameters()), **dict(problem.module.named_buffers())}
-    new = {n: t for n, t in held.items() if n not in problem.buffers and not torch.equal(t.to(there[n]), there[n])}
-    if not new: return problem
-    other = problem.around(problem.network.around(copied))
-    for module in {other.network.module, other.network.loud}:
-        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        with torch.no_grad():
-            for n, t in new.items(): own[n].copy_(t)
-    return other

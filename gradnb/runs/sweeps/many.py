@@ -64,7 +64,7 @@ def sweep(
     engine: Any = "here",              # "here", "pool:workers=4", "slurm:pack=20", the object, or anybody's executor
     retries: int = 0,                  # how often a failed spec is tried again
     dry_run: bool = False,             # only tell what is not done
-    progress: bool = True,             # one bar over all
+    progress: bool | Callable[[Spec], Any] = True,   # one bar over all; or what is called with each that is done
     vectorize: bool = False,           # train tiny networks of equal shapes together, where that is known to agree
     device: str = "cpu",               # where each run computes
     interval: float = 60.,             # seconds between checkpoints
@@ -80,12 +80,14 @@ def sweep(
     if dry_run: return results(todo, store)
     worker = Worker(str(store.root.resolve()), device, interval, plugins(), wait)
     errors, again = {}, todo
-    with tqdm(total=len(specs), initial=len(specs) - len(todo), desc="sweep", unit="run", disable=not progress) as bar:
+    with tqdm(total=len(specs), initial=len(specs) - len(todo), desc="sweep", unit="run", disable=progress is not True) as bar:
         try:
             for _ in range(retries + 1):
                 errors, again = {}, [s for s in again if not errors or s.hash in errors]
                 for spec, error in engine(stacks(again) if vectorize else [(s,) for s in again], worker):
-                    if error is None: bar.update()
+                    if error is None:
+                        bar.update()
+                        if callable(progress): progress(spec)
                     else: errors[spec.hash] = error
                     bar.set_postfix(failed=len(errors), refresh=False)
                 if not errors: break
