@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from gradnb.bench.harness import peak_bytes
 from gradnb.data import Dataset, load_dataset
 from gradnb.data.variations import corrupt_labels, duplicate, imbalance
 from gradnb.problem.designs import Design, exact_variance, whole_counts
@@ -528,6 +529,45 @@ def test_a_view_makes_draws_one_at_a_time_and_refuses_a_matrix_that_does_not_fit
     with pytest.raises(ValueError, match="n=0"): view.grads(0)
     monkeypatch.setattr("gradnb.measure.probes.view.free_memory", lambda device: 1e9)
     with pytest.raises(MemoryError, match=r"10000000 grads of 59 parameters take 4.4 GB and 0.931 GB are free.*view.draws\(10000000, 'grads'\)"): view.grads(10**7)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def million():
+    "A run of 10⁶ parameters in float32 at its third step."
+    gen = Stream(0).generator()
+    x, y = torch.randn(256, 100, generator=gen), torch.arange(256) % 10
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(100, 940), nn.Tanh(), nn.Linear(940, 940), nn.Tanh(), nn.Linear(940, 10))
+    problem = Problem(net, "ce", Dataset(x, y, x, y, 10))
+    stepper = Descent(Momentum(.05), MiniBatch(32))
+    return problem, stepper, next(islice(trajectory(problem, stepper), 2, None))
+
+
+@pytest.mark.parametrize("words", ("grad_variance:draws=12", "grad_variance:draws=24", "grad_variance:draws=12,of=[svrg:size=32,every=100]", "grad_variance:draws=0", "update_variance:draws=12",
+    "published_variance:draws=12", "freshness", "freshness:of=[svrg:size=32,every=100]", "noise_scale", "noise_scale:examples=64", "batch_tests", "gradient_moments", "tic:samples=3",
+    "tail_index:draws=80,surrogates=3", "tail_index:draws=80,surrogates=3,groups=layers", "noise_norms:draws=40", "layer_norms", "grad_norms", "update_norms"))
+def test_probes_of_noise_hold_six_copies_of_the_parameters_however_many_draws(words, million):
+    "What torch's allocator gives out at most, beyond the run, the probe's own memory and the gradient's graph."
+    problem, stepper, state = million
+    probe, memory, shared = PROBES.build(words), {}, {}
+    view = lambda: View(problem, stepper, state, Stream(0) / "probe" / probe.name, memory, shared)
+    if words.startswith("tic"): view().point.grad
+    probe.measure(view())
+    shared = {k: v for k, v in shared.items() if k == "point"}
+    assert peak_bytes(lambda: probe.measure(view())) / state.theta.nbytes < 6.1
+
+
+def test_what_keeps_more_says_so_before_it_starts(million, monkeypatch):
+    problem, stepper, state = million
+    view = View(problem, stepper, state, Stream(0))
+    monkeypatch.setattr("gradnb.measure.probes.tail.free_memory", lambda device: 10. * state.theta.nbytes)
+    with pytest.raises(MemoryError, match="keeps 8 gradients.*take most=3,"): PROBES.build("original_index:size=32").measure(view)
+    monkeypatch.setattr("gradnb.problem.designs.free_memory", lambda device: 10. * state.theta.nbytes)
+    parts = Stratified(20, by="random", k=20)
+    with pytest.raises(MemoryError, match="the 20 parts of Stratified.*on draws"): exact_variance(problem, state.theta, parts, ready(parts, problem))
 
 
 # --- variations ----------------------------------------------------------------------------------------------------

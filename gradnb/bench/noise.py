@@ -86,7 +86,7 @@ def second_moments(problem: Problem, theta: Tensor) -> Tensor:
 
 def three_tests(problem: Problem, theta: Tensor, batch=None) -> dict:
     "Norm, inner product and orthogonality test of a batch."
-    spread = Spread.at(problem, theta, batch, cross=False)
+    spread = Spread.at(problem, theta, batch)
     return {name: test(spread).value for name, test in
             (("NormTest", norm_test), ("InnerTest", inner_product_test), ("OrthoTest", orthogonality_test))}
 

@@ -8,6 +8,7 @@ __all__ = ['radius', 'norm_test', 'inner_product_test', 'orthogonality_test', 'c
 # %% ../../../nbs/07_measure/01_noise/02_batchsize.ipynb #imports
 from math import inf, nan, sqrt
 from torch import Tensor
+from ...ground.draws import Draws
 from ...ground.estimate import Estimate, in_unit, skewed_student
 from .spread import (Spread, bow, jackknife, left_out, quadratic_error, signal_to_noise, third_and_fourth,
                                          through)
@@ -35,10 +36,10 @@ def _needs_signal(spread: Spread) -> Spread:
 
 # %% ../../../nbs/07_measure/01_noise/02_batchsize.ipynb #tests
 def norm_test(
-    draws: Tensor | Spread,   # gradients of a batch's examples (B, p)
+    draws: Tensor | Draws | Spread,   # gradients of a batch's examples (B, p)
 ) -> Estimate:                # θ at which it passes
     "√(Tr S / B) over ‖ḡ‖; its interval holds the radius that Tr Σ/B and E‖ḡ‖² have."
-    spread = _needs_signal(Spread.of(draws))
+    spread = _needs_signal(Spread.of(draws, turned=False))
     theta = lambda s: (1 + spread.n * s)**-.5 if 1 + spread.n * s > 0 else inf
     return through(theta, lambda s: spread.n / 2 * theta(s)**3, signal_to_noise(spread))
 
@@ -50,7 +51,7 @@ def _cosine_part(spread: Spread) -> tuple[float, Tensor | None]:
     return s / m**2, (t.square() - t.square().mean()) / m**2 + 2 * spread.turned / m**2 - 4 * s * t / m**3
 
 def inner_product_test(
-    draws: Tensor | Spread,   # gradients of a batch's examples (B, p); a Spread has an interval if `turned`
+    draws: Tensor | Draws | Spread,   # gradients of a batch's examples (B, p); a Spread has an interval if `turned`
 ) -> Estimate:                # θ at which it passes
     "√(ḡᵀSḡ / B) over ‖ḡ‖²: the spread of ⟨gᵢ, ḡ⟩; its interval holds the radius of the two means."
     spread = _needs_signal(Spread.of(draws))
@@ -58,7 +59,7 @@ def inner_product_test(
     return radius(value / spread.n, None if influence is None else influence / spread.n, spread)
 
 def orthogonality_test(
-    draws: Tensor | Spread,   # gradients of a batch's examples (B, p); a Spread has an interval if `turned`
+    draws: Tensor | Draws | Spread,   # gradients of a batch's examples (B, p); a Spread has an interval if `turned`
 ) -> Estimate:                # ν at which it passes
     "√((Tr S − ḡᵀSḡ/‖ḡ‖²) / B) over ‖ḡ‖: the spread across ḡ; its interval holds the radius of the means."
     spread = _needs_signal(Spread.of(draws))
@@ -70,12 +71,12 @@ def orthogonality_test(
 
 # %% ../../../nbs/07_measure/01_noise/02_batchsize.ipynb #cabs
 def cabs(
-    draws: Tensor | Spread,   # gradients of examples (n, p)
+    draws: Tensor | Draws | Spread,   # gradients of examples (n, p)
     losses: Tensor,           # their losses (n,)
     lr: float,                # η
 ) -> Estimate:                # examples
     "η Tr Σ / L, the batch size that goes with a learning rate."
-    spread = Spread.of(draws)
+    spread = Spread.of(draws, turned=False)
     V, V_out, _, _ = left_out(spread)
     losses = losses.double().cpu()
     if losses.shape != V_out.shape: raise ValueError(f"cabs takes one loss a draw, {len(V_out)}, got {tuple(losses.shape)}.")

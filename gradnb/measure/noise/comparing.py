@@ -34,7 +34,7 @@ def bias_check(
     apart = a.mean(0) - (b.mean(0) if b.ndim == 2 else b)
     square, noise, floor, bend, errors, ups = apart.double().square().sum().item(), 0., 0., 0., [], []
     for v, sign in zip(sides, (1, -1)):
-        spread, n = Spread.of(v), len(v)
+        spread, n = Spread.of(v, turned=False), len(v)
         (V, V_out, *_), sq = left_out(spread), spread.unit**2
         along = ((v - v.mean(0)) * (sign * apart)).sum(1, dtype=torch.float64).cpu()
         without = square - 2 * along / (n - 1) + sq * (spread.far / (n - 1) ** 2 - V_out / (n - 1))

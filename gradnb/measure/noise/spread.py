@@ -62,7 +62,7 @@ class Spread(NamedTuple):
     along: Tensor              # ⟨zᵢ, ḡ⟩ (n,)
     turned: Tensor | None      # ⟨zᵢ, Sḡ⟩ (n,), S = Σ zᵢzᵢᵀ/(n−1); None: not worked out
     unit: float = 1.           # of the vectors, 1 unless squares would leave their dtype's range
-    cross: float = 0.          # tr Cov², from ⟨zᵢ, zᵢ₊₁⟩²; 0: not worked out
+    cross: float = 0.          # tr Cov², from ⟨zᵢ, zᵢ₋₁⟩²
 
     @property
     def n(self) -> int: return len(self.far)
@@ -105,14 +105,13 @@ class Spread(NamedTuple):
         theta: Tensor,               # where, (p,)
         batch=None,                  # of which examples; None: all
         turned: bool = False,        # for intervals of the inner-product and orthogonality tests, at one more pass
-        cross: bool = True,          # for errors of squared norms and ratios to them
     ) -> "Spread":
-        "Of single examples' gradients ∇ℓᵢ(θ), without forming them."
+        "Of single examples' gradients ∇ℓᵢ(θ), without forming them; it holds two vectors beside what the layers need."
         check_given("Spread.at", problem, "point")
-        return cls._at(lambda some=batch: problem.layer_io(theta, some), theta, torch.arange(problem.n) if batch is None else batch.idx, turned, cross)
+        return cls._at(lambda some=batch: problem.layer_io(theta, some), theta, torch.arange(problem.n) if batch is None else batch.idx, turned)
 
     @classmethod
-    def _at(cls, given, theta, idx, turned, cross, unit=1.):
+    def _at(cls, given, theta, idx, turned, unit=1.):
         parts, ios, mean, sq, sizes = lambda *some: (io.in_unit(unit) for io in given(*some)), [], 0, [], []
         for io in parts():                                                # kept as long as there is only one
             ios = ios if sizes else [io]
@@ -121,25 +120,23 @@ class Spread(NamedTuple):
         if (n := sum(sizes)) < 2: raise ValueError(f"a spread needs at least 2 examples, got {n}.")
         if len(sizes) > 1: ios = []
         mean, sq = mean / n, torch.cat(sq)
-        if unit == 1 and (other := unit_of(sq, theta.dtype, given)) != 1: return cls._at(given, theta, idx, turned, cross, other)
+        if unit == 1 and (other := unit_of(sq, theta.dtype, given)) != 1: return cls._at(given, theta, idx, turned, other)
         finite(sq, idx)
         sweep = lambda f: [f(io) for io in ios or parts()]
         dots = torch.cat(sweep(lambda io: io.dots(mean).double().cpu()))
         size = mean.double().square().sum().item()
-        along, twist, pairs = dots - size, None, torch.zeros(())
+        along, twist, pairs = dots - size, None, torch.empty(n, dtype=torch.float64)
         if turned:
             weights = iter(along.to(theta).split(sizes))
             twist = sum(sweep(lambda io: io.combine(next(weights)))) / (n - 1)                    # Sḡ
             twist = torch.cat(sweep(lambda io: io.dots(twist).double().cpu()))
             twist = twist - twist.mean()
-        if cross:
-            first = torch.tensor([0, *sizes[:-1]]).cumsum(0)                                      # of each part, whose neighbour is in another
-            ends = [Batch(idx[at % n].repeat(2)) for at in (first, first - 1)]                    # a network may want two
-            pairs = torch.empty(n, dtype=torch.float64)
-            pairs[first] = torch.cat([a.paired(b).double().cpu() for a, b in zip(*map(parts, ends))])[:len(first)]
-            inside = torch.ones(n, dtype=torch.bool).index_fill_(0, first, False)
-            pairs[inside] = torch.cat(sweep(lambda io: io.neighbours().double().cpu()))
-            pairs = pairs - dots - dots.roll(1) + size                                            # ⟨zᵢ, zᵢ₋₁⟩
+        first = torch.tensor([0, *sizes[:-1]]).cumsum(0)                                      # of each part, whose neighbour is in another
+        ends = [Batch(idx[at % n].repeat(2)) for at in (first, first - 1)]                    # a network may want two
+        pairs[first] = torch.cat([a.paired(b).double().cpu() for a, b in zip(*map(parts, ends))])[:len(first)]
+        inside = torch.ones(n, dtype=torch.bool).index_fill_(0, first, False)
+        pairs[inside] = torch.cat(sweep(lambda io: io.neighbours().double().cpu()))
+        pairs = pairs - dots - dots.roll(1) + size                                            # ⟨zᵢ, zᵢ₋₁⟩
         return cls(size, (sq - 2 * dots + size).clamp_min(0), along, twist, unit, pairs.square().mean().item())
 
 # %% ../../../nbs/07_measure/01_noise/01_spread.ipynb #jackknife

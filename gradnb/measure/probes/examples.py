@@ -35,6 +35,7 @@ def noise_scale_probe(
     """Tr Σ/‖∇L‖² (McCandlish et al. 2018), in examples; columns value, stderr, low, high, variance and norm_sq, the two parts.
 
     Where only means of batches are known, from the gradients of up to 64 of them, in what weighs them: examples, or tokens.
+    Costs a pass over all examples, two over some of them, two gradients for each batch; holds 4 copies of θ, of some examples 6.
     """
     def measure(view):
         if view.problem.dataset.whole:
@@ -56,10 +57,13 @@ def batch_tests_probe(
     every: int = 100,        # steps between measurements
     intervals: bool = True,  # standard errors of all, at one more pass; False: of the norm test alone
 ) -> Probe:
-    "Norm, inner product and orthogonality test, and the batch size coupled to the rule's lr; each with its stderr."
+    """Norm, inner product and orthogonality test, and the batch size coupled to the rule's lr; each with its stderr.
+
+    Costs a pass over these examples, or one for each sweep of their layers where they need several parts, and holds 6 copies of θ.
+    """
     def measure(view):
         batch = some_examples(view, examples)
-        spread = Spread.at(view.problem, view.theta, batch, turned=intervals, cross=False)
+        spread = Spread.at(view.problem, view.theta, batch, turned=intervals)
         found = dict(norm=norm_test(spread), inner_product=inner_product_test(spread), orthogonality=orthogonality_test(spread),
                      cabs=cabs(spread, _losses(view, batch), lr) if (lr := learning_rate(view.stepper, view.step)) else Estimate.normal(nan, nan))
         return {f"{k}{end}": v for k, e in found.items() for end, v in (("", e.value), ("_stderr", e.stderr))}
@@ -76,7 +80,10 @@ def gradient_moments_probe(
     examples: int = 0,   # whose gradients; 0: all
     every: int = 100,    # steps between measurements
 ) -> Probe:
-    "Means over parameters: gsnr, stopping evidence and normalised variance of single examples, with stderr and masked share."
+    """Means over parameters: gsnr, stopping evidence and normalised variance of single examples, with stderr and masked share.
+
+    Costs two passes over these examples, one where a few vectors fit in 8 MB, and holds 6 copies of θ.
+    """
     def measure(view):
         moments = Moments.at(view.problem, view.theta, some_examples(view, examples))
         found = zip(("gsnr", "evidence", "normalized"), means_over_parameters(moments, 1e-12, GSNR, EVIDENCE, NORMALIZED))
@@ -90,9 +97,12 @@ def tic_probe(
     samples: int = 32,   # Hessian products for the trace
     every: int = 100,    # steps between measurements
 ) -> Probe:
-    "Tr C/Tr H, Takeuchi's criterion as Thomas et al. (2020) take it; columns value, stderr, low and high."
+    """Tr C/Tr H, Takeuchi's criterion as Thomas et al. (2020) take it; columns value, stderr, low and high.
+
+    Costs a Hessian product a sample and a pass over these examples, and holds 6 copies of θ beside the gradient's graph.
+    """
     def measure(view):
         p = view.problem
         trace = hutchinson(view.point.hvp, p.p, samples, view.stream / "trace", p.dtype, p.device)
-        return tic_trace(Spread.at(view.problem, view.theta, some_examples(view, examples), cross=False), trace)
+        return tic_trace(Spread.at(view.problem, view.theta, some_examples(view, examples)), trace)
     return Probe("tic", every, measure)
