@@ -80,9 +80,9 @@ class RunExplorer(Explorer):
         "Runs that are one line. Raises ValueError on a field that none has."
         if not look.group: return {h: [h] for h in found}
         if found and not any(look.group in f for f in found.values()): raise unknown("field", look.group, {k for f in found.values() for k in f})
-        groups = {}
+        groups, apart = {}, (look.group, "source", *BESIDE)      # a name that was given tells no two apart
         for h, f in found.items():
-            rest = repr(sorted((k, repr(v)) for k, v in f.items() if k not in (look.group, *BESIDE)))
+            rest = repr(sorted((k, repr(v)) for k, v in f.items() if k not in apart))
             groups.setdefault("group " + sha256(rest.encode()).hexdigest()[:16], []).append(h)
         return groups
 
@@ -90,7 +90,7 @@ class RunExplorer(Explorer):
         found, _ = self.found(look.where)
         groups = self.groups(look, {h: found[h] for h in self.chosen(look, found)})
         if not look.group: return names_of({h: found[h] for h in groups}, found)
-        without = lambda h: {k: v for k, v in found[h].items() if k != look.group}
+        without = lambda h: {k: v for k, v in found[h].items() if k not in (look.group, "source")}
         names = names_of({key: without(those[0]) for key, those in groups.items()}, {key: without(those[0]) for key, those in self.groups(look, found).items()})
         return {key: f"{names[key]} (n = {len(those)})" for key, those in groups.items()}
 
@@ -184,6 +184,12 @@ class RunExplorer(Explorer):
         if found: return f"choose among the {len(found)} runs of {self.store.root}."
         return f"no run of {self.store.root} meets {look.where!r}." if look.where else f"{self.store.root} has no runs yet; Store.run(spec) trains one."
 
+    def heading(self, look): return f"Runs of {self.store.root.name}"
+
+    def about(self, look):
+        found, _ = self.found(look.where)
+        return "\n\n".join(f"run {h}\n" + "\n".join(f"  {k} = {v}" for k, v in found[h].items() if v is not None) for h in self.chosen(look, found))
+
     def source(self): return f"from gradnb.show.explorers.runs import RunExplorer\nRunExplorer({str(self.store.root)!r})"
 
     def pinned(self, look):
@@ -193,9 +199,9 @@ class RunExplorer(Explorer):
     def controls(self):
         few, wide = ipywidgets.Layout(width="280px", height="190px"), ipywidgets.Layout(width="300px")
         choice = lambda text, value, first: ipywidgets.Dropdown(options=[(first, "")] + [(value, value)] * bool(value), value=value, description=text, layout=ipywidgets.Layout(width="230px"))
-        return dict(where=ipywidgets.Text(self.look.where, description="where", placeholder="rule=GD, lr > 0.1, adam", continuous_update=False, layout=wide),
+        return dict(where=ipywidgets.Text(self.look.where, description="where", placeholder="rule=GD, lr > 0.1, adam", continuous_update=False, tooltip="which runs are listed: fields, an expression, or words", layout=wide),
                     runs=RunTable(layout=ipywidgets.Layout(flex="1 1 420px", min_width="0")), show=ipywidgets.SelectMultiple(description="panels", layout=few),
-                    smooth=ipywidgets.BoundedFloatText(self.look.smooth, min=0, max=1e12, description="smooth", layout=ipywidgets.Layout(width="160px")),
+                    smooth=ipywidgets.BoundedFloatText(self.look.smooth, min=0, max=1e12, description="smooth", tooltip="steps in which a weight of the mean halves; 0: raw", layout=ipywidgets.Layout(width="160px")),
                     group=choice("group", self.look.group, "each run"), against=choice("x axis", self.look.against, "step"), baseline=choice("less", self.look.baseline, "nothing"))
 
     def set(self, **changes):
