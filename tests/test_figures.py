@@ -127,6 +127,16 @@ def test_a_failure_leaves_the_last_good_picture(tmp_path, drawn, monkeypatch):
         assert {f.name: f.read_text() for f in result.folder.iterdir()} == good
 
 
+def test_a_page_needs_no_network(tmp_path):
+    "Nothing is fetched, formulas are pictures, what stands in code is left alone."
+    notebook = v4.new_notebook(cells=[v4.new_markdown_cell(r"# Edge" "\n" r"The sharpness rises to $2/\eta$, $\frac{\lambda}{2}$, and `echo $HOME$`." "\n\n" r"$$\sum_i x_i^2$$ and $\undefinedword$"),
+                                      v4.new_code_cell("1", outputs=[v4.new_output("stream", text="costs $5 or $6\n")], id="body")])
+    nbformat.write(notebook, tmp_path / "a_figure.ipynb")
+    page = figures.page_of(tmp_path / "a_figure.ipynb")
+    assert not re.search(r"<script|<link|@import|(src|href)=.(https?:)?//", page) and "prefers-color-scheme: dark" in page and "<title>a figure</title>" in page
+    assert page.count('class="math"') == 3 and r'alt="2/\eta"' in page and "echo $HOME$" in page and "costs $5 or $6" in page and r"<code>\undefinedword</code>" in page
+
+
 def test_what_is_up_to_date_is_not_drawn_again(tmp_path, drawn):
     "Each cause by itself makes a figure out of date, and so does a file that is gone."
     home, out = tmp_path / "nbs", tmp_path / "out"
@@ -298,6 +308,62 @@ def test_values_that_do_not_fit(kind, given):
 @pytest.mark.parametrize("specs", ["specs = 3", "specs = {'a': 1}", "pass"])
 def test_specs_cell_must_define_specs(tmp_path, specs):
     with pytest.raises(TypeError, match="must define specs"): figure_specs(write(tmp_path, "one", specs=specs), {})
+
+
+# --- in print ---------------------------------------------------------------------------------------------------------
+
+def faults(fig):
+    "What an editor would send back: measured on the figure's objects, by matplotlib's own paths and boxes."
+    fig.draw_without_rendering()
+    found, inside = [], fig.bbox.padded(3)
+    if fig.get_size_inches()[0] not in (3.4, 7.): found.append(f"width {fig.get_size_inches()[0]}")
+    shown = [t for t in fig.findobj(plt.Text) if t.get_visible() and t.get_text().strip()]
+    found += [f"{t.get_text()!r} has {t.get_fontsize()} pt" for t in shown if not 6.5 <= t.get_fontsize() <= 9.]
+    titles = [(ax._left_title, ax._left_title.get_window_extent()) for ax in fig.axes if ax.get_title("left")]
+    labels = [(t, t.get_window_extent()) for ax in fig.axes if ax.axison for t in (ax.xaxis.label, ax.yaxis.label) if t.get_text()]
+    found += [f"{t.get_text()!r} leaves the page" for t, box in titles + labels if not (inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1)]
+    found += [f"{a.get_text()!r} on {b.get_text()!r}" for i, (a, x) in enumerate(titles) for b, y in titles[:i] if x.padded(-1).overlaps(y.padded(-1))]
+    for ax in fig.axes:
+        if ax.axison and ax.lines and not all(any(t.get_text() for t in axis.get_ticklabels()) or len(shared.get_siblings(ax)) > 1 for axis, shared in ((ax.xaxis, ax.get_shared_x_axes()), (ax.yaxis, ax.get_shared_y_axes()))):
+            found.append(f"no tick numbers in {ax.get_title('left')!r}")
+        if legend := ax.get_legend():
+            box = legend.get_window_extent().padded(-1)
+            found += [f"the legend of {ax.get_title('left')!r} lies on {line.get_label()!r}" for line in ax.lines
+                      if len(line.get_path()) > 1 and line.get_path().transformed(line.get_transform()).intersects_bbox(box, filled=False)]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_figure_of_any_size_is_made_fit_for_print(seed):
+    rng = np.random.default_rng(seed)
+    with style():
+        fig, axes = plt.subplots(1 + seed % 2, 3, figsize=(6 + 2 * seed, 4), squeeze=False)
+        for i, ax in enumerate(axes.ravel()):
+            for k in range(3): ax.plot(np.arange(8), rng.normal(size=8).cumsum(), label=f"a curve that is number {k}")
+            ax.set(title="what is seen of a long and winding title " * (i % 3), xlabel="step", ylabel=f"a quantity of many words, whose unit is this: {i}")
+            ax.legend(loc="center")
+    assert save_figure(fig, "", "f") == [] and faults(fig) == []
+    assert [ax.get_title("left")[:1] for ax in fig.axes] == list("abcdef")[:len(fig.axes)]
+    assert all(t == int(t) for ax in fig.axes for t in ax.get_xticks())
+    assert save_figure(fig, "", "f") == [] and faults(fig) == []                # once more changes nothing
+    plt.close(fig)
+    with style(): fig, ax = plt.subplots()
+    ax.plot([1, 2])
+    save_figure(fig, "", "f")
+    assert fig.get_size_inches()[0] == 3.4 and ax.get_title("left") == ""
+    plt.close(fig)
+
+
+@pytest.mark.parametrize("name", ["keskar_protocol", "gradient_flow", "lamb_anatomy", "what_was_published", "landscape", "optimizers_compared", "spectrum"])
+def test_shipped_figures_are_fit_for_print(name, monkeypatch):
+    "The figure of a smoke test, as its notebook leaves it."
+    monkeypatch.setattr("IPython.display.display", lambda *a: None)
+    space = {"__name__": "__main__"}
+    for cell in nbformat.read(find_figures()[name], as_version=4).cells:
+        if cell.cell_type == "code": exec(compile(cell.source, cell.id, "exec"), space)
+        if cell.id == "figure": break
+    assert faults(space["fig"]) == []
+    plt.close("all")
 
 
 # --- claims -------------------------------------------------------------------------------------------------------

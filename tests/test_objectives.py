@@ -425,3 +425,17 @@ def test_gauss_newton_of_a_language_model_with_padding():
 
 
 def batches_of(ids, labels): return [dict(input_ids=i, labels=l) for i, l in zip(ids, labels)]
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_network_is_tried_on_a_part_of_a_batch_unless_it_insists_on_the_whole(fixed):
+    torch.manual_seed(0)
+    seen = []
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.lin, self.norm = nn.Linear(4, 3), nn.BatchNorm1d(3)
+        def forward(self, x): seen.append(len(x)); return self.norm(self.lin(x.view(16, 4) if fixed else x))
+    net, x, y = Net().double(), normal(32, 4), torch.randint(3, (32,))
+    problem = Problem(net, mean, DataLoader(TensorDataset(x, y), batch_size=16))
+    assert problem.dataset.whole and (16 in seen) == fixed
+    still = deepcopy(net)
+    agrees(problem, brute(still, lambda model: (F.cross_entropy(model(x[:16]), y[:16]) + F.cross_entropy(model(x[16:]), y[16:])) / 2))

@@ -38,6 +38,7 @@ def examples(
 
 class Risk:
     "L(θ) = mean ℓᵢ(θ) over a training set, and its gradient, pure in θ (p,)."
+    in_part = False # can a network be tried on a part of a batch?
     bounded = True  # is chunk_size a bound that somebody set, for memory?
     share = 0, 1    # (k, m): the k-th of m equal parts of every batch is worked on here, and `reduce` adds the parts up
 
@@ -147,11 +148,16 @@ class Risk:
     def _try_sample(self, module, size, settled):
         "Examples are counted where each is known to have a loss of its own, else batches, each with its weight; as they are, where that is settled."
         params, sample, objective = self.layout.named(self.theta0), self.dataset, self.per_example
-        first = sample.x[:1]
-        network = Network(module if all(v.dtype == self.dtype for v in module.parameters()) else copied(module).to(self.dtype), params, first, objective.ask)
+        module = module if all(v.dtype == self.dtype for v in module.parameters()) else copied(module).to(self.dtype)
+        first = sample.few()
+        try: network = Network(module, params, first, objective.ask)
+        except (RuntimeError, ValueError, IndexError):                               # it insists on batches of the owner's size
+            first = sample.x[:1]
+            network = Network(module, params, first, objective.ask)
+        self.in_part = not first.whole
         with torch.no_grad():
             out, single = network(params, first), None if settled or size else sample.by_example()
-            if single is not None and out.ndim and len(out) == len(single.parts[0]):
+            if single is not None and out.ndim and len(out) == (len(first) if self.in_part else len(single.parts[0])):
                 theta = self.layout.named(self._beside("company"))
                 try: alone = torch.cat([network(theta, single.x[i:i + 1]) for i in range(min(3, len(out)))])
                 except (RuntimeError, ValueError, IndexError): alone = None          # BatchNorm refuses one example
@@ -241,7 +247,7 @@ class Risk:
         return (losses if weight is None else losses * weight).sum() / n
 
     def _few(self, n: int) -> tuple[Tensor, Tensor, None, int]:
-        if self.dataset.whole: n = 1                            # batch is all that there is at a time
+        if self.dataset.whole: return self.dataset.few() if self.in_part else self.dataset.x[:1], self.dataset.y[:1], None, 1
         some = torch.arange(n, device=self.device) % self.n
         return self.dataset.x[some], self.dataset.y[some], None, n
 

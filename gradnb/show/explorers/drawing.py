@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from .series import BARS, DASHED, EDGE, POINTS, STEPS, Line, Panel, Picture, Words, keys, stops, thin
 from ..plots.ticks import log_axes
 from ..plots.traces import palette, plain_text, style
@@ -118,7 +119,8 @@ def draw_line(
     dash="-",
 ):
     "One line, as the canvas draws it."
-    if line.low is not None:
+    if line.low is not None and line.style == POINTS: ax.vlines(line.x, *(np.clip(v, *ax.get_ylim()) for v in (line.low, line.high)), color=color, linewidth=1)
+    elif line.low is not None:
         ends, known = ax.get_ylim(), ~(np.isnan(line.low) | np.isnan(line.high))
         ax.fill_between(line.x, *(np.clip(v, *ends) for v in (line.low, line.high)), where=known, color=color, alpha=.2, linewidth=0)
     if line.style == BARS:
@@ -168,6 +170,7 @@ def draw_panel(
         else: draw_line(ax, item, *colors.get(item.key, (GREY, "-")))
     i = -1 if panel.steps is None else int(np.searchsorted(panel.steps, step, "right")) - 1
     ax.set(xlabel=", ".join(filter(None, [panel.xlabel, f"step {panel.steps[i]}" if i >= 0 else ""])), ylabel=panel.ylabel)
+    if panel.linked and not xlog: ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if not panel.yaxis: ax.set_yticks([])
     if panel.linked and panel.axes: ax.axvline(step, color="0.2", linewidth=.8)
     if window and (window[1] > ax.get_xlim()[0] or not xlog): ax.set_xlim(max(window[0], ax.get_xlim()[0]) if xlog else window[0], window[1])

@@ -15,13 +15,14 @@ from threading import RLock, local
 from weakref import WeakSet
 import ipywidgets
 import numpy as np
+import pandas as pd
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 from .canvas import Canvas, page
-from .drawing import Look, draw_panels, legend, logarithmic, seated
-from .series import Panel, keys, pack, stops
+from .drawing import Look, draw_panels, last_step, legend, logarithmic, seated
+from .series import Line, Panel, keys, pack, stops
 from ..plots.traces import style
 from ...ground.registry import unknown
 
@@ -57,6 +58,10 @@ class Explorer:
     def extras(self) -> list[ipywidgets.Widget]:
         "Further widgets, above the panels."
         return []
+
+    def about(self, look: Look) -> str:
+        "What is shown, in words, for a page."
+        return ""
 
     def source(self) -> str:
         "Code whose last line is an expression that makes this explorer anew. Raises ValueError where there is none."
@@ -100,7 +105,27 @@ class Explorer:
         panels, names, seen = self.view(self._look)
         look = dict(log=[*logarithmic(self._look, panels)], hidden=[*self._look.hidden], window=self._look.window and [*self._look.window],
                     step=-1 if self._look.step is None else self._look.step)
-        return page(panels, type(self).__name__, self.image("png"), legend(seen, names), **look)
+        return page(panels, self.heading(self._look), self.image("png"), legend(seen, names), self.about(self._look), **look)
+
+    def heading(self, look: Look) -> str:
+        "Of a page."
+        return type(self).__name__
+
+    def numbers(self) -> pd.DataFrame:
+        "The numbers that are shown, a row a point: panel, name, what else the line is, x, y, low, high."
+        panels, names, look = self.view(self._look)
+        step, none = last_step(panels) if look.step is None else look.step, lambda line: np.full(len(line.x), np.nan)
+        shown = [(p.name, i) for p in panels for i in p.at(step) if isinstance(i, Line) and i.key not in look.hidden]
+        parts = [pd.DataFrame(dict(panel=name, line=names.get(i.key, i.key), what=i.label, x=i.x, y=i.y, low=none(i) if i.low is None else i.low,
+                                   high=none(i) if i.high is None else i.high)) for name, i in shown if len(i.x)]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["panel", "line", "what", "x", "y", "low", "high"])
+
+    def exported(self, kind: str) -> bytes:
+        "The present view as a file of a kind. Raises ValueError on one that there is not."
+        makers = dict(png=lambda: self.image("png"), svg=lambda: self.image("svg"), html=self.html, csv=lambda: self.numbers().to_csv(index=False), py=self.code)
+        if kind not in makers: raise ValueError(f"a view is saved as .{', .'.join(makers)}, not as {kind!r}.")
+        made = makers[kind]()
+        return made if isinstance(made, bytes) else made.encode()
 
     def image(self,
         kind: str,      # "png" or "svg"
@@ -118,14 +143,11 @@ class Explorer:
         return out.getvalue()
 
     def save(self,
-        path: str | Path,     # …/NAME.png, .svg, .html or .py
+        path: str | Path,     # …/NAME.png, .svg, .html, .csv or .py
     ) -> Path:
         "Write the present view. Raises ValueError on another kind of file."
         path = Path(path)
-        make = {".png": lambda: self.image("png"), ".svg": lambda: self.image("svg"), ".html": self.html, ".py": self.code}.get(path.suffix)
-        if make is None: raise ValueError(f"a view is saved as .png, .svg, .html or .py, not as {path.name!r}.")
-        made = make()
-        path.write_bytes(made if isinstance(made, bytes) else made.encode())
+        path.write_bytes(self.exported(path.suffix[1:]))
         return path
 
     def set(self, **changes):
@@ -210,8 +232,8 @@ class Explorer:
                 canvas.send({"kind": kind}, [pack([replace(p, items=(), steps=p.steps[i:i + 1]) for p, i in at if i >= 0])])
             elif kind == "save" and content["format"] == "code": canvas.send({"kind": "code", "text": self.code()})
             elif kind == "save":
-                name, mime = content["format"], {"png": "image/png", "svg": "image/svg+xml"}[content["format"]]
-                canvas.send({"kind": "file", "name": f"{type(self).__name__}.{name}", "type": mime}, [self.image(name)])
+                name, mime = content["format"], dict(png="image/png", svg="image/svg+xml", html="text/html", csv="text/csv")
+                canvas.send({"kind": "file", "name": f"{type(self).__name__}.{name}", "type": mime[name]}, [self.exported(name)])
 
     def close(self):
         "End the widget."

@@ -82,5 +82,5 @@ def differing(lines: dict[str, dict]) -> list[str]:
 def in_order(lines: dict[str, dict]) -> dict[str, dict]:
     "Runs in the order of what differs: numbers by size, then words, then what lacks it."
     rank = lambda v: (0, v, "") if isinstance(v, (int, float)) and v == v else (2, 0, "") if v is None else (1, 0, str(v))
-    names = differing(lines)
+    names = sorted(differing(lines), key="source".__eq__)               # the name that a recording was given comes last
     return dict(sorted(lines.items(), key=lambda line: ([rank(line[1].get(k)) for k in names], line[0])))

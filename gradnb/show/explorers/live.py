@@ -133,19 +133,19 @@ class LiveExplorer(Live, Explorer):
         self.pause()
         super().close()
 
-    def controls(self): return {"smooth": ipywidgets.BoundedFloatText(self.look.smooth, min=0, max=1e9, description="smooth", layout=ipywidgets.Layout(width="160px"))}
+    def controls(self): return {"smooth": ipywidgets.BoundedFloatText(self.look.smooth, min=0, max=1e9, description="smooth", tooltip="steps in which a weight of the mean halves; 0: raw", layout=ipywidgets.Layout(width="160px"))}
 
     def extras(self):
         wide, box = lambda w: ipywidgets.Layout(width=w), ipywidgets
         words = lambda text, known: box.Combobox(description=text, options=sorted(known), continuous_update=False, layout=wide("260px"))
         button = lambda text, says: box.Button(description=text, tooltip=says, layout=wide("auto"))
         self._parts = dict(
-            going=box.ToggleButton(False, description="run", tooltip="train in the background; again: pause", layout=wide("auto")),
+            going=box.ToggleButton(False, description="run", tooltip="train in the background; again: pause", button_style="primary", layout=wide("auto")),
             once=button("one step", "one step of each, those behind first"),
             steps=box.BoundedIntText(1000, min=1, max=10**9, description="for steps", layout=wide("180px")),
             which=box.Dropdown(options=[*self.trajectories], description="trajectory", layout=wide("260px")),
-            lr=box.FloatLogSlider(.1, min=-5, max=1, step=.02, description="lr", continuous_update=False, readout_format=".3g"),
-            size=box.BoundedIntText(1, min=1, max=self.problem.n, description="batch", layout=wide("160px")),
+            lr=box.FloatLogSlider(.1, min=-5, max=1, step=.02, description="lr", continuous_update=False, readout_format=".3g", tooltip="learning rate η"),
+            size=box.BoundedIntText(1, min=1, max=self.problem.n, description="batch", tooltip="examples in a batch", layout=wide("160px")),
             rule=words("rule", RULES), estimator=words("estimator", ESTIMATORS),
             fork=button("fork", "a second trajectory from the step of the slider"),
             flow=button("gradient flow", "infinitely small steps, from the step of the slider"),
@@ -184,6 +184,7 @@ class LiveExplorer(Live, Explorer):
     def heard_part(self, name: str):
         "A control of the chosen trajectory has another value."
         value, which = self._parts[name].value, self._parts["which"].value
+        if name == "lr": value = float(f"{value:.3g}")          # what is read beside the slider
         if value == self.part_values(self.of(which).stepper)[name]: return
         if name in ("rule", "estimator"): value = (RULES if name == "rule" else ESTIMATORS).build(value)
         self.change(which, **{name: value})

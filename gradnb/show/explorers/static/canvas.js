@@ -74,6 +74,8 @@ function evenTicks(low, high, most) {
   }
 }
 
+const WHOLE = Array.from({ length: 36 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3));       // distances of ticks between steps
+
 const tickLabel = (v) => (v >= 1e-3 && v < 1e5 ? String(v) : v.toExponential().replace("e+", "e"));
 
 const upTo = (x, value) => {                                       // index of the last entry ≤ value, -1 where there is none
@@ -143,6 +145,7 @@ class Plot {                                                       // one panel
     this.el = tag("div", { className: "gradnb-panel", attrs: { "data-panel": panel.name } },
       tag("div", { className: "gradnb-head" }, this.title, this.reading, this.logs), this.host, this.note);
     this.marker = tag("div", { className: "gradnb-marker" });
+    this.readout = tag("div", { className: "gradnb-readout" });
     this.zoomed = null;                                            // x range of a panel that is not linked
     this.set(panel);
   }
@@ -203,11 +206,12 @@ class Plot {                                                       // one panel
         width: Math.max(host.clientWidth, 120), height: board.height, legend: { show: false }, pxAlign: 1,
         cursor: { points: { show: false }, y: panel.axes, drag: { x: panel.axes, y: false, setScale: false } },
         scales: { x: scale("x", panel.xlog), y: scale("y", panel.ylog) },
-        axes: [axis(panel.xlabel, panel.xlog, (u) => u.bbox.width / 55, { size: 24 }), axis(panel.ylabel, panel.ylog, (u) => u.bbox.height / 24, { size: 52, show: panel.axes && panel.yaxis })],
+        axes: [axis(panel.xlabel, panel.xlog, (u) => u.bbox.width / 55, { size: 24, ...(panel.linked && !panel.xlog && { incrs: WHOLE }) }), axis(panel.ylabel, panel.ylog, (u) => u.bbox.height / 24, { size: 52, show: panel.axes && panel.yaxis })],
         series: [{}, { paths: () => null, points: { show: false } }],
         hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.select(u)], setCursor: [(u) => this.hover(u)] },
       }, data, host);
-      this.plot.over.append(this.marker);
+      this.plot.over.append(this.marker, this.readout);
+      this.plot.over.addEventListener("mouseleave", () => board.readOut(null));
       this.plot.over.addEventListener("mousedown", () => { this.dragged = false; });
       this.plot.over.addEventListener("click", (e) => { if (!this.dragged) this.pick(e.offsetX); });
       this.plot.over.addEventListener("dblclick", () => (panel.linked ? board.setWindow(null) : this.zoom(null)));
@@ -234,6 +238,7 @@ class Plot {                                                       // one panel
   hover(u) {
     const { left, top } = u.cursor;
     if (this.board.hovering && left >= 0) this.pick(left);
+    if (this.panel.linked && this.panel.axes) this.board.readOut(left >= 0 ? u.posToVal(left, "x") : null);
     this.host.title = left >= 0 && !this.panel.linked && this.panel.axes ? `${brief(u.posToVal(left, "x"))}, ${brief(u.posToVal(top, "y"))}` : "";
   }
 
@@ -285,6 +290,8 @@ class Plot {                                                       // one panel
       } else if (i.style === "points") {
         for (let k = 0; k < n; k++) if (ok(i.y[k])) { const X = px(i.x[k]), Y = py(i.y[k]); ctx.moveTo(X + 2 * ratio, Y); ctx.arc(X, Y, 2 * ratio, 0, 7); }
         ctx.fill(); ctx.beginPath();
+        ctx.setLineDash([]);
+        if (i.low) for (let k = 0; k < n; k++) if (i.low[k] <= i.high[k]) { ctx.moveTo(px(i.x[k]), clipped(i.low[k])); ctx.lineTo(px(i.x[k]), clipped(i.high[k])); }
       } else {
         let before = false;
         for (let k = 0; k < n; k++) {
@@ -325,6 +332,21 @@ class Plot {                                                       // one panel
     ctx.strokeText(text, X - 5 * r, Y); ctx.fillText(text, X - 5 * r, Y);
   }
 
+  readAt(at) {                                                     // values of all lines at the pointer, the largest first
+    const found = [];
+    if (at !== null && this.plot && this.panel.linked) for (const i of this.shown()) {
+      const k = i.is === "line" && !i.faint ? upTo(i.x, at) : -1;
+      if (k < 0 || !Number.isFinite(i.y[k])) continue;
+      const half = i.low ? (i.high[k] - i.low[k]) / 2 : NaN;
+      found.push([i.y[k], `${[this.board.nameOf(i.key), i.label].filter(Boolean).join(" ")} ${i.thinned ? "≈ " : ""}${brief(i.y[k])}${Number.isFinite(half) ? ` ± ${+half.toPrecision(2)}` : ""}`, i.key]);
+    }
+    const most = 12, rows = found.sort((a, b) => b[0] - a[0]).slice(0, most).map(([, textContent, key]) => tag("div", { textContent, style: `color:${this.board.ink(key)}` }));
+    if (found.length > most) rows.push(tag("div", { textContent: `… and ${found.length - most} more` }));
+    this.readout.replaceChildren(...rows);
+    this.readout.style.display = rows.length ? "" : "none";
+    if (rows.length) { const X = this.plot.valToPos(at, "x"), right = X < this.plot.over.clientWidth / 2; Object.assign(this.readout.style, { left: right ? `${X + 8}px` : "", right: right ? "" : `${this.plot.over.clientWidth - X + 8}px` }); }
+  }
+
   mark() {                                                         // the marker of the step
     if (!this.plot) return;
     const at = this.panel.linked && this.panel.axes && this.board.stops ? this.plot.valToPos(this.board.step, "x") : -1;
@@ -357,7 +379,7 @@ class Plot {                                                       // one panel
         if (!value || (aside && Number.isNaN(i.y[k]))) continue;
         all.push([several ? this.board.nameOf(i.key) : "", i.label, value].filter(Boolean).join(" "));
         if (parts.length < 8 && !(several && aside))                        // of several runs only the values have room
-          parts.push(tag("span", { textContent: several ? value : [i.label, value].filter(Boolean).join(" "), style: `color:${this.board.look(i.key).color}` }));
+          parts.push(tag("span", { textContent: several ? value : [i.label, value].filter(Boolean).join(" "), style: `color:${this.board.ink(i.key)}` }));
       }
       this.reading.replaceChildren(...parts);
       this.reading.title = all.join("\n");
@@ -392,7 +414,7 @@ class Board {                                                      // all panels
     this.text.style.display = "none";
     this.bar.prepend(this.player());
     if (model.get("alone")) this.bar.prepend(this.ownSlider());
-    else for (const kind of ["png", "svg", "code"]) this.bar.append(button(kind, kind === "code" ? "code that redraws this view" : `save as ${kind.toUpperCase()}`, () => this.ask({ kind: "save", format: kind }), "gradnb-save"));
+    else for (const kind of ["png", "svg", "html", "csv", "code"]) this.bar.append(button(kind, kind === "code" ? "code that redraws this view" : `save as ${kind.toUpperCase()}`, () => this.ask({ kind: "save", format: kind }), "gradnb-save"));
     this.el = tag("div", { className: "gradnb-canvas" }, this.bar, this.said, this.legend, this.grid, this.text);
     this.el.addEventListener("keydown", (e) => e.stopPropagation());     // the notebook's own keys stay out of it
     el.append(this.el);
@@ -419,7 +441,7 @@ class Board {                                                      // all panels
 
   close() {
     this.off.forEach((f) => f());
-    clearInterval(this.playing); clearTimeout(this.later); clearTimeout(this.waiting);
+    clearInterval(this.playing); clearTimeout(this.later); clearTimeout(this.waiting); cancelAnimationFrame(this.reading);
     this.plots.forEach((p) => p.plot?.destroy());
     this.el.remove();
   }
@@ -465,6 +487,13 @@ class Board {                                                      // all panels
   look(key) {
     const slot = this.head.keys.find((k) => k[0] === key)?.[2];
     return slot === undefined ? { color: this.theme.grey, dash: [] } : { color: this.theme.colors[slot % 8], dash: DASH[Math.floor(slot / 8) % 4] };
+  }
+
+  ink(key) { return `color-mix(in srgb, ${this.look(key).color} 55%, ${this.theme.text})`; }      // of text: readable on the background
+
+  readOut(at) {                                                    // at most once a frame
+    this.pointed = at;
+    this.reading ??= requestAnimationFrame(() => { this.reading = null; this.plots.forEach((p) => p.readAt(this.pointed)); });
   }
 
   nameOf(key) { return this.head.keys.find((k) => k[0] === key)?.[1] ?? key; }
@@ -568,9 +597,16 @@ class Board {                                                      // all panels
     let missing = false;
     this.plots.forEach((p) => { missing = p.moveTo(this.step) || missing; });
     if (this.slider) this.slider.value = this.model.get("position");
+    this.speak();
     this.el.dataset.step = this.step;
     clearTimeout(this.later);
     if (missing) this.later = setTimeout(() => this.send({ kind: "frames", step: this.step }), 60);
+  }
+
+  speak() {                                                        // sliders say what stands beside them; the step's, the step
+    for (const s of this.el.closest(".widget-vbox")?.querySelectorAll(".widget-slider") ?? [])
+      s.querySelector("[role=slider]")?.setAttribute("aria-valuetext", s.querySelector(".widget-readout")?.textContent || this.where.textContent);
+    this.slider?.setAttribute("aria-valuetext", this.where.textContent);
   }
 
   // --- window ---
