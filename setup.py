@@ -10,9 +10,12 @@ extras = {key.removesuffix("_requirements"): c[key].split() for key in c if key.
 
 setuptools.setup(
     name=c["lib_name"], version=c["version"], description=c["description"], keywords=c["keywords"],
-    author=c["author"], author_email=c["author_email"], url=c["git_url"], license="Apache-2.0",
-    classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Science/Research",
-                 "Framework :: Jupyter", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    author=c["author"], author_email=c["author_email"], license_expression="Apache-2.0",
+    project_urls={"Source": c["git_url"], "Documentation": c["doc_host"] + c["doc_baseurl"],
+                  "Changelog": c["git_url"] + "/blob/main/CHANGELOG.md", "Issues": c["git_url"] + "/issues"},
+    classifiers=["Development Status :: 3 - Alpha", "Programming Language :: Python :: 3",
+                 *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+                 "Intended Audience :: Science/Research", "Framework :: Jupyter", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=[*setuptools.find_packages(include=[c["lib_path"], c["lib_path"] + ".*"]), "gradnb.figure_notebooks"],
     package_dir={"gradnb.figure_notebooks": "nbs/figures"},      # a wheel brings the figure notebooks along

@@ -64,7 +64,7 @@ _NAMES = {
     "runs.exports": ["export_runs"],
     "runs.originals": ["import_runs"],
     "show.claims": ["Claim", "claim", "save_claims", "load_claims"],
-    "show.figures": ["run_figures"],
+    "show.build": ["run_figures"],
     "show.explorers.runs": ["RunExplorer"],
     "show.explorers.live": ["LiveExplorer"],
     "show.explorers.tail": ["TailExplorer"],

@@ -1,9 +1,25 @@
-"One thread for each process of the tests: their networks are small, and threads that wait for each other cost more than they give."
+"""One thread for each process of the tests: their networks are small, and threads that wait for each other cost more
+than they give. And the same global random numbers each time."""
 import os
+import random
 import re
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+
+import numpy as np
+import pytest
+import torch
+
+torch.manual_seed(0)                         # what a test file draws when it is read: torch starts each process elsewhere
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    "What a test draws from the global generators, so that what fails fails again."
+    for seed in random.seed, np.random.seed, torch.manual_seed:
+        seed(0)
+
 
 def pytest_make_parametrize_id(config, val, argname):
     "Names without addresses: processes that share the tests must find the same."

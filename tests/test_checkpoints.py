@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import gradnb
-from gradnb import Descent, GD, MiniBatch, Momentum, Problem, Store, load_dataset, measure_weights, probe, train
+from gradnb import Descent, GD, MiniBatch, Momentum, Problem, Store, every, load_dataset, measure_weights, probe, train
 from gradnb.runs.foreign.checkpoints import find_weights, read_weights, step_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,8 +165,16 @@ def test_a_broken_file_costs_itself_only(tmp_path):
     with pytest.raises(ValueError, match="already"): measure_weights(problem, tmp_path / "step_1.safetensors", ["grad_norm"], tmp_path / "runs")
     save_file(network(9).state_dict(), tmp_path / "step_9.safetensors")
     (tmp_path / "step_2.safetensors").write_bytes(data)
+    (tmp_path / "step_3.safetensors").unlink()
     run = measure_weights(problem, str(tmp_path / "*.safetensors"), ["grad_norm"], tmp_path / "runs", again="go on")
-    assert run.trace("grad_norm").steps.tolist() == [1, 3, 9] and run.status == "finished"
+    theta = lambda k: problem.layout.join(dict(network(k).named_parameters()).values())
+    assert run.trace("grad_norm").steps.tolist() == [1, 2, 3, 9] and run.status == "finished"
+    np.testing.assert_allclose(run.trace("grad_norm").values, [float(problem.grad_and_loss(theta(k))[0].norm()) for k in (1, 2, 3, 9)], rtol=1e-6)
+    looked = []
+    @probe(every(1))
+    def counted(view): looked.append(view.step); return 0.
+    for again in ("refuse", "go on"): measure_weights(problem, str(tmp_path / "*.safetensors"), [counted], tmp_path / "runs", name="counted", again=again)
+    assert looked == [1, 2, 9]                                                    # nothing twice
     for file in tmp_path.glob("*.safetensors"): file.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be read"): measure_weights(problem, str(tmp_path / "*.safetensors"))
 
@@ -176,7 +184,8 @@ def test_a_probe_that_fails_costs_itself_only():
     bad["last.bias"] = torch.full((10,), float("nan"))
     with pytest.warns(RuntimeWarning, match="sharpness at step 1: NotFinite"): found = measure_weights(problem, {0: network(norm=False).state_dict(), 1: bad, 2: problem.theta0}, ["sharpness", "grad_norm"])
     assert found["sharpness"].steps.tolist() == [0, 2] and found["grad_norm"].steps.tolist() == [0, 1, 2] and found.outcome.kind == "failed"
-    with pytest.warns(RuntimeWarning, match="batch_size"): measure_weights(problem, problem.theta0, ["grad_variance"])
+    with pytest.warns(RuntimeWarning, match="measure_weights.…, batch_size=128"): measure_weights(problem, problem.theta0, ["grad_variance"])
+    with pytest.warns(RuntimeWarning, match="weights do not say what optimizer"): measure_weights(problem, problem.theta0, ["update_norms"])
 
 
 def test_steps(tmp_path):

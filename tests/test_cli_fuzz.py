@@ -99,7 +99,7 @@ def idle(tmp_path, monkeypatch):
     "No line trains, starts processes, draws or deletes."
     from gradnb.cli import train
     from gradnb.runs.sweeps import engines, slurm
-    from gradnb.show import figures
+    from gradnb.show import build
     store = Store(tmp_path / "runs")
     for seed in range(2): store.run(Spec("digits-30", "fc:width=2", "ce", GD(.1), 2, seed=seed), progress=False)
     for name in ("a.npz", "a.txt"): (tmp_path / name).write_bytes(b"PK\xff")
@@ -113,7 +113,7 @@ def idle(tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "run", run)
     monkeypatch.setattr(Store, "remove", lambda *args: None)
     monkeypatch.setattr(train, "start_processes", lambda args: 0)
-    monkeypatch.setattr(figures, "make_figure", lambda *args: ())
+    monkeypatch.setattr(build, "draw", lambda plan, *args: build.FigureResult(plan.path.stem, plan.home, 0.))
     for engine in (engines.Pool, slurm.Slurm): monkeypatch.setattr(engine, "__call__", lambda self, jobs, worker: engines.Here()(jobs, worker))
     monkeypatch.setattr("gradnb.bench.harness.run_benches", lambda names: [] if not names else (_ for _ in ()).throw(ValueError(f"no bench {names[0]!r}.")))
 

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from gradnb.bench.explore import CANVAS, CHROMIUM, FIVE, chromium, in_kernel, jupyterlab, latencies, open_notebook
+from gradnb.show.claims import claim, save_claims
 from gradnb.show.explorers.canvas import STATIC
+from gradnb.show.explorers.drawing import y_limits
 from gradnb.show.explorers.explorer import Explorer
-from gradnb.show.explorers.series import Line, Panel
+from gradnb.show.explorers.series import EDGE, Line, Panel
+from gradnb.show.gallery import write_gallery
 from gradnb.show.plots.ticks import log_ticks, tick_label
 
 pytest.importorskip("playwright", reason="playwright is not installed (pip install 'gradnb[dev]')")
@@ -38,7 +41,7 @@ def page(browser, request):
     context = browser.new_context(viewport=dict(width=1280, height=900), accept_downloads=True)
     context.set_default_timeout(WAIT)
     found = context.new_page()
-    found.on("pageerror", lambda e: errors.append(e.stack or str(e)))
+    found.on("pageerror", lambda e: errors.append(e.stack or str(e)) if not harmless(str(e)) else None)
     found.on("console", lambda m: errors.append(m.text) if m.type == "error" and not harmless(m.text) else None)
     yield found
     if "lab" not in request.fixturenames: shoot(found, request.node.name)
@@ -57,7 +60,7 @@ def shoot(page, name):
 
 def harmless(text):
     "What JupyterLab itself writes: files that it probes for, a debugger that it loses with a kernel."
-    return "Failed to load resource" in text or "/api/" in text or "/lab/" in text or "debugger state" in text
+    return "Failed to load resource" in text or "/api/" in text or "/lab/" in text or "debugger state" in text or "Canceled future" in text
 
 
 # --- pages by themselves --------------------------------------------------------------------------------------------
@@ -189,6 +192,131 @@ def test_both_languages_have_the_same_ticks(page):
         ours = log_ticks(*case)
         assert ([*map(float, ticks)], labels) == (ours, [*map(tick_label, ours)]), case
         assert 0 < len(ours) <= case[2] and ours == sorted(set(ours)) and case[0] <= ours[0] and ours[-1] <= case[1], case
+
+
+def test_both_languages_have_the_same_range(page):
+    source = (STATIC / "canvas.js").read_text().replace("export default", "return")
+    draws, cases, ours = np.random.default_rng(0), [], []
+    as_is = lambda v: None if v is None else [repr(float(u)) for u in v]
+    for _ in range(1500):
+        xlog, ylog = map(bool, draws.integers(0, 2, 2))
+        lines = []
+        for _ in range(draws.integers(1, 4)):
+            x = np.unique(draws.integers(0, 60, draws.integers(1, 15))).astype(float)
+            y = draws.normal(size=len(x)) * 10. ** draws.integers(-3, 4)
+            y[draws.random(len(x)) < .2] = draws.choice([np.nan, np.inf, -1., 0.])
+            wide = np.abs(draws.normal(size=len(x))) * 10. ** draws.integers(-3, 4)
+            low, high = (y - wide, y + wide) if draws.random() < .4 else (None, None)
+            lines.append(Line(x, y, low, high, style=str(draws.choice(["line", "edge", "steps", "bars", "points", "dashed"]))))
+        window = None if draws.random() < .4 else sorted(draws.uniform(0, 60, 2))
+        cases.append([[[as_is(line.x), as_is(line.y), as_is(line.low), as_is(line.high), line.style] for line in lines], window, xlog, ylog])
+        ours.append(y_limits(lines, window, xlog, ylog))
+    theirs = page.evaluate("""([source, cases]) => { const { yLimits } = new Function("uPlot", source)({}), number = (v) => v && v.map((t) => +t.replace("inf", "Infinity").replace("nan", "NaN"));
+        return cases.map(([lines, ...how]) => yLimits(lines.map(([x, y, low, high, style]) => ({ x: number(x), y: number(y), low: number(low), high: number(high), style })), ...how)); }""", [source, cases])
+    for case, a, b in zip(cases, ours, theirs): assert b == pytest.approx(a, rel=1e-9), case
+
+
+def limits(page, panel): return json.loads(page.locator(f"[data-panel='{panel}']").get_attribute("data-limits"))
+
+
+class Apart(Explorer):
+    "A sparse trace, one of a million points, bands and thresholds."
+    window = None
+
+    def panels(self, look):
+        x, many = np.arange(0, 1000, 100), np.arange(10**6)
+        around = lambda y, by: Line(x, y, y - by, y + by, key=f"by {by}")
+        return [Panel("sparse", (Line(x, x * 2. + 5, key="run"),)), Panel("many", (Line(many / 1000, np.sin(many / 1e5) * 1000, key="run"),)),
+                Panel("bands", (around(x * .1, 1.), around(x * .1, 2.), around(x * .1, 1000.))),
+                Panel("edges", (Line(x, 1 + x * .01, key="run"), Line(x, np.full(10, 12.), key="run", style=EDGE), Line(x, np.where(x < 500, 300., 20000.), key="run", style=EDGE))),
+                Panel("bands on a log axis", (Line(x, np.geomspace(1, 100, 10), np.geomspace(-1, -100, 10), np.geomspace(2, 200, 10), key="run"),), ylog=True)]
+
+
+def test_a_narrow_window_shows_what_is_between_the_points(alone):
+    page = alone(Apart(window=(120., 140.)))
+    assert limits(page, "sparse") == [[120, 140], pytest.approx([245 - .06 * 40, 285 + .06 * 40])]       # the line that joins 205 and 405
+    low, high = limits(page, "many")[1]
+    assert low == pytest.approx(1000 * np.sin(1.2), abs=20) and high == pytest.approx(1000 * np.sin(1.4), abs=20)
+    plain = pixels(page, "sparse")
+    page.locator("[data-panel=sparse] .gradnb-host").focus()
+    for _ in range(60): page.keyboard.press("+")
+    left, right = limits(page, "sparse")[0]
+    assert right - left == pytest.approx(1.) and pixels(page, "sparse") != plain                   # a step; the width that meets all of them
+    page.keyboard.press("0")
+    page.get_by_role("button", name="logarithmic step axis").click()
+    assert limits(page, "sparse")[0][0] > 0
+    for bad in ((5., 5.), (7., 2.), (1.,)):
+        with pytest.raises(ValueError, match="is no range of steps"): Apart().set(window=bad)
+
+
+def test_what_is_far_is_marked_at_the_edge(alone):
+    page = alone(Apart())
+    beyond = lambda panel: page.locator(f"[data-panel='{panel}']").get_attribute("data-beyond")
+    low, high = limits(page, "bands")[1]
+    assert -12 < low < -2 and 92 < high < 104 and beyond("bands") == "below band, above band"
+    assert limits(page, "edges")[1][1] < 14 and beyond("edges") == "above 20000"
+    assert limits(page, "bands on a log axis")[1][0] > .3 and beyond("bands on a log axis") == "below band" and not beyond("sparse")
+    figure = Apart().figure()
+    for ax, name in zip(figure.axes, ("sparse", "many", "bands", "edges", "bands on a log axis")):
+        assert ax.get_ylim() == pytest.approx(limits(page, name)[1], rel=1e-4), name
+        assert {line.get_marker() for line in ax.lines} - {"None", ""} == {"sparse": set(), "many": set(), "bands": {"v", "^"}, "edges": {"^"}}.get(name, {"v"})
+
+
+class Errors(Explorer):
+    "Eight lines with errors in two linked panels."
+
+    def panels(self, look):
+        x = np.arange(10)
+        lines = [Line(x, x * 0. + i, x * 0. + i - .25, x * 0. + i + .25, key=f"run {i}") for i in range(8)]
+        return [Panel("first", tuple(lines)), Panel("second", tuple(lines[:3]))]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_values_at_the_pointer_are_read_in_all_panels(page, alone, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page = alone(Errors())
+    page.locator("[data-panel=first] .u-over").hover(position=dict(x=100, y=50))
+    read = lambda panel: page.locator(f"[data-panel={panel}] .gradnb-readout div").all_inner_texts()
+    page.wait_for_function("() => document.querySelector('[data-panel=second] .gradnb-readout').textContent")
+    assert read("first") == [f"run {i} {i} ± 0.25" for i in range(7, -1, -1)] and read("second") == [f"run {i} {i} ± 0.25" for i in (2, 1, 0)]
+    colours = page.evaluate("""() => { const c = document.createElement("canvas").getContext("2d", { willReadFrequently: true }), rgb = (v) => { c.fillStyle = v; c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data]; };
+        return [...document.querySelectorAll(".gradnb-readout div, .gradnb-reading span, .gradnb-legend button, .gradnb-title")].map((e) => [rgb(getComputedStyle(document.querySelector(".gradnb-canvas")).backgroundColor), rgb(getComputedStyle(e).color)]); }""")
+    light = lambda rgb: sum(w * (c / 12.92 if c <= .04045 else ((c + .055) / 1.055) ** 2.4) for w, c in zip((.2126, .7152, .0722), (v / 255 for v in rgb)))
+    contrast = [(max(a, b) + .05) / (min(a, b) + .05) for a, b in ((light(back), light(ink)) for back, ink in colours)]
+    assert len(contrast) > 25 and min(contrast) >= 4.5                                             # WCAG 2, level AA
+    page.locator("body").hover(position=dict(x=2, y=2))
+    page.wait_for_function("() => !document.querySelector('.gradnb-readout div')")
+
+
+def test_a_link_restores_the_view(alone):
+    page = alone(Two())
+    page.locator("[data-panel=loss] .gradnb-host").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("+")
+    page.get_by_role("button", name="fast").click()
+    before, url = limits(page, "rise"), page.url
+    assert "#" in url
+    page.goto("about:blank")
+    page.goto(url)
+    page.wait_for_selector(f"{CANVAS}[data-loaded]")
+    assert step_of(page) == 0 and limits(page, "rise") == before and page.get_by_role("button", name="fast").get_attribute("aria-pressed") == "false"
+
+
+def test_a_run_keeps_its_colour_and_stays_hidden_under_another_name(alone, tmp_path):
+    class Named(Explorer):
+        keys = "abc"
+        def names(self, look): return {k: f"run {k}" for k in self.keys}
+        def panels(self, look): return [Panel("loss", tuple(Line(np.arange(9), np.arange(9.) * i, key=k) for i, k in enumerate(self.keys)))]
+    explorer = Named(hidden=("b",))
+    explorer.widget
+    seen = lambda page: {b.inner_text(): (b.get_attribute("aria-pressed"), b.locator("i").get_attribute("style")) for b in page.locator(".gradnb-legend button").all()}
+    before = seen(alone(explorer))
+    assert [shown for shown, _ in before.values()] == ["true", "false", "true"] and len({style for _, style in before.values()}) == 3
+    explorer.keys = "bcd"
+    explorer.refresh()
+    after = seen(alone(explorer))
+    assert {k: after[k] for k in ("run b", "run c")} == {k: before[k] for k in ("run b", "run c")} and after["run d"][1] not in [style for _, style in before.values()]
+    explorer.close()
 
 
 def test_page_steps_on_a_logarithmic_slider(alone):
@@ -348,9 +476,13 @@ def test_lab_run_explorer(notebook, tmp_path, request):
     assert page.locator(".gradnb-panel").count() == 2 and step_of(page) == 20
     assert "lr=0.2 threshold 10" in page.locator("[data-panel=sharpness] .gradnb-reading").get_attribute("title")
 
-    runs, panels = (page.locator(".widget-select-multiple select").nth(i) for i in (0, 1))
-    runs.select_option(label="lr=0.2")
+    panels = page.locator(".widget-select-multiple select")
+    colour = page.locator(".gradnb-legend button", has_text="lr=0.2").locator("i").get_attribute("style")
+    page.get_by_role("checkbox", name=re.compile("^show 0.1 ")).uncheck()
     page.wait_for_function("() => document.querySelectorAll('.gradnb-legend button').length === 1")
+    assert page.locator(".gradnb-legend button i").get_attribute("style") == colour
+    panels.select_option([])
+    page.get_by_text("no panel is chosen; there are loss,").wait_for()
     panels.select_option(["train.accuracy", "loss"])
     page.wait_for_selector("[data-panel='train.accuracy'] canvas")
     filled(page, "train.accuracy")
@@ -404,6 +536,78 @@ def test_lab_run_explorer(notebook, tmp_path, request):
 
     in_kernel(page, "explorer.refresh(); explorer.close(); explorer.refresh()")
     assert "Error" not in in_kernel(page, "explorer.set(smooth=0.); print('fine')")
+
+
+@pytest.fixture(scope="module")
+def two_hundred(tmp_path_factory):
+    "Recorded runs: two rules, twenty rates, five seeds; a tenth of them diverged in the sense of their own numbers."
+    from gradnb import Store
+    store = Store(tmp_path_factory.mktemp("many") / "runs")
+    for rule in ("GD", "Adam"):
+        for i in range(1, 21):
+            for seed in range(5):
+                with store.record(f"{rule} {i} {seed}", dict(rule=rule, lr=i / 100, seed=seed)) as run:
+                    for k in range(4): run.log(k, {"loss": i / (k + 1) + seed / 10})
+    return store
+
+
+def test_lab_two_hundred_runs(notebook, two_hundred, request):
+    "Chosen by a table that is sorted and searched and by filters, grouped, drawn over a field, read at the pointer; then the kernel goes."
+    page = notebook("from gradnb.show.explorers.runs import RunExplorer", f"explorer = RunExplorer({str(two_hundred.root)!r}, follow=0); explorer")
+    rows = page.locator(".gradnb-table tbody tr")
+    counts = lambda text: page.wait_for_function("(t) => document.querySelector('.gradnb-count').textContent.includes(t)", arg=text)
+    column = lambda name: [r.locator("td").nth(1 + names.index(name)).inner_text() for r in rows.all()]
+    names = [t.rstrip(" ↑↓") for t in page.locator(".gradnb-table th button").all_inner_texts()]
+    counts("200 of 200 runs, 4 shown")
+    page.get_by_role("button", name="sort by lr").click()
+    assert [*map(float, column("lr"))] == sorted(i / 100 for i in range(1, 21) for _ in range(10))
+    page.get_by_role("button", name="sort by loss").click()
+    page.get_by_role("button", name="sort by loss").click()
+    losses = [*map(float, column("loss"))]
+    assert losses == sorted(losses, reverse=True) and losses[0] == pytest.approx(20 / 4 + .4)      # the last values, as they were logged
+    page.get_by_label("search runs").fill("adam 0.07")
+    counts("5 of 200")
+    rows.first.dblclick()
+    keys(page, 1)
+    page.get_by_label("search runs").fill("")
+
+    typed(page, "where", 'lr > 0.18 and rule == "Adam"')
+    counts("10 of 10 runs")
+    typed(page, "where", "lr > ")
+    page.get_by_text("is no filter").wait_for()
+    typed(page, "where", "__import__('os')")
+    page.get_by_text("is none of them").wait_for()
+    typed(page, "where", "adam")
+    counts("100 of 100")
+    page.get_by_role("button", name="show all that are found").click()
+    keys(page, 100)
+    legend, board = page.locator(".gradnb-legend").bounding_box(), page.locator(CANVAS).bounding_box()
+    assert legend["height"] < 100 and board["width"] <= 1280
+    page.locator("[data-panel=loss] .u-over").hover(position=dict(x=60, y=60))
+    page.wait_for_function("() => document.querySelectorAll('[data-panel=loss] .gradnb-readout div').length === 13")
+    assert page.locator("[data-panel=loss] .gradnb-readout div").last.inner_text() == "… and 88 more"
+
+    page.get_by_label("group", exact=True).select_option(label="seed")
+    keys(page, 20)
+    assert all("(n = 5)" in name for name in page.locator(".gradnb-legend button").all_inner_texts())
+    page.locator("[data-panel=loss] .u-over").hover(position=dict(x=60, y=61))
+    page.wait_for_function("() => document.querySelector('[data-panel=loss] .gradnb-readout').textContent.includes('±')")
+    page.get_by_label("x axis", exact=True).select_option(label="lr")
+    page.wait_for_function("() => JSON.parse(document.querySelector('[data-panel=loss]').dataset.limits)[0][1] < 1")
+    (left, right), (low, high) = limits(page, "loss")
+    assert left <= .01 and right >= .2 and low < .45 < 5.2 < high                                  # 1/4 + 0.2 … 20/4 + 0.2
+    shoot(page, request.node.name + "_table")
+
+    for kind, begin in (("CSV", b"panel,line,what,x,y,low,high"), ("HTML", b"<!doctype html>")):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=f"save as {kind}").click()
+        assert Path(download.value.path()).read_bytes().startswith(begin)
+    page.set_viewport_size(dict(width=700, height=900))
+    page.wait_for_function(f"() => document.querySelector('{CANVAS}').scrollWidth <= document.querySelector('{CANVAS}').clientWidth")
+    shoot(page, request.node.name + "_700")
+    page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart(); }")
+    page.get_by_role("button", name="save as PNG").click()
+    page.locator(".gradnb-said").get_by_text(re.compile("The kernel (does not answer|is gone)")).wait_for()
 
 
 def test_lab_saved_notebook_shows_a_picture(notebook, lab):
@@ -508,12 +712,18 @@ def press_run(page):
     beyond(page, last + 31)
     slider(page, "lr").press("PageUp")
     page.wait_for_selector("[data-panel='learning rate']")
+    lr = page.locator(".widget-slider", has=page.get_by_text("lr", exact=True))
+    page.wait_for_function("(said) => [...document.querySelectorAll('.widget-slider [role=slider]')].some((e) => e.getAttribute('aria-valuetext') === said)", arg=lr.locator(".widget-readout").inner_text())
+    assert re.fullmatch(r"0?\.\d{1,4}|\d\.?\d{0,2}", in_kernel(page, "print(explorer.first.stepper.rule.lr)"))          # no more digits than are seen
     for name, count in (("gradient flow", 2), ("central flow", 3), ("fork", 4)):
         page.get_by_label("trajectory", exact=True).select_option("run")
         page.get_by_role("button", name=name, exact=True).click()
         keys(page, count)
     page.get_by_role("button", name="drop").click()
     keys(page, 3)
+    page.get_by_label("trajectory", exact=True).select_option(f"gradient flow at {last + 31}")
+    page.get_by_role("button", name="central flow", exact=True).click()
+    page.get_by_text("has no rule whose oscillations").wait_for()
     page.get_by_role("button", name="one step").click()
     page.wait_for_selector("[data-panel=distance]")
     page.get_by_label("trajectory", exact=True).select_option("run")
@@ -530,7 +740,7 @@ def press_run(page):
     changed(page, "loss", before)
     assert in_kernel(page, "print(explorer.first.step, explorer.first.stepper.estimator.size)") == f"{last + 32} 30"
 
-    in_kernel(page, "explorer.drop('fork 1 at %d'); explorer.drop('fork 2 at %d')" % (last + 31, last + 31))
+    in_kernel(page, "explorer.drop('gradient flow at %d'); explorer.drop('central flow at %d')" % (last + 31, last + 31))
     keys(page, 1)
     typed(page, "for steps", "1000000")
     going.click()
@@ -604,3 +814,33 @@ def test_lab_explorers_by_hand(notebook, name):
     unnamed = page.evaluate("() => [...document.querySelectorAll('.jp-OutputArea select, .jp-OutputArea input, .jp-OutputArea button')]"
                             ".filter((e) => e.offsetParent && !(e.labels?.length || e.getAttribute('aria-label') || e.title || e.textContent.trim())).map((e) => e.outerHTML)")
     assert unnamed == []
+
+
+def test_the_gallery_needs_nobody(tmp_path, browser):
+    "From disk and without a network: figures are found, chosen by study, and ordered; every link leads to a file."
+    made = dict(title="One", question="Does it?", params={}, runs={}, seeds=[0], seconds=1.0, devices=["cpu"], versions={}, drawn="2026-01-01")
+    claims = {"one": [claim("one is two", "Cohen et al. 2021, §3", (2, 2), 1.0, note="it is not")], "two": [claim("two is two", "Faghri et al. 2020", (2, 2), 2.0)]}
+    for seconds, name in enumerate(claims):
+        (tmp_path / name).mkdir()
+        for kind in ("png", "svg", "ipynb", "html"): (tmp_path / name / f"{name}.{kind}").touch()
+        save_claims(claims[name], tmp_path / name / "claims.json")
+        (tmp_path / name / "made.json").write_text(json.dumps(made | dict(title=name.title(), seconds=seconds)))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "made.json").write_text("{")
+    at = write_gallery(tmp_path)
+    context = browser.new_context(offline=True)
+    page, asked = context.new_page(), []
+    page.on("request", lambda r: asked.append(r.url))
+    page.goto(at.as_uri())
+    shown = lambda: page.locator("article:not([hidden]) h2").all_text_contents()
+    assert shown() == ["One", "Two"] and "1 of 2 claims hold" in page.locator("header").inner_text()
+    assert page.locator("article li").all_text_contents() == ["one is two: 1, expected 2. it is not"]
+    page.get_by_label("Order").select_option("longest first")
+    assert shown() == ["Two", "One"]
+    page.get_by_label("Study").select_option("Cohen et al. 2021")
+    assert shown() == ["One"] and page.locator("tbody tr:not([hidden])").count() == 1
+    page.get_by_label("Find").fill("faghri")
+    assert shown() == []
+    assert all((tmp_path / link).exists() for link in page.eval_on_selector_all("a", "all => all.map(a => a.getAttribute('href'))") if link[0] != "#")
+    assert asked and all(url.startswith("file:") for url in asked)
+    context.close()

@@ -1,7 +1,13 @@
 "Figures, claims and plots: what must keep holding beyond what their notebooks show."
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,12 +16,14 @@ import numpy as np
 import pytest
 from nbformat import v4
 
-from gradnb.show import figures
+from gradnb.show import build, figures
 from gradnb.show.claims import batch_means, claim, claims_table, load_claims, save_claims
 from gradnb.ground.estimate import Estimate
-from gradnb.show.figures import as_declared, figure_specs, find_figures, run_figures, set_parameters
+from gradnb.show.build import dry_run, run_figures
+from gradnb.show.figures import as_declared, figure_specs, find_figures, set_parameters
 from gradnb.show.plots.traces import STYLE, label_end, palette, plot_sharpness, plot_trace, save_figure, style
 from gradnb.runs import Spec, Store
+from gradnb.runs.sweeps.engines import Here
 from gradnb.ground.traces import Trace
 
 PARAMETERS = 'size: str = "smoke"  # how long\nseed: int = 0  # of the weights\nstore: str = ""\nout: str = ""'
@@ -37,12 +45,12 @@ def drawn(monkeypatch):
     "Instead of a kernel: write what a good notebook writes, and note the parameters."
     seen = []
 
-    def execute(path, folder, params, timeout):
+    def execute(path, folder, params, timeout, threads=1):
         seen.append((path.stem, params))
         for kind in ("png", "svg", "ipynb", "html"):
             (folder / f"{path.stem}.{kind}").write_text("new")
         save_claims([claim("one is positive", "Peano 1889", (0, math.inf), 1.)], folder / "claims.json")
-    monkeypatch.setattr(figures, "execute", execute)
+    monkeypatch.setattr(build, "execute", execute)
     return seen
 
 
@@ -69,7 +77,7 @@ def test_edge_of_stability(tmp_path):
     call = dict(params=params, store=tmp_path / "runs", progress=False)
     result, = run_figures(["edge_of_stability"], tmp_path / "out", **call)
     assert result.ok, result.error
-    wanted = {"claims.json", *(f"edge_of_stability.{kind}" for kind in ("png", "svg", "ipynb", "html"))}
+    wanted = {"claims.json", "made.json", *(f"edge_of_stability.{kind}" for kind in ("png", "svg", "ipynb", "html"))}
     assert {f.name for f in result.folder.iterdir()} == wanted
     assert plt.imread(result.folder / "edge_of_stability.png").std() > .01
     assert sorted(type(r.spec.rule).__name__ for r in Store(tmp_path / "runs").list()) == ["GD", "Momentum", "Momentum", "Scheduled"]
@@ -91,7 +99,7 @@ def test_runs_are_reused_and_others_go_on(tmp_path, drawn):
     call = dict(out=tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
     first = run_figures(**call)
     assert [r.ok for r in first] == [False, True] and "digitz" in first[0].error
-    assert drawn[0][1] == {"size": "default", "store": str(tmp_path / "runs"), "out": str(tmp_path / "out" / "b_good")}
+    assert drawn[0][1] == {"size": "default", "store": str(tmp_path / "runs"), "out": str(tmp_path / "out" / "b_good" / ".new")}
     run, = Store(tmp_path / "runs").list()
     stamp = (run.path / "manifest.json").stat().st_mtime_ns
     again, = run_figures(["b_good"], **call)
@@ -100,31 +108,138 @@ def test_runs_are_reused_and_others_go_on(tmp_path, drawn):
     assert len(Store(tmp_path / "runs").list()) == 2
 
 
-def test_no_file_of_an_earlier_time_stays(tmp_path, drawn, monkeypatch):
-    "When a notebook fails, yesterday's picture and claims do not stand beside it."
+def test_a_failure_leaves_the_last_good_picture(tmp_path, drawn, monkeypatch):
+    "Whatever a notebook that fails has written, and when it fails: yesterday's files are as they were, and said to be."
     home = tmp_path / "nbs"
     write(home, "one")
     call = dict(out=tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
     assert run_figures(**call)[0].ok
     (tmp_path / "out" / "one" / "mine.txt").write_text("keep")
-    monkeypatch.setattr(figures, "execute", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    result, = run_figures(**call)
-    assert not result.ok and "disk full" in str(result)
-    assert [f.name for f in result.folder.iterdir()] == ["mine.txt"]
+    good = {f.name: f.read_text() for f in (tmp_path / "out" / "one").iterdir()}
+    assert len(good) == 7
+    def half(path, folder, *a):
+        (folder / "one.png").write_text("half")
+        raise OSError("disk full")
+    for fails in (half, lambda path, folder, *a: (folder / "one.png").write_text("half")):
+        monkeypatch.setattr(build, "execute", fails)
+        result, = run_figures(**call, force=True)
+        assert not result.ok and ("disk full" in str(result) or "wrote no one." in str(result)) and "holds what was made at an earlier time" in str(result)
+        assert {f.name: f.read_text() for f in result.folder.iterdir()} == good
+
+
+def test_a_page_needs_no_network(tmp_path):
+    "Nothing is fetched, formulas are pictures, what stands in code is left alone."
+    notebook = v4.new_notebook(cells=[v4.new_markdown_cell(r"# Edge" "\n" r"The sharpness rises to $2/\eta$, $\frac{\lambda}{2}$, and `echo $HOME$`." "\n\n" r"$$\sum_i x_i^2$$ and $\undefinedword$"),
+                                      v4.new_code_cell("1", outputs=[v4.new_output("stream", text="costs $5 or $6\n")], id="body")])
+    nbformat.write(notebook, tmp_path / "a_figure.ipynb")
+    page = figures.page_of(tmp_path / "a_figure.ipynb")
+    assert not re.search(r"<script|<link|@import|(src|href)=.(https?:)?//", page) and "prefers-color-scheme: dark" in page and "<title>a figure</title>" in page
+    assert page.count('class="math"') == 3 and r'alt="2/\eta"' in page and "echo $HOME$" in page and "costs $5 or $6" in page and r"<code>\undefinedword</code>" in page
+
+
+def test_what_is_up_to_date_is_not_drawn_again(tmp_path, drawn):
+    "Each cause by itself makes a figure out of date, and so does a file that is gone."
+    home, out = tmp_path / "nbs", tmp_path / "out"
+    for name in "ab": write(home, name)
+    call = dict(out=out, store=tmp_path / "runs", folder=home, progress=False)
+    assert [r.drawn for r in run_figures(["a"], **call)] == [True] and [r.drawn for r in run_figures(**call)] == [False, True]
+    assert [(str(r)[:23], r.ok, len(r.claims)) for r in run_figures(**call)] == [("✓ a is up to date: " + str(out)[:4], True, 1), ("✓ b is up to date: " + str(out)[:4], True, 1)]
+    assert dry_run(out=out, store=tmp_path / "runs", folder=home).state.tolist() == ["up to date"] * 2
+    run, = Store(tmp_path / "runs").list()
+    causes = {"notebook": lambda: write(home, "a", body="pass  # else"), "file": (out / "a" / "a.svg").unlink, "run": lambda: (run.path / "traces" / "more").write_text("x")}
+    for cause, change in causes.items():
+        change()
+        changed = ["a", "b"] if cause == "run" else ["a"]
+        assert [r.name for r in run_figures(**call) if r.drawn] == changed and not any(r.drawn for r in run_figures(**call)), cause
+    assert [r.name for r in run_figures(**call, params={"seed": 1}) if r.drawn] == ["a", "b"]
+    write(home, "new")
+    assert [r.name for r in run_figures(**call, params={"seed": 2}, only_changed=True) if r.drawn] == ["a", "b"]
+    assert [r.name for r in run_figures(**call, params={"seed": 2}, force=True) if r.drawn] == ["a", "b", "new"]
+
+
+def test_runs_of_all_figures_are_one_sweep(tmp_path, drawn):
+    "What two figures share is trained once, by the engine that is given; a figure whose run fails names it, and the others are drawn."
+    home, jobs = tmp_path / "nbs", []
+    for name in "ab": write(home, name, specs=SPECS + f"\nspecs['own'] = Spec('digits-50', 'fc-tanh:width=4', 'mse', GD(.05), 3, seed={ord(name)})")
+    write(home, "c", specs=SPECS.replace("width=4", "width=0"))
+
+    def engine(some, worker):
+        jobs.extend(spec for job in some for spec in job)
+        return Here()(some, worker)
+    call = dict(names=["b", "a", "c"], out=tmp_path / "out", store=tmp_path / "runs", folder=home)
+    planned = dry_run(**call)
+    assert planned.missing.tolist() == [2, 2, 1] and planned.seconds.isna().all()
+    results = run_figures(**call, progress=False, engine=engine, jobs=2)
+    assert [(r.name, r.ok) for r in results] == [("b", True), ("a", True), ("c", False)] and len(jobs) == 4
+    assert "run 'a': " in results[2].error and "width" in results[2].error
+    write(home, "d", specs=SPECS.replace("seed=seed", "seed=5"))
+    known = dry_run(**call | dict(names=["d"])).iloc[0]
+    assert known.missing == 1 and known.isna().seconds                 # a run like it is known, its notebook is not
+
+
+SLOW = """
+import time
+from pathlib import Path
+from gradnb.show.figures import read_runs
+read_runs(specs, store)
+(Path(out) / "begun").write_text("")
+while not Path(NAME).exists(): time.sleep(.05)
+import matplotlib.pyplot as plt
+from gradnb.show.claims import save_claims
+from gradnb.show.plots.traces import save_figure
+save_figure(plt.figure(), out, FIGURE)
+save_claims([], Path(out) / "claims.json")
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_build_that_is_stopped_goes_on(tmp_path, how):
+    "No kernel outlives it; the same call draws what is missing, and nothing of it is trained again."
+    home, gate = tmp_path / "nbs", tmp_path / "gate"
+    for name in "ab": write(home, name, body=f"NAME, FIGURE = {str(gate)!r}, {name!r}\n" + SLOW)
+    call = dict(out=str(tmp_path / "out"), store=str(tmp_path / "runs"), folder=str(home), progress=False, jobs=2)
+    process = subprocess.Popen([sys.executable, "-c", f"from gradnb.show.build import run_figures\nrun_figures(**{call!r})"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    begun = [tmp_path / "out" / name / ".new" / "begun" for name in "ab"]
+    deadline = time.monotonic() + 120
+    while not all(map(Path.exists, begun)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(.1)
+    kernels = [p for p in Path("/proc").glob("[0-9]*") if b"ipykernel" in (cmdline(p)) and parent(p) == process.pid]
+    assert len(kernels) == 2
+    os.kill(process.pid, how)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode != 0 and ("KeyboardInterrupt" in said or how == signal.SIGKILL)
+    while any(b"ipykernel" in cmdline(p) for p in kernels):
+        assert time.monotonic() < deadline
+        time.sleep(.1)
+    gate.touch()
+    run, = Store(tmp_path / "runs").list()
+    stamp = (run.path / "manifest.json").stat().st_mtime_ns
+    assert all(r.ok and r.drawn for r in run_figures(**call)) and (run.path / "manifest.json").stat().st_mtime_ns == stamp
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b", "claims.json", "index.html"]
+
+
+def cmdline(p):
+    with suppress(OSError): return (p / "cmdline").read_bytes()
+    return b""
+
+
+def parent(p):
+    with suppress(OSError): return int((p / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_missing_output_is_an_error(tmp_path, monkeypatch):
     write(tmp_path, "silent")
-    monkeypatch.setattr(figures, "execute", lambda path, folder, *a: (folder / "silent.png").write_text(""))
+    monkeypatch.setattr(build, "execute", lambda path, folder, *a: (folder / "silent.png").write_text(""))
     result, = run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False)
-    assert not result.ok and "wrote no silent.svg" in result.error and "claims.json" in result.error
+    assert not result.ok and "silent.svg" in result.error and "claims.json" in result.error
 
 
 def test_interrupt_is_passed_on(tmp_path, monkeypatch):
     write(tmp_path, "one")
 
     def execute(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(figures, "execute", execute)
+    monkeypatch.setattr(build, "execute", execute)
     with pytest.raises(KeyboardInterrupt):
         run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False)
 
@@ -193,6 +308,62 @@ def test_values_that_do_not_fit(kind, given):
 @pytest.mark.parametrize("specs", ["specs = 3", "specs = {'a': 1}", "pass"])
 def test_specs_cell_must_define_specs(tmp_path, specs):
     with pytest.raises(TypeError, match="must define specs"): figure_specs(write(tmp_path, "one", specs=specs), {})
+
+
+# --- in print ---------------------------------------------------------------------------------------------------------
+
+def faults(fig):
+    "What an editor would send back: measured on the figure's objects, by matplotlib's own paths and boxes."
+    fig.draw_without_rendering()
+    found, inside = [], fig.bbox.padded(3)
+    if fig.get_size_inches()[0] not in (3.4, 7.): found.append(f"width {fig.get_size_inches()[0]}")
+    shown = [t for t in fig.findobj(plt.Text) if t.get_visible() and t.get_text().strip()]
+    found += [f"{t.get_text()!r} has {t.get_fontsize()} pt" for t in shown if not 6.5 <= t.get_fontsize() <= 9.]
+    titles = [(ax._left_title, ax._left_title.get_window_extent()) for ax in fig.axes if ax.get_title("left")]
+    labels = [(t, t.get_window_extent()) for ax in fig.axes if ax.axison for t in (ax.xaxis.label, ax.yaxis.label) if t.get_text()]
+    found += [f"{t.get_text()!r} leaves the page" for t, box in titles + labels if not (inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1)]
+    found += [f"{a.get_text()!r} on {b.get_text()!r}" for i, (a, x) in enumerate(titles) for b, y in titles[:i] if x.padded(-1).overlaps(y.padded(-1))]
+    for ax in fig.axes:
+        if ax.axison and ax.lines and not all(any(t.get_text() for t in axis.get_ticklabels()) or len(shared.get_siblings(ax)) > 1 for axis, shared in ((ax.xaxis, ax.get_shared_x_axes()), (ax.yaxis, ax.get_shared_y_axes()))):
+            found.append(f"no tick numbers in {ax.get_title('left')!r}")
+        if legend := ax.get_legend():
+            box = legend.get_window_extent().padded(-1)
+            found += [f"the legend of {ax.get_title('left')!r} lies on {line.get_label()!r}" for line in ax.lines
+                      if len(line.get_path()) > 1 and line.get_path().transformed(line.get_transform()).intersects_bbox(box, filled=False)]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_figure_of_any_size_is_made_fit_for_print(seed):
+    rng = np.random.default_rng(seed)
+    with style():
+        fig, axes = plt.subplots(1 + seed % 2, 3, figsize=(6 + 2 * seed, 4), squeeze=False)
+        for i, ax in enumerate(axes.ravel()):
+            for k in range(3): ax.plot(np.arange(8), rng.normal(size=8).cumsum(), label=f"a curve that is number {k}")
+            ax.set(title="what is seen of a long and winding title " * (i % 3), xlabel="step", ylabel=f"a quantity of many words, whose unit is this: {i}")
+            ax.legend(loc="center")
+    assert save_figure(fig, "", "f") == [] and faults(fig) == []
+    assert [ax.get_title("left")[:1] for ax in fig.axes] == list("abcdef")[:len(fig.axes)]
+    assert all(t == int(t) for ax in fig.axes for t in ax.get_xticks())
+    assert save_figure(fig, "", "f") == [] and faults(fig) == []                # once more changes nothing
+    plt.close(fig)
+    with style(): fig, ax = plt.subplots()
+    ax.plot([1, 2])
+    save_figure(fig, "", "f")
+    assert fig.get_size_inches()[0] == 3.4 and ax.get_title("left") == ""
+    plt.close(fig)
+
+
+@pytest.mark.parametrize("name", ["keskar_protocol", "gradient_flow", "lamb_anatomy", "what_was_published", "landscape", "optimizers_compared", "spectrum"])
+def test_shipped_figures_are_fit_for_print(name, monkeypatch):
+    "The figure of a smoke test, as its notebook leaves it."
+    monkeypatch.setattr("IPython.display.display", lambda *a: None)
+    space = {"__name__": "__main__"}
+    for cell in nbformat.read(find_figures()[name], as_version=4).cells:
+        if cell.cell_type == "code": exec(compile(cell.source, cell.id, "exec"), space)
+        if cell.id == "figure": break
+    assert faults(space["fig"]) == []
+    plt.close("all")
 
 
 # --- claims -------------------------------------------------------------------------------------------------------

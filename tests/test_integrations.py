@@ -5,6 +5,7 @@ import random
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,9 +89,13 @@ def test_lightning(tmp_path):
             lightning.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
                               callbacks=list(callbacks), default_root_dir=tmp_path).fit(module, DataLoader(TensorDataset(x, y), batch_size=10, shuffle=True))
         return bits(module)
-    callback = lightning_callback(probes=["sharpness:every=2"])
+    logger = lightning.pytorch.loggers.CSVLogger(tmp_path, "own")
+    callback = lightning_callback(probes=["sharpness:every=2"], log=logger)
     assert same(run(), run(callback))
     assert list(callback.watch.traces["sharpness"].steps) == [0, 2, 4, 6, 8] and callback.watch.closed
+    logger.save()
+    table = pd.read_csv(logger.log_dir + "/metrics.csv").dropna(subset=["sharpness"])
+    np.testing.assert_allclose(table.set_index("step")["sharpness"], callback.watch.traces["sharpness"].values, rtol=1e-6)
 
 
 def test_accelerate():

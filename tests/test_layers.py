@@ -145,6 +145,7 @@ def test_every_kind_of_layer_equals_brute_force(name, rows):
     size = parts[0].n
     close(sum(io.combine(u) for io, u in zip(parts, w.split(size, 1))), w @ g)
     close(torch.cat([torch.cat([a.gram(b) for b in parts], 1) for a in parts]), g @ g.T)
+    close(torch.cat([io.neighbours() for io in parts]), torch.cat([(x[1:] * x[:-1]).sum(1) for x in g.split([io.n for io in parts])]))
     for io, h in zip(parts, g.split(size)):
         for part in (slice(0, io.n), slice(io.n - 1, io.n), slice(io.n // 3, io.n)):
             close(io.total(part), h[part].sum(0))
@@ -284,9 +285,9 @@ def test_where_layers_do_not_work_by_example_gradients_are_taken_one_by_one_and_
     close(rows, G)
     for got, want in ((whole(parts, "sq_norms"), G.square().sum(1)), (whole(parts, "example_grads"), G), (sum(io.moments() for io in parts), torch.stack([G.sum(0), G.square().sum(0)])),
                       (torch.cat([io.dots(theta) for io in parts]), G @ theta), (parts[0].combine(torch.ones(4).double()), G[:4].sum(0)), (parts[0].gram(parts[1]), G[:4] @ G[4:8].T),
-                      (parts[0].paired(parts[1]), (G[:4] * G[4:8]).sum(1)), (torch.cat([io.losses for io in parts]).mean(), prob.loss(theta))): close(got, want)
+                      (parts[0].paired(parts[1]), (G[:4] * G[4:8]).sum(1)), (parts[0].neighbours(), (G[1:4] * G[:3]).sum(1)), (torch.cat([io.losses for io in parts]).mean(), prob.loss(theta))): close(got, want)
     assert grad_variance(spread).value == pytest.approx(float(G.var(0).sum()), rel=1e-9)
-    assert noise_scale(spread).value == pytest.approx(noise_scale(G).value, rel=1e-6)
+    assert noise_scale(spread) == pytest.approx(noise_scale(G), rel=1e-6)
 
 
 @pytest.mark.parametrize("net, shape, error, says", [

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from gradnb.bench.harness import peak_bytes
 from gradnb.data import Dataset, load_dataset
 from gradnb.data.variations import corrupt_labels, duplicate, imbalance
 from gradnb.problem.designs import Design, exact_variance, whole_counts
@@ -19,10 +20,11 @@ from gradnb.runs.laws import check_probe, proving_ground
 from gradnb.measure.noise.batchsize import inner_product_test, norm_test, orthogonality_test
 from gradnb.measure.noise.comparing import bias_check, step_cost
 from gradnb.measure.noise.compat import faghri2020
-from gradnb.measure.noise.coordinates import Moments, coordinate_normalized_variance, coordinate_variance, gsnr, stopping_evidence
+from gradnb.measure.noise.coordinates import Moments, coordinate_normalized_variance, coordinate_variance, gsnr, stopping_evidence, tic_diagonal
 from gradnb.measure.noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale, normalized_variance, signal_to_noise
 from gradnb.measure.probes.view import PROBES, View
 from gradnb.problem import Problem
+from gradnb.ground.draws import Draws
 from gradnb.ground.roles import Batch, draw
 from gradnb.move.rules.adam import Adam
 from gradnb.move.rules.momentum import Momentum
@@ -204,11 +206,15 @@ def test_layers_give_the_spread_and_the_moments_of_the_gradients(dtype, conv, ro
         whole = Problem.layer_io
         monkeypatch.setattr(Problem, "layer_io", lambda self, theta, batch=None: whole(self, theta, batch, rows))
     tol = dict(rtol=1e-10, atol=1e-12) if dtype == torch.float64 else dict(rtol=2e-4, atol=2e-5)
-    for got, want in zip(Spread.at(problem, problem.theta0, turned=True)[:5], Spread.of(g)[:5]):
+    for got, want in zip(Spread.at(problem, problem.theta0, turned=True), Spread.of(g)):
         torch.testing.assert_close(torch.as_tensor(got, dtype=torch.float64), torch.as_tensor(want, dtype=torch.float64), **tol)
     some = Batch(torch.arange(5, 45))
-    for got, want in zip(Moments.at(problem, problem.theta0, some)[:3], Moments.of(g[5:45])):
-        torch.testing.assert_close(got.double(), want, **tol)
+    for room in (2**23, 0):                                                                     # the groups at once, or again and again
+        monkeypatch.setattr("gradnb.ground.draws.KEPT", room)
+        got, want = Moments.at(problem, problem.theta0, some), g[5:45].unflatten(0, (10, 4))
+        torch.testing.assert_close(torch.stack([got.sums[j] for j in range(10)]).double(), torch.stack([want.sum(1), want.square().sum(1)], 1), **tol)
+        torch.testing.assert_close(got.whole.double(), torch.stack([want.sum((0, 1)), want.square().sum((0, 1))]), **tol)
+        assert got.count.tolist() == [4.] * 10 and got.unit == 1
 
 
 def test_unbiased_over_all_samples_of_a_small_population():
@@ -441,6 +447,127 @@ def test_a_stream_without_an_end_is_refused_but_its_gradients_can_be_measured(st
     with pytest.raises(ValueError, match="Endless is a stream.*batches=16"): Problem(fine.module, "ce", stream)
     draws = torch.stack([1 - x.reshape(-1, 6).mean(0) for x, _ in islice(stream, 300)])       # of ½‖1 − x‖², Tr Σ = 6
     assert 6. / size in grad_variance(draws)
+
+
+# --- draws that are made again ---------------------------------------------------------------------------------------
+
+def streamed(rows, monkeypatch):
+    "Draws of these rows that are made anew each time, however small they are."
+    monkeypatch.setattr("gradnb.ground.draws.KEPT", 0)
+    return Draws(lambda i: rows[i].clone(), len(rows))
+
+
+@pytest.mark.parametrize("n, p, scale", ((2, 5, 1.), (9, 4, 1.), (50, 30, 1e-170), (7, 3, 1e200), (3, 200_000, 1.)), ids=str)
+def test_a_spread_of_draws_is_what_their_gram_matrix_says(n, p, scale, monkeypatch):
+    g = randn(n, p) + .3
+    z = g - g.mean(0)
+    gram, along = z @ z.T, z @ g.mean(0)
+    want = dict(mean_sq=g.mean(0).square().sum(), far=gram.diagonal(), along=along, turned=gram @ along / (n - 1),
+                cross=sum(gram[i, i - 1] ** 2 for i in range(n)) / n)
+    for draws in (g * scale, streamed(g * scale, monkeypatch)):
+        found = Spread.of(draws)
+        u = scale / found.unit
+        for name, power in dict(mean_sq=2, far=2, along=2, turned=4, cross=4).items():
+            got = torch.as_tensor(getattr(found, name), dtype=torch.float64)
+            torch.testing.assert_close(got, torch.as_tensor(want[name]) * u**power, rtol=1e-10, atol=1e-12 * float(abs(got).max()))
+
+
+@pytest.mark.parametrize("scales", ((1e-30, 1., 1e30), (1e30, 1e-30, 1.), (1e-38, 1e-36, 1e-37), (1e37, 1e36, 1e34)), ids=str)
+def test_draws_of_any_size_in_any_order_have_the_spread_of_their_matrix(scales, monkeypatch):
+    g = torch.cat([s * torch.randn(4, 6, generator=Stream(0).generator()) for s in scales])
+    for statistic in (grad_variance, grad_norm_sq, signal_to_noise, noise_scale, inner_product_test, orthogonality_test):
+        assert statistic(streamed(g, monkeypatch)) == pytest.approx(statistic(g), rel=1e-6, nan_ok=True)
+    u = max(scales)
+    assert grad_variance(g).value / u / u == pytest.approx((g.double() / u).var(0).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("n, p, scale", ((3, 5, 1.), (9, 4, 1e-140), (25, 30, 1e140), (23, 7, 1.)), ids=str)
+def test_moments_of_draws_are_those_of_the_groups_that_are_left(n, p, scale, monkeypatch):
+    "Every statistic of the coordinates against the draws without each group, written out."
+    g = randn(n, p) + .5 * randn(p, seed=1)
+    parts = torch.arange(n).tensor_split(min(10, n))
+    sets = [g, *(g[[i for i in range(n) if i not in part]] for part in parts)]
+    def jack(values):
+        rest = torch.stack(values[1:])
+        return values[0], (((len(rest) - 1) / len(rest)) * (rest - rest.mean(0)).square().sum(0)).sqrt()
+    square, H = lambda s: s.square().mean(0), torch.rand(p, generator=Stream(9).generator(), dtype=torch.float64) + .1
+    want = {coordinate_normalized_variance: lambda s: (s.var(0) / square(s)).mean(), stopping_evidence: lambda s: (1 - len(s) * s.mean(0).square() / s.var(0)).mean(),
+            gsnr: lambda s: ((len(s) - 3) / (len(s) - 1) * s.mean(0).square() / s.var(0) - 1 / len(s)).mean()}
+    for draws in (g * scale, streamed(g * scale, monkeypatch)):
+        close = dict(rtol=1e-10, atol=0)
+        found = coordinate_variance(draws)
+        for got, expected in zip(found, jack([s.var(0) for s in sets])): torch.testing.assert_close(got / scale / scale, expected, **close)
+        for statistic, of in want.items():
+            if n < 4: continue
+            got, expected = statistic(draws), jack([of(s) for s in sets])
+            assert got.masked == 0 and got.mean[:2] == pytest.approx([float(v) for v in expected], rel=1e-9)
+        got, expected = tic_diagonal(draws, H, 0.), jack([(square(s) / H).sum() for s in sets])
+        assert (got.value / scale / scale, got.stderr / scale / scale) == pytest.approx([float(v) for v in expected], rel=1e-9)
+    a, b = (g[:n // 2] * 1e3, g[n // 2:2 * (n // 2)] * 1e3)
+    noise, second = (b - a.mean(0)).square().sum(0), b.square().sum(0)
+    published = [noise.mean() / len(b), (noise / (second + 1e-7)).mean(), ((second + 1e-10).log() - (noise + 1e-10).log()).mean(), second.mean() / len(b)]
+    assert faghri2020(streamed(a, monkeypatch), streamed(b, monkeypatch)) == pytest.approx([float(v) for v in published], rel=1e-10)
+
+
+def test_draws_that_are_not_finite_or_not_the_same_again_are_named(monkeypatch):
+    g = randn(5, 3)
+    g[3, 1] = float("inf")
+    with pytest.raises(ValueError, match="gradient 3 is not finite .1 of 5"): grad_variance(streamed(g, monkeypatch))
+    gen = Stream(0).generator()
+    with pytest.raises(RuntimeError, match=r"draw 0 is another one.*view.grads\(n\)"): grad_variance(Draws(lambda i: torch.randn(3, generator=gen), 4))
+    with pytest.raises(ValueError, match="at least 2 draws"): grad_variance(Draws(lambda i: g[0], 1))
+    with pytest.raises(TypeError, match="view.draws"): grad_variance(iter(g))
+
+
+def test_a_view_makes_draws_one_at_a_time_and_refuses_a_matrix_that_does_not_fit(monkeypatch):
+    problem = network()
+    stepper = Descent(Momentum(.1), MiniBatch(4))
+    view = View(problem, stepper, next(trajectory(problem, stepper)), Stream(0) / "probe")
+    assert torch.equal(torch.stack([*view.draws(5)]), view.grads(5)) and torch.equal(view.draws(5)[3], view.grads(5)[3])
+    assert torch.equal(view.draws(5, "updates").stacked(), view.updates(5))
+    with pytest.raises(ValueError, match="'updates'"): view.draws(5, "steps")
+    with pytest.raises(ValueError, match="n=0"): view.grads(0)
+    monkeypatch.setattr("gradnb.measure.probes.view.free_memory", lambda device: 1e9)
+    with pytest.raises(MemoryError, match=r"10000000 grads of 59 parameters take 4.4 GB and 0.931 GB are free.*view.draws\(10000000, 'grads'\)"): view.grads(10**7)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def million():
+    "A run of 10⁶ parameters in float32 at its third step."
+    gen = Stream(0).generator()
+    x, y = torch.randn(256, 100, generator=gen), torch.arange(256) % 10
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(100, 940), nn.Tanh(), nn.Linear(940, 940), nn.Tanh(), nn.Linear(940, 10))
+    problem = Problem(net, "ce", Dataset(x, y, x, y, 10))
+    stepper = Descent(Momentum(.05), MiniBatch(32))
+    return problem, stepper, next(islice(trajectory(problem, stepper), 2, None))
+
+
+@pytest.mark.parametrize("words", ("grad_variance:draws=12", "grad_variance:draws=24", "grad_variance:draws=12,of=[svrg:size=32,every=100]", "grad_variance:draws=0", "update_variance:draws=12",
+    "published_variance:draws=12", "freshness", "freshness:of=[svrg:size=32,every=100]", "noise_scale", "noise_scale:examples=64", "batch_tests", "gradient_moments", "tic:samples=3",
+    "tail_index:draws=80,surrogates=3", "tail_index:draws=80,surrogates=3,groups=layers", "noise_norms:draws=40", "layer_norms", "grad_norms", "update_norms"))
+def test_probes_of_noise_hold_six_copies_of_the_parameters_however_many_draws(words, million):
+    "What torch's allocator gives out at most, beyond the run, the probe's own memory and the gradient's graph."
+    problem, stepper, state = million
+    probe, memory, shared = PROBES.build(words), {}, {}
+    view = lambda: View(problem, stepper, state, Stream(0) / "probe" / probe.name, memory, shared)
+    if words.startswith("tic"): view().point.grad
+    probe.measure(view())
+    shared = {k: v for k, v in shared.items() if k == "point"}
+    assert peak_bytes(lambda: probe.measure(view())) / state.theta.nbytes < 6.1
+
+
+def test_what_keeps_more_says_so_before_it_starts(million, monkeypatch):
+    problem, stepper, state = million
+    view = View(problem, stepper, state, Stream(0))
+    monkeypatch.setattr("gradnb.measure.probes.tail.free_memory", lambda device: 10. * state.theta.nbytes)
+    with pytest.raises(MemoryError, match="keeps 8 gradients.*take most=3,"): PROBES.build("original_index:size=32").measure(view)
+    monkeypatch.setattr("gradnb.problem.designs.free_memory", lambda device: 10. * state.theta.nbytes)
+    parts = Stratified(20, by="random", k=20)
+    with pytest.raises(MemoryError, match="the 20 parts of Stratified.*on draws"): exact_variance(problem, state.theta, parts, ready(parts, problem))
 
 
 # --- variations ----------------------------------------------------------------------------------------------------

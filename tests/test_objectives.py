@@ -368,3 +368,74 @@ def test_the_noise_scale_of_means_of_batches_counts_examples():
     row = {k: float(v[0]) for k, v in traces["noise_scale"].columns.items()}
     assert row["low"] <= 1 <= row["high"] and row["high"] < 2 * row["low"]
     assert row["variance"] == pytest.approx(3, rel=.3) and row["norm_sq"] == pytest.approx(3, rel=.1)
+
+
+def gauss_newton(net, logits, loss):
+    "JᵀHJ from torch's dense Jacobian of all outputs and the Hessian of the loss in them."
+    named = {k: v.detach() for k, v in net.named_parameters()}
+    def f(theta):
+        parts = theta.split([v.numel() for v in named.values()])
+        return logits(lambda *args, **words: torch.func.functional_call(net, {k: t.view_as(v) for (k, v), t in zip(named.items(), parts)}, args, words))
+    theta = torch.cat([v.reshape(-1) for v in named.values()])
+    J, out = torch.autograd.functional.jacobian(f, theta), f(theta)
+    H = torch.autograd.functional.hessian(loss, out).view(out.numel(), out.numel())
+    return J.view(out.numel(), -1).T @ H @ J.view(out.numel(), -1)
+
+
+def of_logits(out, batch): return F.cross_entropy(out, batch[1])
+def of_each(out, batch): return F.cross_entropy(out, batch[1], reduction="none")
+WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 5.], dtype=F64))
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("loss", ["ce", F.cross_entropy, WEIGHTED, of_logits, of_each], ids=["name", "function", "weighted", "mean", "each"])
+def test_gauss_newton_where_outputs_and_loss_are_known_apart(data, loss):
+    parts = (lambda model, batch: model(batch[0]), loss) if loss in (of_logits, of_each) else loss
+    problem = Problem(NET, parts, DATA[data])
+    agrees(problem, brute(NET, lambda model: (WEIGHTED if loss is WEIGHTED else F.cross_entropy)(model(X), Y)))
+    truth = gauss_newton(NET, lambda model: model(X), lambda out: (WEIGHTED if loss is WEIGHTED else F.cross_entropy)(out, Y))
+    v = normal(problem.p, 2)
+    torch.testing.assert_close(problem.at().ggn(v), truth @ v, rtol=1e-9, atol=1e-12)
+    if problem.dataset.whole:
+        with pytest.raises(TypeError, match="only the mean of a batch"): problem.at().fisher(v, "data")
+    elif loss is not WEIGHTED:
+        g = torch.stack([torch.cat([t.flatten() for t in torch.autograd.grad(F.cross_entropy(NET(X[i:i + 1]), Y[i:i + 1]), NET.parameters())]) for i in range(len(X))])
+        torch.testing.assert_close(problem.at().fisher(v, "data"), g.T @ (g @ v) / len(X), rtol=1e-9, atol=1e-12)
+
+
+def test_gauss_newton_of_a_language_model_with_padding():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=4, vocab_size=5, n_positions=4, bos_token_id=0, eos_token_id=0)).double().eval()
+    ids, labels = torch.randint(5, (6, 4)), torch.randint(5, (6, 4))
+    labels[::2, 2:] = -100
+    batches = [dict(input_ids=ids[i:j], labels=labels[i:j]) for i, j in ((0, 1), (1, 6))]
+    def logits(model, batch): return model(input_ids=batch["input_ids"]).logits[:, :-1]
+    def loss(out, batch):
+        target = batch["labels"][:, 1:]
+        return F.cross_entropy(out.transpose(1, 2), target, reduction="none", ignore_index=-100).sum(1), (target != -100).sum(1)
+    problem = Problem(model, (logits, loss), batches)
+    with sdpa_kernel(SDPBackend.MATH):
+        truth = gauss_newton(model, lambda model: model(input_ids=ids).logits[:, :-1], lambda out: F.cross_entropy(out.transpose(1, 2), labels[:, 1:], ignore_index=-100))
+    v = normal(problem.p)
+    torch.testing.assert_close(problem.at().ggn(v), truth @ v, rtol=1e-8, atol=1e-12)
+    with pytest.raises(ValueError, match="no negative log-likelihood known|labels='data'"): Problem(model, (logits, lambda out, b: loss(out, b)[0]), torch.utils.data.DataLoader(batches_of(ids, labels))).at().fisher(v)
+    whole = Problem(model, lambda model, batch: model(**batch).loss, batches)
+    with pytest.raises(TypeError, match=r"Problem\(model, \(outputs, loss\), data\)"): whole.at().ggn(v)
+    with pytest.raises(TypeError, match="return its .logits"): Problem(model, (lambda model, batch: model(**batch), lambda out, batch: out.loss), batches).at().ggn(v)
+
+
+def batches_of(ids, labels): return [dict(input_ids=i, labels=l) for i, l in zip(ids, labels)]
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_network_is_tried_on_a_part_of_a_batch_unless_it_insists_on_the_whole(fixed):
+    torch.manual_seed(0)
+    seen = []
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.lin, self.norm = nn.Linear(4, 3), nn.BatchNorm1d(3)
+        def forward(self, x): seen.append(len(x)); return self.norm(self.lin(x.view(16, 4) if fixed else x))
+    net, x, y = Net().double(), normal(32, 4), torch.randint(3, (32,))
+    problem = Problem(net, mean, DataLoader(TensorDataset(x, y), batch_size=16))
+    assert problem.dataset.whole and (16 in seen) == fixed
+    still = deepcopy(net)
+    agrees(problem, brute(still, lambda model: (F.cross_entropy(model(x[:16]), y[:16]) + F.cross_entropy(model(x[16:]), y[16:])) / 2))

@@ -1,9 +1,13 @@
 "Probes of rules against the run itself, stepped by hand."
+import math
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import gradnb
 from gradnb.data import load_dataset
 from gradnb.move.estimators.minibatch import MiniBatch
 from gradnb.runs.laws import check_probe
@@ -25,7 +29,7 @@ def problem():
 
 
 @pytest.mark.parametrize("name", ["weight_norms", "grad_norms", "update_norms", "relative_updates", "effective_rates",
-                                  "trust_ratio", "rule:field=exp_avg", "rule:field=step"])
+                                  "update_rms", "update_angles", "spikes", "noise_scales:examples=20", "trust_ratio", "rule:field=exp_avg", "rule:field=step"])
 def test_laws(name, problem): check_probe(PROBES.build(name, every=5), problem, Descent(LAMB(.01), MiniBatch(8)))
 
 
@@ -34,7 +38,7 @@ def test_laws_of_agd(problem): check_probe(PROBES.build("agd"), problem, Descent
 
 def test_they_measure_the_step_that_the_run_takes(problem):
     stepper, names = Descent(Scheduled(LAMB(.01), Piecewise(((5, .1),))), MiniBatch(16)), problem.layout.names
-    watch = ["weight_norms", "grad_norms", "update_norms", "relative_updates", "effective_rates", "trust_ratio", "rule:field=adam_norm"]
+    watch = ["weight_norms", "grad_norms", "update_norms", "relative_updates", "effective_rates", "update_rms", "update_angles", "trust_ratio", "rule:field=adam_norm"]
     _, traces = train(problem, stepper, 9, [PROBES.build(p, every=1) for p in watch], progress=False)
     states = list(islice(trajectory(problem, stepper), 11))
     for k, (now, then) in enumerate(zip(states[:10], states[1:])):
@@ -44,9 +48,16 @@ def test_they_measure_the_step_that_the_run_takes(problem):
             moved = float((to[i] - w[i]).norm())
             expected = dict(weight_norms=float(w[i].norm()), grad_norms=float(g[i].norm()), update_norms=moved,
                             relative_updates=moved / float(w[i].norm()), effective_rates=moved / float(g[i].norm()),
+                            update_rms=float((to[i] - w[i]).square().mean().sqrt()),
+                            update_angles=math.degrees(math.acos(-float(((to[i] - w[i]) * g[i]).sum()) / moved / float(g[i].norm()))),
                             trust_ratio=float(then.rule.inner.trust_ratio[n]), adam_norm=float(then.rule.inner.adam_norm[n]))
             for t, value in expected.items(): assert abs(got[t] / value - 1) < 1e-9, (t, k, n)
             assert abs(got["relative_updates"] / (.01 if k < 5 else .001) - 1) < 1e-9
+
+
+def test_gradient_descent_goes_along_its_gradient(problem):
+    _, traces = train(problem, Descent(GD(.1), MiniBatch(8)), 3, ["update_angles:every=1"], progress=False)
+    assert all((traces["update_angles"].columns[n] < 1e-4).all() for n in problem.layout.names)
 
 
 def test_a_dead_block_has_no_ratio(problem):
@@ -60,3 +71,47 @@ def test_a_dead_block_has_no_ratio(problem):
 def test_what_is_not_there(problem):
     for rule, name, says in ((GD(.1), "trust_ratio", "nothing"), (LAMB(.1), "rule:field=velocity", "exp_avg_sq")):
         with pytest.raises(ValueError, match=says): train(problem, Descent(rule), 1, [PROBES.build(name)], progress=False)
+
+
+def parts(grads):
+    "Tr Σ and ‖G‖² of single gradients (n, …) from the norms of each and of their mean (McCandlish et al. 2018, A.2)."
+    n, each, mean = len(grads), sum((g ** 2).sum() for g in grads) / len(grads), ((sum(grads) / len(grads)) ** 2).sum()
+    return (each - mean) / (1 - 1 / n), (n * mean - each) / (n - 1)
+
+
+@pytest.mark.parametrize("kind", ["tied", "apart", "batches"])
+def test_noise_scale_of_every_layer_by_plain_backward_passes(kind):
+    "A language model of Hugging Face's whose embedding is its last layer, one whose is not, and one with a loss that only a batch has."
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = dict(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=6, bos_token_id=0, eos_token_id=0, tie_word_embeddings=kind == "tied")
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).double().eval()
+    ids = torch.randint(11, (24, 6))
+    ids[:, 3:] = ids[:, :3]                                  # something to learn, so that there is a signal
+    size = 3 if kind == "batches" else 1
+    def mean(model, batch): return model(**batch).loss
+    def each(model, batch):
+        logits = model(batch["input_ids"]).logits[:, :-1].transpose(1, 2)
+        return nn.functional.cross_entropy(logits, batch["labels"][:, 1:], reduction="none").mean(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.)
+    data = [dict(input_ids=i, labels=i) for i in ids.split(size)] if kind == "batches" else [dict(input_ids=i, labels=i) for i in ids]
+    loader = data if kind == "batches" else torch.utils.data.DataLoader(data, batch_size=8)
+    words = ["noise_scales:examples=0,every=1", "noise_scales:params=norm,examples=0,every=1"]
+    with gradnb.watch(model, mean if kind == "batches" else each, loader, words, optimizer, strict=True) as seen: pass
+    grads = {name: [] for name, _ in model.named_parameters()}
+    for batch in ids.split(size):
+        model.zero_grad()
+        mean(model, dict(input_ids=batch, labels=batch)).backward()
+        for name, p in model.named_parameters(): grads[name].append(p.grad.numpy().copy())
+    rows = [seen.traces[t].frame().iloc[-1] for t in ("noise_scales", "noise_scales of norm")]
+    layers = {name.rpartition(".")[0] for name in grads}
+    norms = {l for l in layers if ".ln_" in l}
+    assert len(norms) == 3 and ("lm_head" in layers) == (kind != "tied")
+    for row, found in zip(rows, (layers, norms)):
+        noise, signal = (sum(x) for x in zip(*(parts(g) for name, g in grads.items() if name.rpartition(".")[0] in found)))
+        assert (row["variance"], row["norm_sq"]) == pytest.approx((size * noise, signal), rel=1e-6, abs=1e-9 * noise)
+        assert {k for k in row.index if f"{k}_low" in row.index} == found
+        for layer in found:
+            noise, signal = (sum(x) for x in zip(*(parts(g) for name, g in grads.items() if name.rpartition(".")[0] == layer)))
+            assert row[layer] == pytest.approx(size * noise / signal if signal > 0 else np.inf, rel=1e-6)
+            assert row[f"{layer}_low"] < row[layer] <= row[f"{layer}_high"]

@@ -1,10 +1,13 @@
 "A sweep does every spec once, whatever dies on the way."
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -159,6 +162,59 @@ def test_a_pool_survives_its_workers_and_does_every_spec_once(tmp_path, flaky):
         a, b = (Store(tmp_path / where).open(s) for where in ("pool", "here"))
         assert torch.equal(a.theta, b.theta) and a.frame().equals(b.frame())
         assert a.traces["loss"].steps.tolist() == list(range(21))
+
+
+@contextmanager
+def dask(folder):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(2, threads_per_worker=2, dashboard_address=None, local_directory=str(folder)) as cluster, distributed.Client(cluster) as client:
+        yield client.get_executor()
+
+
+@contextmanager
+def processes(folder):
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("executor, dies", [(dask, "exit"), pytest.param(processes, None, marks=pytest.mark.slow)], ids=["dask", "processes"])
+def test_an_executor_of_somebody_else_is_an_engine(tmp_path, flaky, executor, dies):
+    "Numbers as here; a run whose worker dies is Dask's business, one that fails is tried again on request."
+    once = flaky(tmp_path / "once", how="exit") if dies else SPEC
+    specs = [once, flaky(tmp_path / "fails"), replace(SPEC, seed=1)]
+    with executor(tmp_path / "work") as engine:
+        frame = sweep(specs, tmp_path / "store", engine=engine, progress=False, interval=0.0)
+        assert frame.status.tolist() == ["finished", "failed", "finished"] and "try 0 fails" in frame.outcome[1]
+        assert sweep(specs, tmp_path / "store", engine=engine, progress=False).status.tolist() == ["finished"] * 3
+    sweep(specs, tmp_path / "here", progress=False)
+    for s in specs:
+        a, b = (Store(tmp_path / where).open(s) for where in ("store", "here"))
+        assert torch.equal(a.theta, b.theta) and a.frame().equals(b.frame())
+
+
+def test_an_executor_that_breaks_or_is_shut_down_fails_its_jobs(tmp_path, flaky):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        frame = sweep([flaky(tmp_path / "dies", how="exit"), SPEC], tmp_path / "store", engine=executor, progress=False)
+    assert frame.outcome.str.contains("terminated abruptly").all()
+    assert "not usable anymore" in sweep(SPEC, tmp_path / "store", engine=executor, progress=False).outcome[0]
+    assert sweep(SPEC, tmp_path / "store", progress=False).status[0] == "finished"
+
+
+def test_jobs_that_are_no_futures_of_pythons(tmp_path):
+    executor = pytest.importorskip("submitit").LocalExecutor(tmp_path / "jobs")
+    assert sweep(SPEC, tmp_path / "store", engine=executor, progress=False).status[0] == "finished"
+
+
+def test_a_stopped_sweep_cancels_what_an_executor_has_not_begun(tmp_path):
+    class Idle(Executor):
+        def submit(self, *_):
+            futures.append(Future())
+            return futures[-1]
+    futures, stop = [], threading.Timer(1, signal.raise_signal, [signal.SIGINT])
+    stop.start()
+    with pytest.raises(KeyboardInterrupt, match="0 of 3 runs done"):
+        sweep(grid(SPEC, seed=range(3)), tmp_path, engine=Idle(), progress=False)
+    assert [f.cancelled() for f in futures] == [True] * 3
 
 
 @pytest.mark.parametrize("times, status", [pytest.param(2, "finished", marks=pytest.mark.slow), (3, "unfinished")])

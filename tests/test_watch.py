@@ -41,7 +41,7 @@ def writes(view): view.theta.zero_(); return 0.
 
 
 PROBES = ["sharpness:every=3", "grad_variance:every=3,draws=4", "preconditioned_sharpness:every=3", "update_variance:every=3,draws=3", "test:every=3",
-          "critical_sharpness:every=3", "relative_updates:every=3", "tail_index:every=6,draws=80,surrogates=0", draws, torch_draws, fails, writes]
+          "critical_sharpness:every=3", "relative_updates:every=3", "update_angles:every=3", "noise_scales:every=3,examples=8", "spikes:every=3", "tail_index:every=6,draws=80,surrogates=0", draws, torch_draws, fails, writes]
 
 
 def net(norm=False, drop=0.):
@@ -215,9 +215,10 @@ def test_bitwise_as_if_nobody_had_looked(loop, capsys):
     for k in alone: assert equal(watched[k], alone[k]), k
     (seen, *_), said = watches, " ".join({str(w.message) for w in words})
     due = {0, 3, 6}
-    for name in ("sharpness", "grad_variance", "preconditioned_sharpness", "update_variance", "critical_sharpness", "relative_updates", "test"):
+    for name in ("update_angles", "sharpness", "grad_variance", "preconditioned_sharpness", "update_variance", "critical_sharpness", "relative_updates", "test"):
         if name == "test" and loop is loaded: continue
         assert {*seen.traces[name].steps} == due and np.isfinite(seen.traces[name].values).all(), (name, seen.failures)
+    assert loop in (noisy, averaged) or np.isfinite(seen.traces["noise_scales"].columns["variance"]).all() and len(seen.traces["spikes"]) == 3
     for name, why in dict(fails="MemoryError: no room", torch_draws="drew from torch's global generator", writes="wrote into the run's state").items():
         assert why in next(iter(seen.failures[name].values())) and np.isnan(seen.traces[name].values).all() and said.count(f"probe {name!r} failed") == 1
     assert "'draws' drew from NumPy's" in said and "'draws' drew from Python's" in said and np.isfinite(seen.traces["draws"].values).all()
@@ -317,11 +318,13 @@ def test_the_numbers_of_our_own_run(cls, hyper):
             np.testing.assert_allclose(theirs[name].columns[column], ours[name].columns[column][:n], rtol=1e-6, err_msg=f"{name}.{column}")
 
 
-def test_under_a_schedule_the_threshold_is_that_of_the_next_step():
+@pytest.mark.parametrize("attached", [False, True])
+def test_under_a_schedule_the_threshold_is_that_of_the_next_step(attached):
     model, data = small()
     opt = torch.optim.Adam(model.parameters(), .01)
     sched = torch.optim.lr_scheduler.ExponentialLR(opt, .5)
-    traces = plain(model, data, opt, gradnb.watch(model, "mse", data, "preconditioned_sharpness:every=1", opt), 4, sched)
+    seen = gradnb.watch(model, "mse", data, "preconditioned_sharpness:every=1", opt)
+    traces = plain(model, data, opt, seen.attach() if attached else seen, 4, sched)
     np.testing.assert_allclose(traces["preconditioned_sharpness"].columns["threshold"], [38 / (.01 * .5 ** k) for k in range(5)], rtol=1e-12)
 
 
@@ -378,10 +381,10 @@ def test_attached_it_counts_the_optimizers_steps(fused):
             scaler.step(opt)
             scaler.update()
             opt.zero_grad()
-    assert seen.steps == int(opt.state[model[1].weight]["step"]) == 3 and rows == [0, 1, 2, 3]
+    assert seen.steps == int(opt.state[model[1].weight]["step"]) == 3 and rows == [0, 1, 2]      # each before the next step
     with pytest.raises(RuntimeError, match="attached already"): seen.attach()
     seen.close()
-    assert not opt._optimizer_step_post_hooks
+    assert not opt._optimizer_step_post_hooks and not opt._optimizer_step_pre_hooks and rows == [0, 1, 2, 3]
     opt.step()
     assert seen.steps == 3
 
@@ -396,6 +399,7 @@ def test_attached_a_second_call_is_a_word_and_counts_nothing():
             loss.backward()
             if k % 2: opt.step()
             if k % 2: seen.step(loss), k == 3 and seen.step(loss)
+    seen.close()
     assert seen.steps == 2 and seen.traces["loss"].steps.tolist() == [0, 1] and seen.traces["grad_norm"].steps.tolist() == [0, 1, 2]
 
 
@@ -474,6 +478,38 @@ def test_a_budget_stretches_cadences(monkeypatch, capsys):
         assert .05 < seen.seconds / total <= .1 and seen.seconds == len(seen.traces["slow"]) + len(seen.traces["broken"])
         seen, total = loop(None)
     assert len(seen.traces["slow"]) == 201 and f"{201 / total:.1%}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_spike_is_said_at_once(attached):
+    "The loop's own losses and clipped gradient norms, and one batch whose targets are a hundred times too large."
+    model, data = small()
+    opt, losses, norms = torch.optim.SGD(model.parameters(), 1e-3), [], []
+    gen = Stream(5).generator()
+    seen = gradnb.watch(model, "mse", data, "spikes:window=40", opt)
+    if attached: seen.attach()
+    with warnings.catch_warnings(record=True) as words:
+        warnings.simplefilter("always")
+        for k in range(60):
+            i = torch.randint(30, (10,), generator=gen)
+            loss = (model(data.x[i]) - data.y[i] * (100 if k == 50 else 1)).square().mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 50.)
+            losses.append(loss.item()), norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+            opt.step()
+            if attached: opt.zero_grad()
+            seen.step(loss)
+            if not attached: opt.zero_grad()
+    seen.close()
+    frame = seen.traces["spikes"].frame()
+    np.testing.assert_allclose(frame.grad_norm[1:], norms, rtol=1e-12)
+    np.testing.assert_allclose(frame.loss[1:], losses, rtol=1e-12)
+    assert np.isnan([frame.loss[0], frame.grad_norm[0]]).all()
+    assert frame.step[frame.spike == 1].tolist() == [51] and {w.filename for w in words} == {__file__}
+    last = np.log(norms[10:50])
+    middle = np.median(last)
+    assert frame.grad_norm_above[51] == pytest.approx((np.log(norms[50]) - middle) / (1.4826 * np.median(abs(last - middle))), rel=1e-4)
+    assert sum("gradient norm is 50," in str(w.message) for w in words) == 1 and sum("the loss is" in str(w.message) for w in words) == 1
 
 
 def test_unfreezing_on_the_way():
@@ -621,6 +657,29 @@ def test_the_same_numbers_three_ways():
     for name in ("sharpness", "grad_variance"): np.testing.assert_allclose(after[name].values, seen.traces[name].values, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["a block while all are trained", "evaluation mode", "frozen"])
+def test_what_the_problem_takes_as_constant_is_what_the_loop_has_now(kind):
+    model, loader = net(norm=True), [(DATA.x[:50], DATA.y[:50]), (DATA.x[50:], DATA.y[50:])]
+    opt, params = torch.optim.SGD(model.parameters(), .5), "5" if kind == "a block while all are trained" else None
+    if kind == "frozen": model[1].requires_grad_(False)
+    if kind == "evaluation mode": model.eval()
+    seen = gradnb.watch(model, nn.CrossEntropyLoss(), loader, "grad_norm:every=2", opt, params=params).attach()
+    for k in range(6):
+        model.train()
+        x, y = loader[k % 2]
+        opt.zero_grad()
+        ce(model(x), y).backward()
+        opt.step()
+        if kind == "frozen": model[1].weight.data.mul_(1.1)      # by somebody else
+    seen.close()
+    model.train(kind != "evaluation mode")
+    opt.zero_grad()
+    (sum(ce(model(x), y) * len(x) for x, y in loader) / DATA.n).backward()
+    grads = [p.grad.flatten() for n, p in model.named_parameters() if p.requires_grad and (params is None or n.startswith("5"))]
+    assert seen.traces["grad_norm"].values[-1] == pytest.approx(torch.cat(grads).norm().item(), rel=1e-5)
+    assert len(seen.traces["grad_norm"]) == 4
+
+
 def test_a_layer_is_put_in_the_place_of_another():
     model, data = small()
     seen, ready = gradnb.watch(model, "mse", data, "grad_norm:every=1"), gradnb.watch(Problem(model, "mse", data), probes="grad_norm:every=1")
@@ -630,3 +689,40 @@ def test_a_layer_is_put_in_the_place_of_another():
     problem = Problem(model, "mse", data)
     assert seen.traces["grad_norm"].values[-1] == pytest.approx(problem.at(problem.theta0).grad.norm().item(), rel=1e-12)
     assert np.isnan(ready.traces["grad_norm"].values[-1]) and len(ready.traces["grad_norm"]) == 2
+
+
+def test_trackers_are_told_in_their_own_way():
+    "By the signatures of W&B, MLflow, aim and TensorBoard."
+    told = {name: [] for name in ("wandb", "mlflow", "aim", "board")}
+    class Wandb:
+        def log(self, data, step=None, commit=None, sync=None): told["wandb"].append((step, data))
+    class MLflow:
+        def log_metrics(self, metrics, step=None, synchronous=None, run_id=None, timestamp=None, model_id=None): told["mlflow"].append((step, metrics))
+    class Aim:
+        hash = "f00"
+        def track(self, value, name=None, step=None, epoch=None, *, context=None): told["aim"].append((step, {name: value}))
+    class Board:
+        def add_scalar(self, tag, scalar_value, global_step=None, walltime=None): told["board"].append((global_step, {tag: scalar_value}))
+    model, data = small()
+    opt, logs = torch.optim.SGD(model.parameters(), .05), [Wandb(), MLflow(), Aim(), Board()]
+    traces = plain(model, data, opt, gradnb.watch(model, "mse", data, "grad_norm:every=2", opt, log=logs), 3)
+    for found in told.values():
+        norms = {step: row["grad_norm"] for step, row in found if "grad_norm" in row}
+        assert norms == dict(zip(traces["grad_norm"].steps.tolist(), traces["grad_norm"].values.tolist()))
+        assert [step for step, _ in found] == sorted(step for step, _ in found)                            # W&B drops what goes back
+    with pytest.raises(TypeError, match="log_metrics"): gradnb.watch(model, "mse", data, log=3)
+
+
+def test_tensorboard_reads_what_a_watch_wrote(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+    model, data = small()
+    opt = torch.optim.SGD(model.parameters(), .05)
+    with SummaryWriter(tmp_path) as writer: traces = plain(model, data, opt, gradnb.watch(model, "mse", data, "sharpness:every=2", opt, log=writer), 3)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    for tag, column in (("sharpness", "value"), ("sharpness.error", "error")):
+        rows = events.Scalars(tag)
+        assert [e.step for e in rows] == [0, 2]
+        np.testing.assert_allclose([e.value for e in rows], traces["sharpness"].columns[column], rtol=1e-6)

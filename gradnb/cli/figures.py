@@ -6,29 +6,40 @@
 __all__ = ['add_figures', 'figures', 'add_bench', 'bench']
 
 # %% ../../nbs/11_cli/05_figures.ipynb #imports
+import os
+from ..ground.display import as_text
 from .train import add_store
 
 # %% ../../nbs/11_cli/05_figures.ipynb #figures
 def add_figures(commands):
     "gradnb figures"
     p = commands.add_parser("figures", help="regenerate figures and check their claims",
-        description="Train what the figures need and the store lacks, execute each figure's notebook, and check its claims. "
-                    "Without names: all figures.")
+        description="Train what the figures need and the store lacks, execute the notebooks of those that are not up to date, check their claims, "
+                    "and write DIR/index.html. Without names: all figures.")
     p.add_argument("names", nargs="*", metavar="NAME", help="which figures")
     p.add_argument("--out", default="figures", metavar="DIR", help="where pictures, notebooks and claims go (default: %(default)s)")
     p.add_argument("--size", default="default", choices=("smoke", "default", "full"), help="seconds, minutes, or the paper's (default: %(default)s)")
     p.add_argument("-p", "--param", action="append", default=[], metavar="NAME=VALUE", help="override a parameter of the notebooks; may repeat")
     p.add_argument("--list", action="store_true", help="only name the figures")
     p.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, … (default: %(default)s)")
+    p.add_argument("--engine", default="pool", help="what trains: here, pool:workers=4, slurm:pack=20, … (default: %(default)s)")
+    p.add_argument("--jobs", type=int, metavar="N", help="notebooks at a time (default: the CPUs that this process may use)")
+    p.add_argument("--force", action="store_true", help="draw what is up to date, too")
+    p.add_argument("--only-changed", action="store_true", help="leave out figures that were never drawn into DIR")
+    p.add_argument("--dry-run", action="store_true", help="only say what would be done, and how long it would take")
     add_store(p)
     p.set_defaults(go=figures)
 
 def figures(args) -> int:
-    from gradnb.show.figures import find_figures, run_figures
+    from gradnb.show.build import dry_run, run_figures
+    from gradnb.show.figures import find_figures
     if args.list: print("\n".join(sorted(find_figures()))); return 0
     if bare := [p for p in args.param if "=" not in p]: raise ValueError(f"-p takes NAME=VALUE, got {bare[0]!r}.")
     params = dict(p.split("=", 1) for p in args.param)
-    results = run_figures(args.names or None, out=args.out, size=args.size, params=params, store=args.store, device=args.device)
+    wanted = dict(names=args.names or None, out=args.out, size=args.size, params=params, store=args.store)
+    if args.dry_run: print(as_text(dry_run(**wanted))); return 0
+    results = run_figures(**wanted, device=args.device, engine=args.engine, jobs=args.jobs or len(os.sched_getaffinity(0)), force=args.force,
+                          only_changed=args.only_changed)
     return 0 if all(r.ok for r in results) else 1
 
 # %% ../../nbs/11_cli/05_figures.ipynb #bench

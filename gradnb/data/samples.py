@@ -172,6 +172,11 @@ class Sample:
             if numbers not in self.shelf.kept: view._held = self.shelf.keep(numbers, next(found))
             yield view
 
+    def few(self, most: int = 8) -> Examples:
+        "The first batch, or where single examples are read, the first of its, as a batch: to try a network on."
+        if self.shelf is None or not self.whole or len(self.parts[0]) <= most: return self.x[:1]
+        return Examples(self.shelf, torch.tensor(self.parts[0][:most]), to=self.x._to)
+
     def by_example(self) -> "Sample | None":
         "The same data, example by example; None where there are only batches."
         if self.shelf is None: return None

@@ -96,7 +96,7 @@ def apply(
     if AV.shape != V.shape:
         raise ValueError(f"matvec turned shape {tuple(V.shape)} into {tuple(AV.shape)}; "
                          "it must take (p,) and (p, k) and return the same shape.")
-    bad = ~AV.sum(0, dtype=torch.float64).isfinite().reshape(-1)
+    bad = ~AV.isfinite().all(0).reshape(-1)
     if bad.any():
         raise RuntimeError(f"matvec returned a non-finite value at product {paid + 1 + int(bad.nonzero()[0])}; "
                            "check that the loss and its derivatives are finite at this θ.")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from math import sqrt
 import torch
 from torch import Tensor
+from ..ground.draws import columns
 from ..ground.estimate import Estimate, in_unit, to_unit
 from .basis import apply
 from ..ground.streams import Stream
@@ -22,20 +23,26 @@ def hutchinson(
     stream: Stream = Stream(0, ("hutchinson",)),  # probe i is drawn from stream / i, on the CPU
     dtype: torch.dtype = torch.float32,  # of the probes
     device: str | torch.device = "cpu",  # of the probes
-    block: int = 8,                      # probes per call of matvec; the estimate does not depend on it
+    block: int | None = None,            # probes per call of matvec; the estimate does not depend on it; None: 8, or as many as 4 MB hold
 ) -> Estimate:
-    """The trace and its 95 % interval, from random sign vectors; it keeps two vectors in float64. Raises ValueError on fewer than 2 samples."""
+    """The trace and its 95 % interval, from random sign vectors; it keeps one vector beside a block of probes and its products. Raises ValueError on fewer than 2 samples."""
     if samples < 2: raise ValueError(f"hutchinson needs at least 2 samples to see a spread, got {samples}.")
+    block = block or max(1, min(8, 2**22 // (p * dtype.itemsize)))
     signs = lambda i: torch.randint(2, (p,), generator=(stream / i).generator(), dtype=torch.int8)
-    forms, square = [], 0.
+    forms, square, mean = torch.zeros(samples, dtype=torch.float64), 0., torch.zeros(p, dtype=dtype, device=device)
     for i in range(0, samples, block):
-        Z = torch.stack([signs(n) for n in range(i, min(i + block, samples))], 1).to(device, dtype) * 2 - 1
-        own = Z.double() * apply(matvec, Z, i)                            # (p, block), the diagonal on average
-        forms.append(own.sum(0).cpu())
-        if i == 0: first, unit = in_unit(own[:, 0]); total = torch.zeros_like(first)
-        for d in own.unbind(1):
-            away = to_unit(d, unit) - first
-            total, square = total + away, square + away.square().sum().item()
-    spread = 2 * (square - total.square().sum().item() / samples) / (samples - 1)             # 2 Σ Aᵢⱼ², i ≠ j, without bias
-    found = Estimate.mean(torch.cat(forms))
+        Z = torch.stack([signs(n) for n in range(i, min(i + block, samples))], 1).to(device, dtype).mul_(2).sub_(1)
+        AZ = apply(matvec, Z, i)
+        if i == 0: unit = in_unit(AZ[:, 0].abs().max().double())[1]
+        for n in range(Z.shape[1]):
+            for c in columns(Z.T):
+                own = Z[c, n].double() * AZ[c, n]                         # the diagonal on average
+                forms[i + n] += own.sum().cpu()
+                own = to_unit(own, unit)
+                away = own - mean[c]
+                mean[c] += away / (i + n + 1)
+                square += (away * (own - mean[c])).sum().item()
+        del Z, AZ
+    spread = 2 * square / (samples - 1)                                   # 2 Σ Aᵢⱼ², i ≠ j, without bias
+    found = Estimate.mean(forms)
     return Estimate.student(found.value, max(found.stderr, unit * sqrt(max(spread, 0.) / samples)), samples - 1)

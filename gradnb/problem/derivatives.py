@@ -65,7 +65,7 @@ class Problem(Risk):
         few = twin._few(3)
         theta = lambda k: twin._beside(f"products {k}")
         if linear:
-            if not all(wrong_jacobian(lambda theta: twin.outputs(theta, few[0]), theta(k), Stream(k) / "slopes") for k in range(3)): return ""
+            if not all(wrong_jacobian(lambda theta: twin.before_loss(theta, few[0]), theta(k), Stream(k) / "slopes") for k in range(3)): return ""
             where = "products with its Jacobian are not those of its backward pass"
         else:
             found = None
@@ -91,7 +91,7 @@ class Problem(Risk):
     def graph_bytes(self) -> float:
         "What an example adds to the kept graph of a gradient, counted on 2 and 4."
         theta = self.theta0.clone().requires_grad_()
-        if self.dataset.whole: return saved_bytes(lambda: self.gradient_graph(theta, *self._few(1)))
+        if self.dataset.whole: return saved_bytes(lambda: self.gradient_graph(theta, self.dataset.x[:1], self.dataset.y[:1], None, 1))
         two, four = (saved_bytes(lambda: self.gradient_graph(theta, *self._few(n))) for n in (2, 4))
         return max(four - two, 0) / 2
 

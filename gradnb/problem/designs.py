@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
+from ..ground.draws import columns
 from ..ground.estimate import Estimate
 from ..ground.streams import Stream
 from ..ground.roles import check_given
+from .graphs import free_memory
 
 # %% ../../nbs/05_problem/13_designs.ipynb #counts
 def whole_counts(
@@ -43,13 +45,14 @@ class Design(NamedTuple):
 
     def variance(self,
         sq: Tensor,                    # ‖zᵢ‖² (n,), float64 on the CPU
-        sums: Tensor,                  # Z_k (K, p)
+        sums: Tensor | list[Tensor],   # Z_k (K, p), or of each layer
         stream: Stream = Stream(),     # of the counts, where those must be drawn
         draws: int = 1000,             # how many times
     ) -> Estimate:                     # stderr 0 where the formula is closed
         "Tr Cov of the estimate (Cochran 1977, chapters 2, 5 and 9A)."
         n, e, sizes = len(sq), self.expected, self.labels.bincount().double()
-        total = torch.stack([z.double().square().sum() for z in sums]).cpu()
+        sums = [sums] if isinstance(sums, Tensor) else sums
+        total = sum(z[:, c].double().square().sum(1) for z in sums for c in columns(z)).cpu()
         part = lambda v: torch.zeros_like(e).index_add_(0, self.labels, v)
         if self.replace: inside = (part(sq * sizes[self.labels] if self.q is None else sq / self.q) - total) / e / n**2
         else:
@@ -61,13 +64,13 @@ class Design(NamedTuple):
         value = inside.clamp_min(0).sum().item() + between.value
         return Estimate.normal(value, between.stderr)
 
-    def _between(self, sums: Tensor, stream: Stream, draws: int) -> Estimate:
+    def _between(self, sums: list[Tensor], stream: Stream, draws: int) -> Estimate:
         "What the random counts add."
         fraction = self.expected - self.expected.floor()
         some = fraction.minimum(1 - fraction) > 1e-9
         if not some.any(): return Estimate.normal(0., 0.)
-        scaled = sums[some.to(sums.device)].double().cpu() / (len(self.labels) * self.expected[some])[:, None]
-        gram, f = scaled @ scaled.T, fraction[some]
+        scaled = (z[some.to(z.device), c].double().cpu() / (len(self.labels) * self.expected[some])[:, None] for z in sums for c in columns(z))
+        gram, f = sum(z @ z.T for z in scaled), fraction[some]
         if f.max() - f.min() < 1e-9:
             own, all_ = gram.trace().item(), gram.sum().item()
             return Estimate.normal(float(f[0] * (1 - f[0])) * (own - (all_ - own) / (len(f) - 1)), 0.)
@@ -112,7 +115,10 @@ def exact_variance(
     by_layer: bool = False,        # one for each layer, by name, instead of their sum
     stream: Stream = Stream(),     # for designs without a closed form
 ) -> Exact | dict[str, Exact]:
-    "Variance of a gradient estimator at θ from all examples' gradients. TypeError where it has no design, ValueError on NaN."
+    """Variance of a gradient estimator at θ from all examples' gradients, in one pass over them and one more for each anchor.
+
+    It holds a copy of θ for each part of the design, one more with anchors: MemoryError where these do not fit, TypeError where there is no design, ValueError on NaN.
+    """
     check_given("exact_variance", problem, "problem")
     if not hasattr(estimator, "design"):
         raise TypeError(f"{estimator!r} does not say how it draws, so its variance has no closed form; give it a method "
@@ -121,21 +127,27 @@ def exact_variance(
         raise TypeError("this network has noise of its own (Dropout, augmentation), which no closed form sees; use "
                         "problem.frozen(), or measure the variance on draws.")
     design, start = estimator.design(state, problem), 0
-    k, layers = len(design.expected), {}
+    k, layers, weights = len(design.expected), {}, (1., *(a for a, _ in design.anchors))
+    need = (k + len(design.anchors)) * theta.nbytes
+    if k > 1 and need > (free := free_memory(theta.device)):
+        raise MemoryError(f"sums of gradients over the {k} parts of {estimator!r} take {need / 2**30:.3g} GB and {free / 2**30:.3g} GB are free; measure its variance on draws.")
     for ios in zip(problem.layer_io(theta), *(problem.layer_io(at) for _, at in design.anchors)):
-        weights, n = (1., *(a for a, _ in design.anchors)), ios[0].n
+        n = ios[0].n
         part = one_hot(design.labels[start:start + n].to(theta.device), k).T.to(theta)
         for same in zip(*(io.layers for io in ios)):
             sq = sum(a * a * l.sq_norms().double() for a, l in zip(weights, same))
             sq = sq + sum(2 * weights[i] * weights[j] * same[i].paired(same[j]).double()
                           for i in range(len(same)) for j in range(i))
-            sums = [l.combine(part) for l in same]
-            got = sq.cpu(), sum(a * s for a, s in zip(weights, sums)), sums[0].sum(0)
-            old = layers.get(same[0].name)
-            layers[same[0].name] = got if old is None else (torch.cat([old[0], got[0]]), old[1] + got[1], old[2] + got[2])
+            new = lambda k: theta.new_zeros(k, same[0].q)
+            sqs, sums, grad = layers.setdefault(same[0].name, ([], new(k), new(1)[0] if design.anchors else None))
+            sqs.append(sq.cpu())
+            sums += (own := same[0].combine(part))
+            if design.anchors: grad += own.sum(0)
+            del own
+            for a, l in zip(weights[1:], same[1:]): sums.add_(l.combine(part), alpha=a)
         start += n
-    exact = lambda sq, sums, grad: Exact(design.variance(sq, sums, stream), (grad.double() / problem.n).square().sum().item())
-    sqs, sums, grads = zip(*layers.values())
-    finite(sum(sqs))
-    if by_layer: return {name: exact(*of) for name, of in layers.items()}
-    return exact(sum(sqs), torch.cat(sums, 1), torch.cat(grads))
+    def exact(*layers):
+        square = sum((g[c].double() / problem.n).square().sum() for _, sums, grad in layers for g in (sums.sum(0) if grad is None else grad,) for c in columns(g[None]))
+        return Exact(design.variance(sum(torch.cat(sqs) for sqs, *_ in layers), [sums for _, sums, _ in layers], stream), square.item())
+    finite(sum(torch.cat(sqs) for sqs, *_ in layers.values()))
+    return {name: exact(of) for name, of in layers.items()} if by_layer else exact(*layers.values())

@@ -58,11 +58,11 @@ class Linearised:
         if self._kept: yield self._kept; return
         with torch.enable_grad():
             for x, y, weight, n, noise in self.problem.chunks(self.batch):
-                out = self.problem.outputs(self.theta, x, noise)
+                out = self.problem.before_loss(self.theta, x, noise)
                 u, leaf = torch.zeros_like(out, requires_grad=True), out.detach().requires_grad_()
                 back, = torch.autograd.grad(out, self.theta, u, create_graph=True, materialize_grads=True)
-                slope, = torch.autograd.grad(self.problem.per_example(leaf, y).sum(), leaf, create_graph=True, materialize_grads=True)
-                terms = (y >= 0).sum(1)[:, None, None] if out.ndim == 3 else 1
+                slope, = torch.autograd.grad(self.problem.losses(leaf, x, y).sum(), leaf, create_graph=True, materialize_grads=True)
+                terms = (y >= 0).sum(1)[:, None, None] if out.ndim == 3 and y.ndim > 1 else 1
                 piece = Piece(out, u, back, leaf, slope, 1 / n if weight is None else weight / n, terms)
                 if self.problem.one_chunk(self.batch): self._kept = piece
                 yield piece

@@ -56,14 +56,19 @@ class Point:
         "Product with the Hessian, by reverse mode over the kept gradient graph (Pearlmutter 1994)."
         self.problem.check(v, "a direction")
         self.problem.check_products()
-        total, columns = torch.zeros_like(v), v.view(len(v), -1).unbind(1)
+        columns, total = v.view(len(v), -1).unbind(1), None
         back = lambda out, **more: torch.autograd.grad(out, self.theta, retain_graph=True, materialize_grads=True, **more)[0]
         for g in (graph.grad for graph in self._pieces()):
             if not g.requires_grad: continue                     # a piecewise linear loss: H = 0 where it exists
-            if v.is_cpu or len(columns) == 1:
-                for c, hc in zip(columns, total.view(len(v), -1).unbind(1)): hc += back(g @ c)
+            if len(columns) == 1:
+                product = back(g @ columns[0]).view_as(v)
+                total = product if total is None else total.add_(product)
+                continue
+            if total is None: total = torch.zeros_like(v)
+            if v.is_cpu:
+                for c, hc in zip(columns, total.unbind(1)): hc += back(g @ c)
             else: total += back(g, grad_outputs=v.T, is_grads_batched=True).T
-        return self.problem.reduce(total)[0]
+        return self.problem.reduce(torch.zeros_like(v) if total is None else total)[0]
 
     @twice_differentiable()
     @torch.enable_grad()
@@ -93,7 +98,7 @@ class Point:
         labels: str = "model",  # expected by the "model", or those of the "data" (the empirical Fisher)
     ) -> Tensor:                # of v's shape
         "Product with the Fisher matrix."
-        if self.problem.loss_couples: self.problem.check_examples()
+        if self.problem.loss_couples or self.problem.dataset.whole: self.problem.check_examples()
         self.problem.check_products(linear=True)
         return self.linear.fisher(v, labels)
 

@@ -38,13 +38,14 @@ def examples(
 
 class Risk:
     "L(θ) = mean ℓᵢ(θ) over a training set, and its gradient, pure in θ (p,)."
+    in_part = False # can a network be tried on a part of a batch?
     bounded = True  # is chunk_size a bound that somebody set, for memory?
     share = 0, 1    # (k, m): the k-th of m equal parts of every batch is worked on here, and `reduce` adds the parts up
 
     def __init__(self,
         module: nn.Module,         # the network; its parameters give θ₀, device and dtype; it is copied, in its present mode
         loss: str | Callable,      # "ce", "mse", …; (outputs, targets) → (b,), or sums and weights (b,) each; torch's averaging losses;
-                                   # on data that are no Dataset also objective(model, batch) → (b,), its mean (), or sums and weights
+                                   # on data that are no Dataset also objective(model, batch) → (b,), its mean (), or sums and weights, or its parts (outputs, loss)
         dataset,                   # a Dataset; a torch Dataset or DataLoader; a list of batches; a stream
         chunk_size: int | None = None,  # examples worked on at a time; None: all at once, of a loader as many as it gives
         params=None,               # which parameters: patterns of names, roles, or (name, parameter) → bool; None: the trainable ones
@@ -147,11 +148,16 @@ class Risk:
     def _try_sample(self, module, size, settled):
         "Examples are counted where each is known to have a loss of its own, else batches, each with its weight; as they are, where that is settled."
         params, sample, objective = self.layout.named(self.theta0), self.dataset, self.per_example
-        first = sample.x[:1]
-        network = Network(module if all(v.dtype == self.dtype for v in module.parameters()) else copied(module).to(self.dtype), params, first, objective.ask)
+        module = module if all(v.dtype == self.dtype for v in module.parameters()) else copied(module).to(self.dtype)
+        first = sample.few()
+        try: network = Network(module, params, first, objective.ask)
+        except (RuntimeError, ValueError, IndexError):                               # it insists on batches of the owner's size
+            first = sample.x[:1]
+            network = Network(module, params, first, objective.ask)
+        self.in_part = not first.whole
         with torch.no_grad():
             out, single = network(params, first), None if settled or size else sample.by_example()
-            if single is not None and out.ndim and len(out) == len(single.parts[0]):
+            if single is not None and out.ndim and len(out) == (len(first) if self.in_part else len(single.parts[0])):
                 theta = self.layout.named(self._beside("company"))
                 try: alone = torch.cat([network(theta, single.x[i:i + 1]) for i in range(min(3, len(out)))])
                 except (RuntimeError, ValueError, IndexError): alone = None          # BatchNorm refuses one example
@@ -172,9 +178,20 @@ class Risk:
 
     def check_apart(self):
         "Raises TypeError where outputs and targets are not known apart."
-        if isinstance(self.per_example, Objective):
-            raise TypeError(f"objective {self.per_example!r} keeps the network's outputs to itself, and Gauss–Newton and Fisher matrices are made of them; "
-                            "make the problem of a loss of outputs and targets and a Dataset, or ask for the Hessian.")
+        if isinstance(self.per_example, Objective) and not self.per_example.apart:
+            raise TypeError(f"objective {self.per_example!r} keeps the network's outputs to itself, and Gauss–Newton and Fisher matrices are made of them; give its two "
+                            "parts, Problem(model, (outputs, loss), data) with outputs(model, batch) and loss(outputs, batch), or ask for the Hessian.")
+
+    def before_loss(self, theta: Tensor, x, noise: Stream | None = None) -> Tensor:
+        "What the network gives to the loss, (b, …)."
+        if not isinstance(self.per_example, Objective): return self.outputs(theta, x, noise)
+        network = copy(self.network)
+        network._ask = self.per_example.outputs
+        return network(self.layout.named(theta.contiguous()), x, noise)
+
+    def losses(self, out: Tensor, x, y: Tensor) -> Tensor:
+        "Of what `before_loss` gave, (b,), or of a batch (1,)."
+        return self.per_example.losses(out, x, y) if isinstance(self.per_example, Objective) else self.per_example(out, y)
 
     def rows(self, batch=None) -> int:
         "How many examples a batch asks for. Raises TypeError where it is none."
@@ -230,7 +247,7 @@ class Risk:
         return (losses if weight is None else losses * weight).sum() / n
 
     def _few(self, n: int) -> tuple[Tensor, Tensor, None, int]:
-        if self.dataset.whole: n = 1                            # batch is all that there is at a time
+        if self.dataset.whole: return self.dataset.few() if self.in_part else self.dataset.x[:1], self.dataset.y[:1], None, 1
         some = torch.arange(n, device=self.device) % self.n
         return self.dataset.x[some], self.dataset.y[some], None, n
 

@@ -8,6 +8,7 @@ __all__ = ['rows_of', 'take_rounds', 'Live']
 # %% ../../nbs/08_runs/12_live.ipynb #imports
 import atexit
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -179,7 +180,8 @@ class Live:
             else: state, old = of.at(of.step if step is None else step)
             new = changed_stepper(old if stepper is None else stepper, **changes)
             if new != old: state, _ = adopted(self.problem, state, old, new, self.seed)
-            if name is None: name = next(n for i in range(1, 10**6) if (n := f"fork {i} at {state.step}") not in self.trajectories)
+            what = ", ".join(f"{k}={v}" for k, v in changes.items()) or (re.sub("(?<=.)(?=[A-Z])", " ", type(stepper).__name__).lower() if stepper is not None else "")
+            if name is None: name = next(n for i in range(1, 10**6) if (n := f"{what or 'fork'}{f' {i}' * (not what or i > 1)} at {state.step}") not in self.trajectories)
             if name in self.trajectories: raise ValueError(f"there is a trajectory {name!r} already; choose another name.")
             self.trajectories = {**self.trajectories, name: self.begun(name, new, state)}
             return name

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...ground.estimate import Estimate, in_unit
-from .spread import Spread, jackknife, left_out, quadratic_error
+from .spread import Spread, bow, jackknife, left_out, quadratic_error
 from ...ground.roles import draw
 from ...ground.streams import Stream
 
@@ -26,21 +26,25 @@ def bias_check(
     a: Tensor,   # independent draws of one estimate (n, p), n ≥ 3
     b: Tensor,   # of another (m, p), independent of those; or the gradient itself (p,)
 ) -> Bias:
-    "The bias of an estimate beside its own noise floor; 95 % intervals held in 83 to 100 % of draws, in 98 where there is no bias. Raises ValueError on fewer than 3 draws."
+    "The bias of an estimate beside its own noise floor. Raises ValueError on fewer than 3 draws."
     a, b, unit = in_unit(a, b)
     sides = [v for v in (a, b) if v.ndim == 2]
     for v in sides:
         if len(v) < 3: raise ValueError(f"a bias needs at least 3 draws to see its floor, got {len(v)}.")
     apart = a.mean(0) - (b.mean(0) if b.ndim == 2 else b)
-    square, noise, floor, errors = apart.double().square().sum().item(), 0., 0., []
+    square, noise, floor, bend, errors, ups = apart.double().square().sum().item(), 0., 0., 0., [], []
     for v, sign in zip(sides, (1, -1)):
-        spread, n = Spread.of(v), len(v)
+        spread, n = Spread.of(v, turned=False), len(v)
         (V, V_out, *_), sq = left_out(spread), spread.unit**2
         along = ((v - v.mean(0)) * (sign * apart)).sum(1, dtype=torch.float64).cpu()
         without = square - 2 * along / (n - 1) + sq * (spread.far / (n - 1) ** 2 - V_out / (n - 1))
-        errors.append(jackknife(0., without).stderr)
-        noise, floor = noise + sq * V / n, floor + sq * quadratic_error(spread)
-    return Bias(Estimate.student(square - noise, max(hypot(*errors), floor), min(map(len, sides)) - 1).times(unit, unit), unit * sqrt(square), unit * sqrt(noise))
+        side = jackknife(0., without - without.mean())
+        errors, ups = [*errors, side.stderr], [*ups, side.high]
+        noise, floor, bend = noise + sq * V / n, floor + sq * quadratic_error(spread), bend + sq * bow(spread)
+    t = Estimate.student(0., 1., min(map(len, sides)) - 1).high
+    value, up = square - noise, max(hypot(*ups), t * floor)
+    sq = Estimate(value, max(hypot(*errors), floor), value - up, value + up + t * t * bend)
+    return Bias(sq.times(unit, unit), unit * sqrt(square), unit * sqrt(noise))
 
 # %% ../../../nbs/07_measure/01_noise/04_comparing.ipynb #cost
 class Counted:

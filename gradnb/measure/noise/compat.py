@@ -7,7 +7,10 @@ __all__ = ['Published', 'faghri2020']
 
 # %% ../../../nbs/07_measure/01_noise/05_compat.ipynb #imports
 from typing import NamedTuple
+import torch
 from torch import Tensor
+from ...ground.draws import Draws, blocks, columns
+from .spread import sums_of
 
 # %% ../../../nbs/07_measure/01_noise/05_compat.ipynb #published
 class Published(NamedTuple):
@@ -18,14 +21,20 @@ class Published(NamedTuple):
     second_moment: float         # E g², not ‖E g‖²
 
 def faghri2020(
-    first: Tensor,        # R draws whose mean is the reference (R, p)
-    second: Tensor,       # R draws measured against it (R, p)
-    eps: float = 1e-7,    # added to the sum of R squares
+    first: Tensor | Draws,   # R draws whose mean is the reference (R, p)
+    second: Tensor | Draws,  # R draws measured against it (R, p)
+    eps: float = 1e-7,       # added to the sum of R squares
 ) -> Published:
-    "The published statistics, biases included."
-    if first.shape != second.shape:
-        raise ValueError(f"it takes two sets of draws of one shape, got {tuple(first.shape)} and {tuple(second.shape)}.")
-    noise, square = ((second - first.mean(0)) ** 2).sum(0), (second**2).sum(0)                      # (p,)
-    log_ratio = (square + 1e-10).log() - (noise + 1e-10).log()
-    mean = lambda v: v.double().mean().item()
-    return Published(mean(noise) / len(second), mean(noise / (square + eps)), mean(log_ratio), mean(square) / len(second))
+    "The published statistics, biases included; three copies of θ beside a draw."
+    if len(first) != len(second) or isinstance(first, Tensor) and first.shape != getattr(second, "shape", None):
+        raise ValueError(f"it takes two sets of draws of one shape, got {tuple(getattr(first, 'shape', (len(first),)))} and {tuple(getattr(second, 'shape', (len(second),)))}.")
+    R, mean = len(second), sums_of(first, unit=1.)[0][0].div_(len(first))
+    sums = mean.new_zeros(2, len(mean))                                                        # Σ (g − ḡ)², Σ g²
+    for g in blocks(second):
+        for c in columns(g): sums[0, c] += (g[:, c] - mean[c]).square().sum(0); sums[1, c] += g[:, c].square().sum(0)
+    def of(c):
+        noise, square = sums[:, c]
+        log_ratio = (square + 1e-10).log() - (noise + 1e-10).log()
+        return torch.stack([v.sum(dtype=torch.float64) for v in (noise, noise / (square + eps), log_ratio, square)])
+    noise, ratio, log_ratio, square = (sum(map(of, columns(sums))) / len(mean)).tolist()
+    return Published(noise / R, ratio, log_ratio, square / R)

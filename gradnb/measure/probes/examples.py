@@ -10,10 +10,11 @@ from math import nan
 import torch
 from torch import Tensor
 from ...ground.estimate import Estimate
+from ...ground.draws import Draws
 from ...ground.roles import Batch, learning_rate
 from ...linalg import hutchinson
 from ..noise.batchsize import cabs, inner_product_test, norm_test, orthogonality_test
-from ..noise.coordinates import Moments, coordinate_normalized_variance, gsnr, stopping_evidence, tic_trace
+from ..noise.coordinates import EVIDENCE, GSNR, NORMALIZED, Moments, means_over_parameters, tic_trace
 from ..noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale
 from .noise import single_examples
 from .view import PROBES, Probe, View
@@ -34,11 +35,13 @@ def noise_scale_probe(
     """Tr Σ/‖∇L‖² (McCandlish et al. 2018), in examples; columns value, stderr, low, high, variance and norm_sq, the two parts.
 
     Where only means of batches are known, from the gradients of up to 64 of them, in what weighs them: examples, or tokens.
+    Costs a pass over all examples, two over some of them, two gradients for each batch; holds 4 copies of θ, of some examples 6.
     """
     def measure(view):
         if view.problem.dataset.whole:
             some = torch.randperm(view.problem.n, generator=view.stream.generator())[:64]
-            spread, each = Spread.of(torch.stack([view.problem.grad_and_loss(view.theta, Batch(i[None]))[0] for i in some])), view.problem.dataset.each
+            draws = Draws(lambda i: view.problem.grad_and_loss(view.theta, Batch(some[i:i + 1]))[0], len(some))
+            spread, each = Spread.of(draws, turned=False), view.problem.dataset.each
             return noise_scale(spread, each)._asdict() | dict(variance=each * grad_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
         batch = some_examples(view, examples)
         if batch is None:
@@ -54,7 +57,10 @@ def batch_tests_probe(
     every: int = 100,        # steps between measurements
     intervals: bool = True,  # standard errors of all, at one more pass; False: of the norm test alone
 ) -> Probe:
-    "Norm, inner product and orthogonality test, and the batch size coupled to the rule's lr; each with its stderr."
+    """Norm, inner product and orthogonality test, and the batch size coupled to the rule's lr; each with its stderr.
+
+    Costs a pass over these examples, or one for each sweep of their layers where they need several parts, and holds 6 copies of θ.
+    """
     def measure(view):
         batch = some_examples(view, examples)
         spread = Spread.at(view.problem, view.theta, batch, turned=intervals)
@@ -74,11 +80,14 @@ def gradient_moments_probe(
     examples: int = 0,   # whose gradients; 0: all
     every: int = 100,    # steps between measurements
 ) -> Probe:
-    "Means over parameters: gsnr, stopping evidence and normalised variance of single examples, with stderr and masked share."
+    """Means over parameters: gsnr, stopping evidence and normalised variance of single examples, with stderr and masked share.
+
+    Costs two passes over these examples, one where a few vectors fit in 8 MB, and holds 6 copies of θ.
+    """
     def measure(view):
         moments = Moments.at(view.problem, view.theta, some_examples(view, examples))
-        found = dict(gsnr=gsnr(moments), evidence=stopping_evidence(moments), normalized=coordinate_normalized_variance(moments))
-        return {f"{k}{end}": v for k, (e, masked) in found.items()
+        found = zip(("gsnr", "evidence", "normalized"), means_over_parameters(moments, 1e-12, GSNR, EVIDENCE, NORMALIZED))
+        return {f"{k}{end}": v for k, (e, masked) in found
                 for end, v in (("", e.value), ("_stderr", e.stderr), ("_masked", masked))}
     return Probe("gradient_moments", every, measure)
 
@@ -88,7 +97,10 @@ def tic_probe(
     samples: int = 32,   # Hessian products for the trace
     every: int = 100,    # steps between measurements
 ) -> Probe:
-    "Tr C/Tr H, Takeuchi's criterion as Thomas et al. (2020) take it; columns value, stderr, low and high."
+    """Tr C/Tr H, Takeuchi's criterion as Thomas et al. (2020) take it; columns value, stderr, low and high.
+
+    Costs a Hessian product a sample and a pass over these examples, and holds 6 copies of θ beside the gradient's graph.
+    """
     def measure(view):
         p = view.problem
         trace = hutchinson(view.point.hvp, p.p, samples, view.stream / "trace", p.dtype, p.device)

@@ -10,11 +10,10 @@ __all__ = ['named_estimator', 'state_of', 'age', 'estimates', 'titled', 'single_
 # %% ../../../nbs/07_measure/09_probes/02_noise.ipynb #imports
 from dataclasses import replace
 from math import nan
-import torch
-from torch import Tensor
 from ...problem.designs import Design, Exact, exact_variance
 from ...ground.estimate import Estimate
-from ...ground.roles import ESTIMATORS, Estimator, draw
+from ...ground.draws import Draws, kept
+from ...ground.roles import ESTIMATORS, Estimator
 from ...ground.trees import flatten, unflatten
 from ..noise.compat import faghri2020
 from ..noise.coordinates import coordinate_normalized_variance
@@ -55,10 +54,9 @@ def estimates(
     state,
     draws: int,
     name: str = "draws",    # of their stream
-) -> Tensor:                # (draws, p)
+) -> Draws:                 # (p,) each
     "Independent gradient estimates at this step."
-    batches = (draw(estimator, state, view.problem, view.stream / name / i) for i in range(draws))
-    return torch.stack([estimator.estimate(state, view.problem, view.theta, b)[0] for b in batches])
+    return Draws.of(view.problem, estimator, view.theta, draws, view.stream / name, state)
 
 def titled(
     name: str,                    # what the user calls it; empty: made of the rest
@@ -104,13 +102,16 @@ def grad_variance_probe(
     every: int = 100,        # steps between measurements
     name: str = "",          # of the trace; empty: made of `of`
 ) -> Probe:
-    "Tr Cov of a gradient estimator; columns value, stderr, low, high, normalized, norm_sq and age of its snapshot."
+    """Tr Cov of a gradient estimator; columns value, stderr, low, high, normalized, norm_sq and age of its snapshot.
+
+    Costs two gradients a draw, one where all fit in 8 MB, and holds 4 copies of θ; draws=0 costs a pass over all examples, and a copy for each part of the design.
+    """
     chosen = named_estimator(of)
     if not isinstance(draws, int) or draws < 0 or draws == 1:
         raise ValueError(f"grad_variance takes draws ≥ 2, or 0 for the closed form, got {draws!r}.")
     def measure(view):
         estimator, state = state_of(view, chosen)
-        if draws: spread = Spread.of(estimates(view, estimator, state, draws))
+        if draws: spread = Spread.of(estimates(view, estimator, state, draws), turned=False)
         found = Exact(grad_variance(spread), grad_norm_sq(spread).value) if draws else closed_form(view, estimator, state)
         ratio = normalized_variance(spread).value if draws else found.normalized
         return found.variance._asdict() | dict(normalized=ratio, norm_sq=found.norm_sq, age=age(view, state))
@@ -122,11 +123,14 @@ def update_variance_probe(
     draws: int = 50,         # steps tried
     every: int = 100,        # steps between measurements
 ) -> Probe:
-    "Tr Cov of θ_{k+1} − θ_k given the state at k, without K-FAC's KL clip; columns value, stderr, low, high, normalized and norm_sq."
+    """Tr Cov of θ_{k+1} − θ_k given the state at k, without K-FAC's KL clip; columns value, stderr, low, high, normalized and norm_sq.
+
+    Costs two steps a draw, one where all fit in 8 MB, and holds 2 copies of θ beside what a step takes: 7 with Adam.
+    """
     def measure(view):
         rule, stepper = getattr(view.stepper, "rule", None), view.stepper
         if hasattr(rule, "unclipped"): stepper = replace(stepper, rule=rule.unclipped())
-        spread = Spread.of(View(view.problem, stepper, view.state, view.stream).updates(draws))
+        spread = Spread.of(View(view.problem, stepper, view.state, view.stream).draws(draws, "updates"), turned=False)
         more = dict(normalized=normalized_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
         return grad_variance(spread)._asdict() | more
     return Probe("update_variance", every, measure)
@@ -140,11 +144,14 @@ def published_variance_probe(
     every: int = 500,        # steps between measurements
     name: str = "",          # of the trace; empty: made of `of`
 ) -> Probe:
-    "The four published statistics, and the unbiased normalised variance of the same draws with its stderr and masked share."
+    """The four published statistics, and the unbiased normalised variance of the same draws with its stderr and masked share.
+
+    Costs six times R gradients, twice R where they fit in 8 MB, and holds 6 copies of θ.
+    """
     chosen = named_estimator(of)
     def measure(view):
         estimator, state = state_of(view, chosen)
-        first, second = (estimates(view, estimator, state, draws, half) for half in ("first", "second"))
+        first, second = (kept(estimates(view, estimator, state, draws, half)) for half in ("first", "second"))
         found, masked = coordinate_normalized_variance(second)
         ours = dict(unbiased=found.value, unbiased_stderr=found.stderr, masked=masked, whole=normalized_variance(second).value)
         return faghri2020(first, second, eps)._asdict() | ours
@@ -157,7 +164,10 @@ def freshness_probe(
     every: int = 100,        # steps between measurements
     name: str = "",          # of the trace; empty: made of `of`
 ) -> Probe:
-    "Variance over a mini-batch's of as many draws; columns value, stderr, low, high, first (since the snapshot) and age."
+    """Variance over a mini-batch's of as many draws; columns value, stderr, low, high, first (since the snapshot) and age.
+
+    Costs a pass over all examples, one more for the estimator's variance and for each of its anchors, and holds 3 copies of θ, one more for each further part of the design.
+    """
     chosen = named_estimator(of)
     def measure(view):
         estimator, state = state_of(view, chosen)

@@ -7,16 +7,17 @@ __all__ = ['sampled_groups', 'run_grads', 'of_split', 'tail_index_probe', 'noise
            'original_index_probe']
 
 # %% ../../../nbs/07_measure/09_probes/03_tail.ipynb #imports
-from collections.abc import Iterator
 import torch
 from torch import Tensor
+from ...ground.draws import Draws
 from ...ground.roles import check_number
+from ...problem.graphs import free_memory
 from .view import PROBES, Probe, View
 from ..tail.compat import original_noise_index
 from ..tail.controls import control_row, gaussian_surrogate
 from ..tail.estimators import LEAST_BLOCKS, METHODS, tail_index
 from ..tail.magnitudes import TailRefusal
-from ..tail.noise import gradient_draws, noise_index, noise_norms, on_split, paired_noise, partition_grads
+from ..tail.noise import gradient_draws, noise_index, noise_norms, on_split, paired_noise, pairs, partition_grads
 from ..tail.sketch import layer_groups
 
 # %% ../../../nbs/07_measure/09_probes/03_tail.ipynb #index
@@ -36,8 +37,8 @@ def run_grads(
     view: View,
     n: int,
     split: str = "train",    # or "test": from an estimator that has just begun there
-) -> Iterator[Tensor]:       # (p,) each
-    "The rows of view.grads(n), one at a time, or what they would be on the test set."
+) -> Draws:                  # (p,) each
+    "view.draws(n), or what they would be on the test set."
     state = view.state.estimator if split == "train" else None
     return gradient_draws(on_split(view.problem, split), view.stepper.estimator, view.theta, n, view.stream / "grads", state)
 
@@ -57,7 +58,10 @@ def tail_index_probe(
     surrogates: int = 10,        # Gaussian samples of the same covariance; 0: none
     split: str = "train",        # or "test"
 ) -> Probe:
-    "Tail index of the run's gradient noise across draws, and of its Gaussian surrogate; nan where the estimator refuses."
+    """Tail index of the run's gradient noise across draws, and of its Gaussian surrogate; nan where the estimator refuses.
+
+    Costs a gradient a draw, and holds 3 copies of θ beside the sample of coordinates.
+    """
     if groups not in ("network", "layers"): raise ValueError(f"groups must be 'network' or 'layers', got {groups!r}.")
     title = of_split("tail_index", split)
     if method not in METHODS: raise ValueError(f"there is no tail estimator {method!r}; choose among {', '.join(METHODS)}.")
@@ -81,11 +85,13 @@ def noise_norms_probe(
     every: int = 100,    # steps between measurements
     draws: int = 160,    # gradients, at least 40
 ) -> Probe:
-    "Norms of the run's gradient noise, one for each pair of draws, and their Hill index."
+    """Norms of the run's gradient noise, one for each pair of draws, and their Hill index.
+
+    Costs a gradient a draw, and holds 4 copies of θ.
+    """
     if draws < 2 * LEAST_BLOCKS: raise ValueError(f"{draws} draws are too few for an index; take {2 * LEAST_BLOCKS} or more.")
     def measure(view):
-        source = run_grads(view, draws)
-        norms = torch.cat([noise_norms(paired_noise(pair)) for pair in zip(source, source)])
+        norms = torch.cat([noise_norms(z[None]) for z in pairs(run_grads(view, draws))])
         try: index = tail_index(norms, "hill")._asdict()
         except TailRefusal: index = dict.fromkeys(("value", "stderr", "low", "high"), torch.nan)
         return index | {"norms": norms}
@@ -111,12 +117,19 @@ def original_index_probe(
     most: int = 200,         # batches; all of them are kept at once, as the surrogate needs them
     surrogates: int = 3,     # Gaussian samples of the same covariance, at least 3
 ) -> Probe:
-    "The tail index of the 2019 analysis, over neighbouring coordinates, and that of a Gaussian of the same covariance."
+    """The tail index of the 2019 analysis, over neighbouring coordinates, and that of a Gaussian of the same covariance.
+
+    Costs a gradient a batch, and holds 3 copies of θ for each of them: MemoryError where they do not fit.
+    """
     title = of_split("original_index", split)
     check_number("original_index", "size", size, 1, whole=True)
     check_number("original_index", "most", most, 2, whole=True)
     def measure(view):
         problem = on_split(view.frozen, split)
+        kept, free = min(problem.n // size, most), free_memory(view.theta.device)
+        if (need := (3 * kept + 1) * view.theta.nbytes) > free:
+            raise MemoryError(f"original_index keeps {kept} gradients and surrogates of them, {need / 2**30:.3g} GB, and {free / 2**30:.3g} GB are free; "
+                              f"take most={max(0, int(free / view.theta.nbytes - 1) // 3)}, or tail_index, which samples coordinates.")
         grads = torch.stack(list(partition_grads(problem, view.theta, size, most)))
         row = control_row(grads, original_noise_index, view.stream, surrogates, {"gaussian": gaussian_surrogate})
         data, gauss = row.loc["data"], row.loc["gaussian"]

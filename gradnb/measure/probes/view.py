@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from ..curvature import WHICH, sharpness
 from ...problem import Point, Problem
+from ...problem.graphs import free_memory
 from ...ground.registry import Registry
-from ...ground.roles import Batch, State, check_number, check_range, draw
+from ...ground.draws import KEPT, Draws
+from ...ground.roles import Batch, State, check_number, check_range
 from ...ground.streams import Stream
 from ...ground.traces import as_row
 
@@ -78,6 +80,11 @@ class View:
     def loss(self) -> Tensor: return self.state.loss         # (), the loss that came with it
 
     @property
+    def latest(self) -> tuple[float | None, float | None]:
+        "Loss and gradient norm of the batch that the run steps along; in a loop that is not ours, of that it has stepped along, as far as it says."
+        return float(self.loss), float(self.grad.norm())
+
+    @property
     def point(self) -> Point: return self.once("point", lambda: self.problem.at(self.theta))
 
     @property
@@ -95,16 +102,27 @@ class View:
     @property
     def full_loss(self) -> Tensor: return self.point.loss    # ()
 
+    def draws(self, n: int, of: str = "grads") -> Draws:     # (p,) each
+        "n independent gradients from the run's own estimator at θ_k, or `updates` θ_{k+1} − θ_k, one at a time: for as many as one likes."
+        stream = self.stream / of
+        if of == "grads": return Draws.of(self.problem, self.stepper.estimator, self.theta, n, stream, self.state.estimator)
+        if of != "updates": raise ValueError(f"draws are of 'grads' or 'updates', got {of!r}.")
+        return Draws(lambda i: self.stepper.step(self.problem, self.stepper.prepare(self.problem, self.state, stream / i)).theta - self.theta, n)
+
     def grads(self, n: int) -> Tensor:                       # (n, p)
-        "n independent gradients from the run's own estimator at θ_k."
-        estimator = self.stepper.estimator
-        batches = (draw(estimator, self.state.estimator, self.problem, self.stream / "grads" / i) for i in range(n))
-        return torch.stack([estimator.estimate(self.state.estimator, self.problem, self.theta, b)[0] for b in batches])
+        "The draws of gradients in one matrix, n copies of θ. Raises MemoryError before they are made where they do not fit."
+        return self._stacked(n, "grads")
 
     def updates(self, n: int) -> Tensor:                     # (n, p)
-        "n independent steps θ_{k+1} − θ_k that the run might take from here."
-        ahead = (self.stepper.prepare(self.problem, self.state, self.stream / "updates" / i) for i in range(n))
-        return torch.stack([self.stepper.step(self.problem, s).theta - self.theta for s in ahead])
+        "The draws of updates in one matrix, as `grads`."
+        return self._stacked(n, "updates")
+
+    def _stacked(self, n: int, of: str) -> Tensor:
+        need = n * self.theta.nbytes
+        if need > KEPT and need > (free := free_memory(self.theta.device)):
+            raise MemoryError(f"{n} {of} of {len(self.theta):,} parameters take {need / 2**30:.3g} GB and {free / 2**30:.3g} GB are free; "
+                              f"go through view.draws({n}, {of!r}), which makes them one at a time.")
+        return self.draws(n, of).stacked()
 
 # %% ../../../nbs/07_measure/09_probes/01_view.ipynb #probe
 @dataclass(frozen=True)

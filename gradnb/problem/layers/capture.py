@@ -55,7 +55,9 @@ class LayerIO:
 
     def combine(self, w: Tensor) -> Tensor:                 # w (n,) → (p,), (k, n) → (k, p)
         "Σᵢ wᵢ gᵢ for each row of weights."
-        out = torch.cat([l.combine(w if w.ndim == 2 else w[None]) for l in self.layers], 1)
+        rows = w if w.ndim == 2 else w[None]
+        out = self.layers[0].like.new_empty(len(rows), self.layers[-1].span.stop)
+        for l in self.layers: out[:, l.span] = l.combine(rows)
         return out if w.ndim == 2 else out[0]
 
     def gram(self, other: "LayerIO | None" = None) -> Tensor:    # (n, m)
@@ -65,6 +67,10 @@ class LayerIO:
     def paired(self, other: "LayerIO") -> Tensor:           # (n,)
         "⟨gᵢ, hᵢ⟩ with the same examples at another θ."
         return sum(a.paired(b) for a, b in zip(self.layers, other.layers))
+
+    def neighbours(self) -> Tensor:                         # (n − 1,)
+        "⟨gᵢ, gᵢ₋₁⟩ of every example but the first."
+        return sum(l.neighbours() for l in self.layers) if self.n > 1 else self.losses[1:]
 
     def sketch(self, m: int, stream: Stream) -> Tensor:     # (n, m)
         "A random linear map of gᵢ to m numbers, unbiased in inner products; equal streams give equal maps."

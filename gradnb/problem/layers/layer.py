@@ -109,6 +109,15 @@ class Layer:
         "⟨gᵢ, hᵢ⟩ with the gradients hᵢ of as many other examples, or of these at another θ."
         return torch.cat([(g * other.example_grads(part)).sum(1) for part, g in self.pieces()])
 
+    def neighbours(self) -> Tensor:                                  # (n − 1,)
+        "⟨gᵢ, gᵢ₋₁⟩ of every example but the first."
+        found, before = [], None
+        for _, g in self.pieces():
+            if before is not None: found.append((g[0] * before).sum()[None])
+            found.append((g[1:] * g[:-1]).sum(1))
+            before = g[-1].clone()
+        return torch.cat(found)
+
     def sketch(self, m: int, stream: Stream) -> Tensor:              # (n, m)
         "A random linear map of gᵢ to m numbers that keeps inner products in the mean (count sketch, Charikar et al. 2002)."
         hashed = count_sketch(self.q, m, stream, self.like)

@@ -96,6 +96,13 @@ class Linear(Layer):
         (a, d), (b, e) = self.factors, other.factors
         return inner(d, e) * (inner(a, b) + self.bias)
 
+    def neighbours(self) -> Tensor:
+        (a, d), (t, i), o = self.factors, self.factors[0].shape[1:], self.factors[1].shape[2]
+        if t * (i + o) > i * o: return super().neighbours()
+        gram = lambda x, s: torch.bmm(x[1:][s], x[:-1][s].mT)
+        return torch.cat([(gram(d, s) * (gram(a, s) + self.bias)).sum((1, 2))
+                          for s in slices(self.n - 1, 2 * t * t * a.element_size(), a.device)])
+
     def sketch(self, m: int, stream: Stream) -> Tensor:
         if not self.rank_one: return super().sketch(m, stream)
         a, d = (t.squeeze(1) for t in self.factors)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'USUAL', 'read_weights', 'Weights', 'bare_name', 'dicts_in', 'find_weights', 'most_alike', 'step_of',
-           'listed', 'measure_weights', 'surveyed', 'label', 'look', 'with_held']
+           'listed', 'measure_weights', 'rows_of', 'surveyed', 'label', 'look']
 
 # %% ../../../nbs/08_runs/13_foreign/03_checkpoints.ipynb #imports
 import math
@@ -16,14 +16,13 @@ from collections.abc import Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
 from typing import NamedTuple
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from ...ground.traces import Trace
+from ...ground.traces import Row, Trace
 from ...move.estimators.minibatch import MiniBatch
 from ...move.steppers import Descent
-from ...problem.network import copied
-from .glance import Glance, Seen, Untold, untouched
+from .glance import Glance, Seen, Untold, untouched, with_held
+from ..recordings import earlier, settings_of
 from ..originals import ROOM, load_foreign
 from ..store import Store
 from ..training import Outcome, Traces, Watching, check_probes
@@ -149,7 +148,7 @@ def measure_weights(
     name: str | None = None,       # of the run; None: by the network's class
     steps=None,                    # of the checkpoints; None: by their names
     config=None,                   # whatever else describes it
-    again: str = "refuse",         # as for Store.record; "go on" measures at the steps that are not there
+    again: str = "refuse",         # as for Store.record; "go on" measures what is not there, at whatever step
     batch_size: int | None = None, # what the training took at a time, for the noise of its gradients
     seed: int = 0,                 # of what probes draw
 ):                                 # the Run, or without a store its Traces
@@ -159,18 +158,24 @@ def measure_weights(
     if not found: raise ValueError(" ".join(lost.values()))
     for (k, a), (l, b) in zip(found, found[1:]):
         if k == l: raise ValueError(f"{label(a)} and {label(b)} are both of step {k}; say which steps: steps=[…].")
-    run, known = None, {"model": type(problem.module).__name__, "p": problem.p, "n": problem.n, "dataset": problem.dataset.name, "probes": [p.name for p in probes]}
+    run, had, known = None, {}, {"model": type(problem.module).__name__, "p": problem.p, "n": problem.n, "dataset": problem.dataset.name, "probes": [p.name for p in probes]}
     if store is not None:
         store = store if isinstance(store, Store) else Store(store)
-        run = store.record(name or f"weights of {known['model']}", known | dict(config or {}), again, origin="measured")
-        if run.step is not None: found = [(k, w) for k, w in found if k > run.step]
-    estimator = Untold() if batch_size is None else MiniBatch(batch_size, replace=batch_size > problem.n)
-    watching, traces = Watching(problem, Descent(Untold(), estimator), math.inf, probes, seed), Traces()
+        name, known = name or f"weights of {known['model']}", known | dict(config or {})
+        if again == "go on": had = rows_of(earlier(store, "measured", name, settings_of(known)))
+        first = min((k for k, _ in found if any(k not in had.get(p.name, ()) for p in probes)), default=math.inf) if had else None
+        run = store.record(name, known, again, None if first == math.inf else first, origin="measured")
+        if had: found = sorted(({k: None for rows in had.values() for k in rows if k >= first} | {k: w for k, w in found if k >= first}).items())
+    estimator = Untold("measure_weights") if batch_size is None else MiniBatch(batch_size, replace=batch_size > problem.n)
+    watching, traces = Watching(problem, Descent(Untold("measure_weights"), estimator), math.inf, probes, seed), Traces()
     def keep(name, step, row):
         traces.setdefault(name, Trace(name)).append(step, row)
         if run is not None: run.log(step, {name: row})
     try:
-        for step, w in found: look(watching, problem, step, w, keep, lost)
+        for step, w in found:
+            there = {name: rows[step] for name, rows in had.items() if step in rows}
+            for row in there.items(): keep(row[0], step, row[1])
+            look(watching, problem, step, w, keep, lost, there)
     except BaseException as e:
         if run is not None: run.close("interrupted", f"{type(e).__name__}: {e}; measured to step {run.step}")
         raise
@@ -180,6 +185,13 @@ def measure_weights(
     if run is not None: run.close(traces.outcome.kind, words)
     if lost: warnings.warn(words, RuntimeWarning, stacklevel=2)
     return traces if run is None else run
+
+def rows_of(
+    runs: Mapping,                  # of these settings, from `earlier`
+) -> dict[str, dict[int, Row]]:     # by trace and step
+    "What the last of them has; traces with arrays are left out, and measured anew."
+    values = lambda t, i: Row({c: v[i] if v.ndim > 1 else float(v[i]) for c, v in t.columns.items()})
+    return {name: {int(k): values(t, i) for i, k in enumerate(t.steps)} for name, t in runs[max(runs)].traces.items() if not t.arrays} if runs else {}
 
 def surveyed(problem, series: list, lost: dict) -> Iterator[tuple[int, object]]:
     "The checkpoints that can be read, with their steps."
@@ -198,8 +210,9 @@ def surveyed(problem, series: list, lost: dict) -> Iterator[tuple[int, object]]:
 
 def label(w) -> str: return str(w) if isinstance(w, (str, Path)) else "a state dict" if isinstance(w, Mapping) else "θ"
 
-def look(watching: Watching, problem, step: int, w, keep, lost: dict):
-    "All probes at one checkpoint. What fails is kept in words."
+def look(watching: Watching, problem, step: int, w, keep, lost: dict, there=()):
+    "All probes but those that are there, at one checkpoint. What fails is kept in words."
+    if w is None or all(p.name in there for p in watching.probes): return
     try: theta, held = (w.detach(), {}) if isinstance(w, Tensor) else find_weights(problem, w if isinstance(w, Mapping) else read_weights(w), label(w))
     except (ValueError, FileNotFoundError) as e:
         lost[label(w)] = str(e)
@@ -209,20 +222,8 @@ def look(watching: Watching, problem, step: int, w, keep, lost: dict):
     shared, here = {}, watching.problem
     point = lambda: shared["point"] if "point" in shared else shared.setdefault("point", here.at(theta))
     state = Seen(step, theta, buffers, lambda: point().grad, lambda: ())
-    for p in watching.probes:
+    for p in (p for p in watching.probes if p.name not in there):
         try:
             with untouched(problem.device): row = p.measure(watching.view(p, state, shared, Glance))
             keep(p.name, step, row)
         except Exception as e: lost[p.name, step] = f"{p.name} at step {step}: {type(e).__name__}: {e}"
-
-def with_held(problem, held: dict[str, Tensor]):
-    "A problem whose network holds other constants: frozen parameters, and in evaluation mode running statistics."
-    there = {**dict(problem.module.named_parameters()), **dict(problem.module.named_buffers())}
-    new = {n: t for n, t in held.items() if n not in problem.buffers and not torch.equal(t.to(there[n]), there[n])}
-    if not new: return problem
-    other = problem.around(problem.network.around(copied))
-    for module in {other.network.module, other.network.loud}:
-        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        with torch.no_grad():
-            for n, t in new.items(): own[n].copy_(t)
-    return other

@@ -32,7 +32,7 @@ class Canvas(AnyWidget):
     last = Int(0).tag(sync=True)                                                    # its largest
     window = List(Float(), allow_none=True, default_value=None).tag(sync=True)      # of steps; None: all
     log = List(Unicode()).tag(sync=True)                                            # panels with a logarithmic y axis; "step": the x axes
-    hidden = List(Unicode()).tag(sync=True)                                         # entries of the legend
+    hidden = List(Unicode()).tag(sync=True)                                         # keys of lines
     message = Unicode("").tag(sync=True)                                            # what the user should know
     alone = Bool(False).tag(sync=True)                                              # is there no kernel?
 
@@ -41,17 +41,18 @@ PAGE_ROOM = 8_000_000     # bytes of a page's scene
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>@title@</title>
-<style>body { margin: 8px } @media (prefers-color-scheme: dark) { body { background: #111 } }
-@css@</style></head><body><main id="gradnb"></main>
+<style>body { margin: 8px; font: 14px system-ui, sans-serif } h1 { font-size: 18px; margin: 4px } @media (prefers-color-scheme: dark) { body { background: #111; color: #e0e0e0 } }
+@css@</style></head><body><h1>@title@</h1><main id="gradnb"></main>@about@
 <noscript><img alt="@title@" src="data:image/png;base64,@png@"></noscript>
 <script type="module">
 @js@
 const values = @values@, heard = {};
+try { Object.assign(values, JSON.parse(decodeURIComponent(location.hash.slice(1)) || "{}")); } catch {}      // a view that was linked to
 values.scene = new DataView(Uint8Array.from(atob("@scene@"), (c) => c.charCodeAt(0)).buffer);
 const model = {
   get: (k) => values[k],
   set: (k, v) => { if (values[k] !== v) { values[k] = v; (heard[`change:${k}`] ?? []).forEach((f) => f()); } },
-  on: (e, f) => (heard[e] ??= []).push(f), off: () => {}, save_changes: () => {}, send: () => {},
+  on: (e, f) => (heard[e] ??= []).push(f), off: () => {}, save_changes: () => { const { step, window, log, hidden } = values; history.replaceState(null, "", "#" + encodeURIComponent(JSON.stringify({ step, window, log, hidden }))); }, send: () => {},
 };
 widget.render({ model, el: document.getElementById("gradnb") });
 </script></body></html>
@@ -61,12 +62,15 @@ def page(
     panels: Iterable[Panel],
     title: str,
     png: bytes = b"",         # a picture for who reads without scripts
+    legend: dict | None = None,   # as for pack
+    about: str = "",          # text below the panels
     **look,                   # step, window, log, hidden, as on a canvas
 ) -> str:                     # HTML
     "Panels as a page that needs nothing else."
     panels = list(panels)
     values = dict(step=-1, position=0, last=0, window=None, log=[], hidden=[], message="", alone=True) | look
     b64 = lambda data: base64.b64encode(data).decode()
-    parts = dict(title=html.escape(title), css=styles(), js=script().replace("export default", "const widget ="), png=b64(png),
-                 values=json.dumps(values).replace("<", "\\u003c"), scene=b64(pack(panels, log=values["log"], room=PAGE_ROOM)))
+    below = f"<details><summary>what is shown</summary><pre>{html.escape(about)}</pre></details>" if about else ""
+    parts = dict(about=below, title=html.escape(title), css=styles(), js=script().replace("export default", "const widget ="), png=b64(png),
+                 values=json.dumps(values).replace("<", "\\u003c"), scene=b64(pack(panels, log=values["log"], room=PAGE_ROOM, legend=legend)))
     return re.sub("@(" + "|".join(parts) + ")@", lambda found: parts[found[1]], PAGE)

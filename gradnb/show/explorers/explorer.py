@@ -15,13 +15,14 @@ from threading import RLock, local
 from weakref import WeakSet
 import ipywidgets
 import numpy as np
+import pandas as pd
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 from .canvas import Canvas, page
-from .drawing import Look, draw_panels, logarithmic
-from .series import Panel, pack, stops
+from .drawing import Look, draw_panels, last_step, legend, logarithmic, seated
+from .series import Line, Panel, keys, pack, stops
 from ..plots.traces import style
 from ...ground.registry import unknown
 
@@ -40,6 +41,16 @@ class Explorer:
         "What is to be seen. To be written by each kind of explorer."
         raise NotImplementedError(f"{type(self).__name__} says nothing of its panels; write panels(look).")
 
+    def names(self, look: Look) -> dict[str, str]:
+        "What the legend calls the keys, in its order. Empty: as they are, and as they come."
+        return {}
+
+    def view(self, look: Look) -> tuple[list[Panel], dict[str, str], Look]:
+        "Panels, the legend's names, and the look with a colour for each of them."
+        panels = self.panels(look)
+        names = self.names(look) or {k: k for k in keys(panels)}
+        return panels, names, replace(look, slots=seated(look.slots, names))
+
     def controls(self) -> dict[str, ipywidgets.Widget]:
         "Widgets by the field of the look that they set."
         return {}
@@ -47,6 +58,10 @@ class Explorer:
     def extras(self) -> list[ipywidgets.Widget]:
         "Further widgets, above the panels."
         return []
+
+    def about(self, look: Look) -> str:
+        "What is shown, in words, for a page."
+        return ""
 
     def source(self) -> str:
         "Code whose last line is an expression that makes this explorer anew. Raises ValueError where there is none."
@@ -69,25 +84,48 @@ class Explorer:
         known = [f.name for f in fields(self.Look)]
         for name in changes:
             if name not in known: raise unknown(f"field of a {type(self).__name__}'s look", name, known)
-        return replace(look, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+        look = replace(look, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+        if look.window is not None and not (len(look.window) == 2 and look.window[0] < look.window[1]): raise ValueError(f"window={look.window!r} is no range of steps; write (first, last), or None for all.")
+        return look
 
     def figure(self, **changes) -> Figure:
         "The present view, or one that differs from it, as a matplotlib figure."
-        look = self.changed(self._look, changes)
-        return draw_panels(self.panels(look), look)
+        panels, names, look = self.view(self.changed(self._look, changes))
+        return draw_panels(panels, look, names)
 
     def code(self) -> str:
         "Code that draws the present view again."
         look, default = self.pinned(self._look), self.Look()
+        if self.view(replace(look, slots=()))[2].slots == look.slots: look = replace(look, slots=())      # the same without being told
         differs = {f.name: v for f in fields(self.Look) if (v := getattr(look, f.name)) != getattr(default, f.name)}
         return f"{self.source()}.figure({', '.join(f'{k}={v!r}' for k, v in differs.items())})"
 
     def html(self) -> str:
         "The panels as a page that needs neither a server nor a network."
-        panels = self.panels(self._look)
+        panels, names, seen = self.view(self._look)
         look = dict(log=[*logarithmic(self._look, panels)], hidden=[*self._look.hidden], window=self._look.window and [*self._look.window],
                     step=-1 if self._look.step is None else self._look.step)
-        return page(panels, type(self).__name__, self.image("png"), **look)
+        return page(panels, self.heading(self._look), self.image("png"), legend(seen, names), self.about(self._look), **look)
+
+    def heading(self, look: Look) -> str:
+        "Of a page."
+        return type(self).__name__
+
+    def numbers(self) -> pd.DataFrame:
+        "The numbers that are shown, a row a point: panel, name, what else the line is, x, y, low, high."
+        panels, names, look = self.view(self._look)
+        step, none = last_step(panels) if look.step is None else look.step, lambda line: np.full(len(line.x), np.nan)
+        shown = [(p.name, i) for p in panels for i in p.at(step) if isinstance(i, Line) and i.key not in look.hidden]
+        parts = [pd.DataFrame(dict(panel=name, line=names.get(i.key, i.key), what=i.label, x=i.x, y=i.y, low=none(i) if i.low is None else i.low,
+                                   high=none(i) if i.high is None else i.high)) for name, i in shown if len(i.x)]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["panel", "line", "what", "x", "y", "low", "high"])
+
+    def exported(self, kind: str) -> bytes:
+        "The present view as a file of a kind. Raises ValueError on one that there is not."
+        makers = dict(png=lambda: self.image("png"), svg=lambda: self.image("svg"), html=self.html, csv=lambda: self.numbers().to_csv(index=False), py=self.code)
+        if kind not in makers: raise ValueError(f"a view is saved as .{', .'.join(makers)}, not as {kind!r}.")
+        made = makers[kind]()
+        return made if isinstance(made, bytes) else made.encode()
 
     def image(self,
         kind: str,      # "png" or "svg"
@@ -105,14 +143,11 @@ class Explorer:
         return out.getvalue()
 
     def save(self,
-        path: str | Path,     # …/NAME.png, .svg, .html or .py
+        path: str | Path,     # …/NAME.png, .svg, .html, .csv or .py
     ) -> Path:
         "Write the present view. Raises ValueError on another kind of file."
         path = Path(path)
-        make = {".png": lambda: self.image("png"), ".svg": lambda: self.image("svg"), ".html": self.html, ".py": self.code}.get(path.suffix)
-        if make is None: raise ValueError(f"a view is saved as .png, .svg, .html or .py, not as {path.name!r}.")
-        made = make()
-        path.write_bytes(made if isinstance(made, bytes) else made.encode())
+        path.write_bytes(self.exported(path.suffix[1:]))
         return path
 
     def set(self, **changes):
@@ -130,8 +165,8 @@ class Explorer:
         "Show what the data are now. What is wrong becomes a message; the panels that were there stay."
         with self._lock, self.telling():
             if self._box is None: return
-            panels = self.panels(self._look)
-            scene = pack(panels, None, logarithmic(self._look, panels))
+            panels, names, self._look = self.view(self._look)
+            scene = pack(panels, None, logarithmic(self._look, panels), legend=legend(self._look, names))
             if self._look.log is None: self._canvas.log = [*logarithmic(self._look, panels)]
             self._panels, self._canvas.scene, self._canvas.message = panels, scene, ""
             self._slider.layout.display = None if stops(panels) else "none"
@@ -197,8 +232,8 @@ class Explorer:
                 canvas.send({"kind": kind}, [pack([replace(p, items=(), steps=p.steps[i:i + 1]) for p, i in at if i >= 0])])
             elif kind == "save" and content["format"] == "code": canvas.send({"kind": "code", "text": self.code()})
             elif kind == "save":
-                name, mime = content["format"], {"png": "image/png", "svg": "image/svg+xml"}[content["format"]]
-                canvas.send({"kind": "file", "name": f"{type(self).__name__}.{name}", "type": mime}, [self.image(name)])
+                name, mime = content["format"], dict(png="image/png", svg="image/svg+xml", html="text/html", csv="text/csv")
+                canvas.send({"kind": "file", "name": f"{type(self).__name__}.{name}", "type": mime[name]}, [self.exported(name)])
 
     def close(self):
         "End the widget."

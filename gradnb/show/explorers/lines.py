@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.special import ndtri
-from .series import BARS, DASHED, POINTS, Line, Words
+from .series import BARS, DASHED, EDGE, POINTS, Line, Words
 from ...linalg.spectra import Spectrum
 from ...measure.thresholds.metrics import threshold
 from ...ground.traces import Trace
@@ -57,9 +57,9 @@ def smoothed(
 def trace_lines(
     trace: Trace,
     column: str,
-    key: str,                        # entry of the legend
+    key: str,                        # of the lines
     half: float = 0.,                # steps in which a weight of the mean halves; 0: raw
-    edge: np.ndarray | None = None,  # (T,), a threshold where the trace has none
+    edge: tuple | None = None,       # steps and a threshold, where the trace has none
     alone: bool = True,              # are there no other runs? Then a Gaussian is grey, with its band
 ) -> list[Line]:
     "A column with all that stands beside it."
@@ -71,12 +71,12 @@ def trace_lines(
         side = [s[min(i, len(s) - 1)] for s in sides]
         low, high = side if len(side) == 2 else (v - side[0], v + side[0]) if side else (None, None)
         if half:
-            lines += [Line(steps, v, key=key, faint=True), Line(steps, smoothed(steps, v, half), key=key, label="mean")]
+            lines += [Line(steps, v, low, high, key=key, faint=True), Line(steps, smoothed(steps, v, half), key=key, label="mean")]
         else: lines.append(Line(steps, v, low, high, key=key))
     if column != "value": return lines
-    edge = columns["threshold"] if "threshold" in columns else edge
+    edge = (steps, columns["threshold"]) if "threshold" in columns else edge
     each = lambda v: list(v.T[:FEW]) if v.ndim == 2 else [v]         # a threshold for every entry of a vector
-    if edge is not None: lines += [Line(steps, e, key=key, label="threshold", style=DASHED) for e in each(edge)]
+    if edge is not None: lines += [Line(edge[0], e, key=key, label="threshold", style=EDGE) for e in each(edge[1])]
     if "gaussian" in columns:
         sides = [each(columns[f"gaussian_{w}"]) for w in ("low", "high") if f"gaussian_{w}" in columns and alone]
         how = {} if alone else dict(key=key, style=DASHED)
@@ -116,7 +116,7 @@ def spectrum_line(
     nodes: np.ndarray,       # (r·m,) of r draws
     weights: np.ndarray,     # (r·m,), which sum to 1
     draws: int,              # r
-    key: str,                # entry of the legend
+    key: str,                # of the line
     p: int = 0,              # size of the matrix; 0: unknown
 ) -> Line:
     "The density of eigenvalues with its interval, down to 1e-8 of its peak."
@@ -128,28 +128,28 @@ def spectrum_line(
 def frame_lines(
     kind: str,                                    # "histogram", "quantiles" or "spectrum"
     column: str,                                  # or the two of a spectrum
-    traces: dict[str, Trace],                     # by entry of the legend
+    traces: list[tuple[str, Trace]],              # each with its key
     step: int,
 ) -> list:                                        # lines; words where a file is damaged
     "What is drawn of the newest vectors up to a step."
-    lines, values = [], {}
-    for key, trace in traces.items():
+    lines, values = [], []
+    for key, trace in traces:
         i = np.searchsorted(trace.steps, step, "right") - 1
         if i < 0: continue
         k = int(trace.steps[i])
         try:
-            values[key] = [vector(trace, c, k) for c in column.split(" ")]
+            values.append((key, [vector(trace, c, k) for c in column.split(" ")]))
             if kind == "spectrum":
-                (nodes, weights), cell = values[key], lambda c: float(vector(trace, c, k)) if c in trace.columns else 0.
+                (nodes, weights), cell = values[-1][1], lambda c: float(vector(trace, c, k)) if c in trace.columns else 0.
                 size = cell("square") / max((weights * nodes**2).sum(), 1e-300)        # ‖A‖²_F over the mean square of an eigenvalue
                 lines.append(spectrum_line(nodes, weights, int(cell("draws") or 1), key, round(size) if np.isfinite(size) else 0))
         except (ValueError, KeyError, OSError) as e: lines.append(Words([0.], [0.], (f"{key}: {e}",)))
     if kind == "spectrum": return lines
-    sound = {key: v[np.isfinite(v)] for key, (v,) in values.items() if np.isfinite(v).sum() > 1}
+    sound = [(key, v[np.isfinite(v)]) for key, (v,) in values if np.isfinite(v).sum() > 1]
     if kind == "histogram" and sound:
-        bins = np.histogram_bin_edges(np.concatenate([*sound.values()]), min(60, max(8, int(np.sqrt(max(map(len, sound.values())))))))
-        lines += [Line(bins, np.append(h := np.histogram(v, bins, density=True)[0], h[-1]), key=key, style=BARS) for key, v in sound.items()]
-    for key, v in sound.items() if kind == "quantiles" else ():
+        bins = np.histogram_bin_edges(np.concatenate([v for _, v in sound]), min(60, max(8, int(np.sqrt(max(len(v) for _, v in sound))))))
+        lines += [Line(bins, np.append(h := np.histogram(v, bins, density=True)[0], h[-1]), key=key, style=BARS) for key, v in sound]
+    for key, v in sound if kind == "quantiles" else ():
         at = ndtri((np.arange(len(v)) + .5) / len(v))
         lines.append(Line(at, (np.sort(v) - v.mean()) / (v.std(ddof=1) or 1.), key=key, style=POINTS))
     if kind == "quantiles" and sound: lines.append(Line(np.array([-3.5, 3.5]), np.array([-3.5, 3.5]), label="Gaussian", style=DASHED))

@@ -69,22 +69,23 @@ class LiveExplorer(Live, Explorer):
         "One quantity of all trajectories."
         if kind != "line":
             steps = np.unique(np.concatenate([t.steps for t in traces.values()]))
-            return Panel(name, (), *AXES[kind], linked=False, ylog=kind == "spectrum", steps=steps, frame=lambda k: frame_lines(kind, column, traces, k))
+            return Panel(name, (), *AXES[kind], linked=False, ylog=kind == "spectrum", steps=steps, frame=lambda k: frame_lines(kind, column, [*traces.items()], k))
         lines = []
         for key, trace in traces.items():
             edge = self.edge(self.trajectories[key], trace.steps) if source == "sharpness" and column == "value" else None
             lines += trace_lines(trace, column, key, look.smooth, edge)
         return Panel(name, tuple(lines), ylog=positive(lines) and source in ("loss", "distance"))
 
-    def edge(self, t: Trajectory, steps: np.ndarray) -> np.ndarray | None:
-        "2/η of the stepper in force at each step, nan where the sharpness by itself decides nothing."
+    def edge(self, t: Trajectory, steps: np.ndarray) -> tuple | None:
+        "Steps, with those of the changes, and 2/η of the stepper in force at each, nan where the sharpness by itself decides nothing."
         begins = np.array(sorted(t.changes))
+        steps = np.union1d(steps, begins[(begins >= steps[0]) & (begins <= steps[-1])])
         steppers = [t.changes[k] for k in begins]
         which, edge = np.searchsorted(begins, steps, "right") - 1, np.full(len(steps), np.nan)
         for i, stepper in enumerate(steppers):
             found = plain_threshold(stepper, steps[which == i]) if hasattr(stepper, "estimator") and hasattr(stepper, "rule") else None
             if found is not None: edge[which == i] = found
-        return edge if np.isfinite(edge).any() else None
+        return (steps, edge) if np.isfinite(edge).any() else None
 
     def rate_line(self, name: str, t: Trajectory) -> Line | None:
         "The learning rate over the steps."
@@ -104,7 +105,7 @@ class LiveExplorer(Live, Explorer):
             super().refresh()
             with self.telling():
                 self.show_parts()
-                ends = [t.outcome.message for t in self.trajectories.values() if t.outcome is not None]
+                ends = [t.outcome.message if name in t.outcome.message else f"{name}: {t.outcome.message}" for name, t in self.trajectories.items() if t.outcome is not None]
                 self._canvas.message = self._canvas.message or "; ".join(filter(None, [self._said, *ends]))
 
     def change(self, *args, **changes):
@@ -132,19 +133,19 @@ class LiveExplorer(Live, Explorer):
         self.pause()
         super().close()
 
-    def controls(self): return {"smooth": ipywidgets.BoundedFloatText(self.look.smooth, min=0, max=1e9, description="smooth", layout=ipywidgets.Layout(width="160px"))}
+    def controls(self): return {"smooth": ipywidgets.BoundedFloatText(self.look.smooth, min=0, max=1e9, description="smooth", tooltip="steps in which a weight of the mean halves; 0: raw", layout=ipywidgets.Layout(width="160px"))}
 
     def extras(self):
         wide, box = lambda w: ipywidgets.Layout(width=w), ipywidgets
         words = lambda text, known: box.Combobox(description=text, options=sorted(known), continuous_update=False, layout=wide("260px"))
         button = lambda text, says: box.Button(description=text, tooltip=says, layout=wide("auto"))
         self._parts = dict(
-            going=box.ToggleButton(False, description="run", tooltip="train in the background; again: pause", layout=wide("auto")),
+            going=box.ToggleButton(False, description="run", tooltip="train in the background; again: pause", button_style="primary", layout=wide("auto")),
             once=button("one step", "one step of each, those behind first"),
             steps=box.BoundedIntText(1000, min=1, max=10**9, description="for steps", layout=wide("180px")),
             which=box.Dropdown(options=[*self.trajectories], description="trajectory", layout=wide("260px")),
-            lr=box.FloatLogSlider(.1, min=-5, max=1, step=.02, description="lr", continuous_update=False, readout_format=".3g"),
-            size=box.BoundedIntText(1, min=1, max=self.problem.n, description="batch", layout=wide("160px")),
+            lr=box.FloatLogSlider(.1, min=-5, max=1, step=.02, description="lr", continuous_update=False, readout_format=".3g", tooltip="learning rate η"),
+            size=box.BoundedIntText(1, min=1, max=self.problem.n, description="batch", tooltip="examples in a batch", layout=wide("160px")),
             rule=words("rule", RULES), estimator=words("estimator", ESTIMATORS),
             fork=button("fork", "a second trajectory from the step of the slider"),
             flow=button("gradient flow", "infinitely small steps, from the step of the slider"),
@@ -159,7 +160,7 @@ class LiveExplorer(Live, Explorer):
         p["once"].on_click(lambda _: self.told(lambda: self.run(1)))
         p["fork"].on_click(begin())
         p["flow"].on_click(begin(self.flow_of))
-        p["central"].on_click(begin(lambda stepper: CentralFlow(stepper.rule)))
+        p["central"].on_click(begin(self.central_of))
         p["drop"].on_click(lambda _: self.told(lambda: self.drop(p["which"].value)))
         self.show_parts()
         return [*p.values()]
@@ -168,6 +169,11 @@ class LiveExplorer(Live, Explorer):
         "The flow that a stepper follows at small rates. Raises ValueError on one without a rate."
         if (lr := learning_rate(stepper, max(self.first.step, 0))) is None: raise ValueError(f"{stepper!r} has no learning rate, and so no unit of time for the flow.")
         return GradientFlow(lr)
+
+    def central_of(self, stepper) -> CentralFlow:
+        "The time average of a stepper's rule. Raises ValueError on one without a rule."
+        if not hasattr(stepper, "rule"): raise ValueError(f"{stepper!r} has no rule whose oscillations a central flow would average; choose a trajectory that has one.")
+        return CentralFlow(stepper.rule)
 
     def told(self, act, wanted: bool = True):
         "Do what a control asks for; what is wrong with it becomes a message, and the control shows what holds."
@@ -178,6 +184,7 @@ class LiveExplorer(Live, Explorer):
     def heard_part(self, name: str):
         "A control of the chosen trajectory has another value."
         value, which = self._parts[name].value, self._parts["which"].value
+        if name == "lr": value = float(f"{value:.3g}")          # what is read beside the slider
         if value == self.part_values(self.of(which).stepper)[name]: return
         if name in ("rule", "estimator"): value = (RULES if name == "rule" else ESTIMATORS).build(value)
         self.change(which, **{name: value})

@@ -7,7 +7,9 @@ __all__ = ['FIRST', 'RunLook', 'RunExplorer', 'names_of']
 
 # %% ../../../nbs/09_show/04_explorers/07_runs.ipynb #imports
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from threading import Event, Thread
 import ipywidgets
@@ -15,10 +17,14 @@ import numpy as np
 from .drawing import Look
 from .explorer import Explorer
 from .series import Panel
+from .table import RunTable, last_values, plain, short_names
+from .comparing import CLOCKS, against, difference, mean_trace, ticking
+from .filters import differing, in_order, meeting
 from .lines import AXES, frame_lines, plain_threshold, positive, quantities, trace_lines, wide
-from ...ground.registry import parse_call
+from ...ground.registry import unknown
 from ...runs.run import Run
-from ...runs.store import Store, dotted, matches
+from ...runs.spec import BESIDE
+from ...runs.store import UNREAD, Store
 from ...ground.traces import Trace
 
 # %% ../../../nbs/09_show/04_explorers/07_runs.ipynb #explorer
@@ -27,10 +33,13 @@ FIRST = ("loss", "sharpness", "preconditioned_sharpness", "tail_index", "grad_va
 @dataclass(frozen=True)
 class RunLook(Look):
     "What is shown of which runs."
-    where: str = ""                         # fields of the spec: "rule=GD seed=0"
+    where: str = ""                         # a filter: "rule=GD seed=0", "lr > 0.01 and rule == 'Adam'", "adam"
     runs: tuple[str, ...] | None = None     # hashes, or their beginnings; None: the first four
     show: tuple[str, ...] | None = None     # panels; None: loss, sharpness, tail index, … as far as there are any
     smooth: float = 0.                      # steps in which a weight of the mean halves
+    group: str = ""                         # a field, as "seed": runs that differ only in it are one line
+    against: str = ""                       # what is on the x axis: empty: steps; "time" (Σ η), "epoch" or "seconds"; a field, as "rule.lr", with last values over it
+    baseline: str = ""                      # a run's hash, or its beginning: differences to it
 
 class RunExplorer(Explorer):
     "Runs of a store, in linked panels."
@@ -42,33 +51,47 @@ class RunExplorer(Explorer):
         **look,                                    # runs, show, smooth, step, window, …
     ):
         self.store, self.follow = store if isinstance(store, Store) else Store(store), follow
-        self._about, self._read, self._closing, self._seen = {}, {}, Event(), ()
+        self._read, self._lasts, self._closing, self._seen = {}, {}, Event(), ()
         super().__init__(**look)
 
     def found(self,
         where: str,
     ) -> tuple[dict[str, dict], list[str]]:     # fields by hash, and what could not be read
-        "The runs that meet a filter."
-        wanted, lost, known = parse_call(":" + ",".join(where.split()))[1], [], set()
-        for run in self.store.list():
-            if run.hash in self._about: continue
-            try: self._about[run.hash] = run.spec.fields
-            except (ValueError, OSError) as e: lost.append(f"run {run.hash}: {e}")
-        for fields in self._about.values(): known |= fields.keys()
-        for name in dotted(wanted):
-            if known and name not in known: raise ValueError(f"no run has a field {name!r}; they have {', '.join(sorted(known))}.")
-        there = {run.hash for run in self.store.list()}
-        return {h: f for h, f in self._about.items() if h in there and all(k in f and matches(f[k], v) for k, v in dotted(wanted).items())}, lost
+        "The runs that meet a filter, in the order of what differs."
+        lines = self.store.about()
+        lost = [f"run {h}: {line['message']}" for h, line in lines.items() if line["status"] in UNREAD]
+        return in_order(meeting(where, {h: line for h, line in lines.items() if line["status"] not in UNREAD})), lost
 
     def chosen(self,
         look: RunLook,
         found: dict[str, dict],
     ) -> list[str]:     # hashes
         "The runs that are shown. Raises ValueError on one that is not there."
-        if look.runs is None: return [*found][:4]
+        if look.runs is None: return [h for members in [*self.groups(look, found).values()][:4] for h in members]
         for r in look.runs:
             if not any(h.startswith(r) for h in found): raise ValueError(f"no run {r!r} in {self.store.root}" + f" meets {look.where!r}" * bool(look.where) + ".")
         return [h for h in found if any(h.startswith(r) for r in look.runs)]
+
+    def groups(self,
+        look: RunLook,
+        found: dict[str, dict],     # fields by hash
+    ) -> dict[str, list[str]]:      # hashes by key
+        "Runs that are one line. Raises ValueError on a field that none has."
+        if not look.group: return {h: [h] for h in found}
+        if found and not any(look.group in f for f in found.values()): raise unknown("field", look.group, {k for f in found.values() for k in f})
+        groups, apart = {}, (look.group, "source", *BESIDE)      # a name that was given tells no two apart
+        for h, f in found.items():
+            rest = repr(sorted((k, repr(v)) for k, v in f.items() if k not in apart))
+            groups.setdefault("group " + sha256(rest.encode()).hexdigest()[:16], []).append(h)
+        return groups
+
+    def names(self, look):
+        found, _ = self.found(look.where)
+        groups = self.groups(look, {h: found[h] for h in self.chosen(look, found)})
+        if not look.group: return names_of({h: found[h] for h in groups}, found)
+        without = lambda h: {k: v for k, v in found[h].items() if k not in (look.group, "source")}
+        names = names_of({key: without(those[0]) for key, those in groups.items()}, {key: without(those[0]) for key, those in self.groups(look, found).items()})
+        return {key: f"{names[key]} (n = {len(those)})" for key, those in groups.items()}
 
     def traces(self, hash: str) -> tuple[dict[str, Trace], list[str]]:
         "The traces of a run, and what is wrong with the others; read again when their files have changed."
@@ -87,6 +110,18 @@ class RunExplorer(Explorer):
         self._read[hash] = stamp, found, lost
         return found, lost
 
+    def lasts(self, hash: str, wanted: list[str]) -> dict[str, float]:
+        "Last values of a run; read again when its files have changed, and not kept otherwise."
+        stamp, run = self.stamp(hash), Run(self.store.root / hash)
+        known = self._lasts[hash] = self._lasts[hash] if self._lasts.get(hash, {}).get("") == stamp else {"": stamp}
+        if missing := [w for w in wanted if w not in known]:
+            found = {}
+            with suppress(ValueError, OSError, KeyError):
+                for name in run.names():
+                    if any(w == name or w.startswith(f"{name}.") for w in missing): found[name] = run.trace(name)
+                known |= dict.fromkeys(missing) | last_values(found, missing)
+        return known
+
     def stamp(self, hash: str) -> tuple:
         "Changes when a run's files do."
         try: return tuple(sorted((f.name, (s := f.stat()).st_mtime_ns, s.st_size) for f in os.scandir(self.store.root / hash / "traces")))
@@ -96,13 +131,18 @@ class RunExplorer(Explorer):
         found, lost = self.found(look.where)
         hashes = self.chosen(look, found)
         if not hashes: return [Panel("no runs", note=self.nothing(look, found, lost))]
-        labels, menu, by_run = names_of({h: found[h] for h in hashes}, found), {}, {}
+        groups, menu, by_run = self.groups(look, {h: found[h] for h in hashes}), {}, {}
         for h in hashes:
             by_run[h], more = self.traces(h)
             lost = lost + more
             for trace in by_run[h].values():
                 for name, what in quantities(trace).items(): menu.setdefault(name, (trace.name, *what))
-        panels = [self.panel(name, menu, hashes, labels, by_run, look) for name in self.shown(look, menu)]
+        base = self.base(look, found)
+        about = {key: found[those[0]] for key, those in groups.items()}
+        panels = [self.panel(name, menu, groups, by_run, look, base) for name in self.shown(look, menu)]
+        if look.against in CLOCKS: panels = [self.on_clock(p, look.against, groups) for p in panels if p.note or p.linked]
+        elif look.against: panels = [against(p, look.against, about) for p in panels if not p.note and p.linked]
+        if not panels and menu: panels = [Panel("no panels", note=f"no panel is chosen; there are {', '.join(menu)}.")]
         if not panels: panels = [Panel("no traces", note="these runs have no traces yet.")]
         return panels + [Panel("left out", note="; ".join(lost))] * bool(lost)
 
@@ -112,18 +152,37 @@ class RunExplorer(Explorer):
         first = [next((n for n in menu if n == w or w.endswith(": ") and n.startswith(w) or n.startswith(f"{w} of ")), None) for w in FIRST]
         return list(filter(None, first)) or [*menu][:6]
 
-    def panel(self, name: str, menu: dict, hashes: list[str], labels: dict, by_run: dict, look: RunLook) -> Panel:
+    def on_clock(self, panel: Panel, clock: str, groups: dict[str, list[str]]) -> Panel:
+        "The same lines over another clock than the step."
+        if panel.note: return panel
+        times = {key: ticking(Run(self.store.root / hashes[0]), clock) for key, hashes in groups.items()}
+        lines = tuple(replace(line, x=times[line.key](line.x)) for line in panel.lines if times.get(line.key))
+        return replace(panel, items=lines, linked=False, xlabel=CLOCKS[clock], note="" if lines else f"nothing is known of the {clock} of these runs.")
+
+    def base(self, look: RunLook, found: dict[str, dict]) -> dict[str, Trace] | None:
+        "Traces of the run to which differences are taken. Raises ValueError on one that is not there."
+        if not look.baseline: return None
+        if not (those := [h for h in found if h.startswith(look.baseline)]): raise ValueError(f"no run {look.baseline!r} to take differences to; it must be one that is found.")
+        return self.traces(those[0])[0]
+
+    def panel(self, name: str, menu: dict, groups: dict, by_run: dict, look: RunLook, base: dict | None = None) -> Panel:
         "One panel, or why it is empty."
         if name not in menu: return Panel(name, note=f"none of these runs has {name!r}; they have {', '.join(menu) or 'no traces'}.")
         source, kind, column = menu[name]
-        having = {h: by_run[h][source] for h in hashes if source in by_run[h] and name in quantities(by_run[h][source])}
-        traces = {labels[h]: trace for h, trace in having.items()}
+        having = {key: those for key, hashes in groups.items() if (those := [h for h in hashes if source in by_run[h] and name in quantities(by_run[h][source])])}
         if kind != "line":
-            steps = np.unique(np.concatenate([t.steps for t in traces.values()]))
+            traces = [(key, by_run[h][source]) for key, hashes in having.items() for h in hashes]
+            steps = np.unique(np.concatenate([t.steps for _, t in traces]))
             xlabel, ylabel = AXES[kind]
             return Panel(name, (), xlabel, ylabel, linked=False, ylog=kind == "spectrum", steps=steps, frame=lambda k: frame_lines(kind, column, traces, k))
-        edge = lambda h, t: plain_threshold(Run(self.store.root / h).spec, t.steps) if source == "sharpness" and column == "value" else None
-        lines = [line for h, t in having.items() for line in trace_lines(t, column, labels[h], look.smooth, edge(h, t), len(having) == 1)]
+        traces, lines = {key: mean_trace([by_run[h][source] for h in hashes], column) for key, hashes in having.items()}, []
+        for key, t in traces.items() if base is None or source in base else ():
+            if base is not None:
+                lines += trace_lines(difference(t, base[source], column), column, key, look.smooth)
+                continue
+            edge = plain_threshold(Run(self.store.root / having[key][0]).spec, t.steps) if source == "sharpness" and column == "value" else None
+            lines += trace_lines(t, column, key, look.smooth, None if edge is None else (t.steps, edge), len(having) == 1)
+        if base is not None: return Panel(name, tuple(lines), ylabel="difference", note="" if lines else f"the baseline has no {name}.")
         return Panel(name, tuple(lines), ylog=positive(lines) and ("loss" in name or wide(lines)))
 
     def nothing(self, look: RunLook, found: dict, lost: list[str]) -> str:
@@ -132,6 +191,12 @@ class RunExplorer(Explorer):
         if found: return f"choose among the {len(found)} runs of {self.store.root}."
         return f"no run of {self.store.root} meets {look.where!r}." if look.where else f"{self.store.root} has no runs yet; Store.run(spec) trains one."
 
+    def heading(self, look): return f"Runs of {self.store.root.name}"
+
+    def about(self, look):
+        found, _ = self.found(look.where)
+        return "\n\n".join(f"run {h}\n" + "\n".join(f"  {k} = {v}" for k, v in found[h].items() if v is not None) for h in self.chosen(look, found))
+
     def source(self): return f"from gradnb.show.explorers.runs import RunExplorer\nRunExplorer({str(self.store.root)!r})"
 
     def pinned(self, look):
@@ -139,11 +204,12 @@ class RunExplorer(Explorer):
         return replace(look, where="", runs=tuple(h[:8] for h in self.chosen(look, found)))
 
     def controls(self):
-        few, wide = ipywidgets.Layout(width="260px", height="82px"), ipywidgets.Layout(width="240px")
-        many = lambda text, wait=False: ipywidgets.SelectMultiple(description=text, layout=few)
-        return dict(where=ipywidgets.Text(self.look.where, description="where", placeholder="rule=GD seed=0", continuous_update=False, layout=wide),
-                    runs=many("runs"), show=many("panels"),
-                    smooth=ipywidgets.BoundedFloatText(self.look.smooth, min=0, max=1e12, description="smooth", layout=ipywidgets.Layout(width="160px")))
+        few, wide = ipywidgets.Layout(width="280px", height="190px"), ipywidgets.Layout(width="300px")
+        choice = lambda text, value, first: ipywidgets.Dropdown(options=[(first, "")] + [(value, value)] * bool(value), value=value, description=text, layout=ipywidgets.Layout(width="230px"))
+        return dict(where=ipywidgets.Text(self.look.where, description="where", placeholder="rule=GD, lr > 0.1, adam", continuous_update=False, tooltip="which runs are listed: fields, an expression, or words", layout=wide),
+                    runs=RunTable(layout=ipywidgets.Layout(flex="1 1 420px", min_width="0")), show=ipywidgets.SelectMultiple(description="panels", layout=few),
+                    smooth=ipywidgets.BoundedFloatText(self.look.smooth, min=0, max=1e12, description="smooth", tooltip="steps in which a weight of the mean halves; 0: raw", layout=ipywidgets.Layout(width="160px")),
+                    group=choice("group", self.look.group, "each run"), against=choice("x axis", self.look.against, "step"), baseline=choice("less", self.look.baseline, "nothing"))
 
     def set(self, **changes):
         if "where" in changes: changes = {"runs": None} | changes
@@ -154,15 +220,23 @@ class RunExplorer(Explorer):
         with self._lock, self.telling():
             if self._box is None: return
             found, _ = self.found(self._look.where)
-            hashes, some = self.chosen(self._look, found), [*found][:500]
-            labels, menu = names_of({h: found[h] for h in some}, found), []
+            hashes, menu, differ, look = self.chosen(self._look, found), [], differing(self.found("")[0]), self._look
             for h in hashes: menu += [n for t in self.traces(h)[0].values() for n in quantities(t) if n not in menu]
-            choices = dict(runs=([(labels[h], h) for h in some], hashes), show=(menu, self.shown(self._look, menu)))
-            for name, (options, value) in choices.items():
-                control = self._controls[name]
+            shown, words = self.shown(look, menu), short_names(differ or ["rule"])
+            numbers = [k for k in differ if any(isinstance(f.get(k), (int, float)) for f in found.values())]
+            labels = names_of({h: found[h] for h in hashes}, found)
+            options = dict(show=menu, group=[("each run", ""), *((words[k], k) for k in differ)], against=[("step", ""), *((c, c) for c in CLOCKS), *((words[k], k) for k in numbers)],
+                           baseline=[("nothing", ""), *((labels[h], h) for h in hashes)])
+            values = dict(show=[n for n in shown if n in menu], group=look.group, against=look.against, baseline=next((h for h in found if look.baseline and h.startswith(look.baseline)), ""))
+            for name, some in options.items():
+                control, value = self._controls[name], values[name]
+                if name != "show" and value and value not in [v for _, v in some]: some = [*some, (value, value)]
                 with control.hold_sync():          # the browser must not look for what was chosen among other options
-                    if [*control.options] != options: control.options = options
-                    control.value = [v for v in value if v in [o if name == "show" else o[1] for o in options]]
+                    if [*control.options] != some: control.options = some
+                    control.value = value
+            table, wanted = self._controls["runs"], [n for n in shown if ": " not in n]
+            rows = [[h, *(plain(f.get(k)) for k in words), f["status"], f["step"], *(plain(lasts.get(n)) for n in wanted)] for h, f in found.items() for lasts in [self.lasts(h, wanted)]]
+            with table.hold_sync(): table.columns, table.rows, table.value = [*words.values(), "status", "steps", *(n.replace("_", " ") for n in wanted)], rows, hashes
 
     @property
     def widget(self):
@@ -174,7 +248,7 @@ class RunExplorer(Explorer):
 
     def present(self) -> tuple:
         "Changes when something has been written."
-        try: there = {e.name for e in os.scandir(self.store.root) if e.name in self._about or os.path.exists(f"{e.path}/spec.json")}
+        try: there = {e.name for e in os.scandir(self.store.root) if os.path.exists(f"{e.path}/spec.json")}
         except OSError: there = set()
         return there, *map(self.stamp, [*self._read])
 
@@ -194,7 +268,7 @@ def names_of(
     all_runs: dict[str, dict],
 ) -> dict[str, str]:             # by hash
     "What to call runs: by the fields that tell them apart, one by itself by its rule."
-    differ = [k for k in dict.fromkeys(k for f in all_runs.values() for k in f) if k != "probes" and len({repr(f.get(k)) for f in all_runs.values()}) > 1] or ["rule", "rule.lr"]
+    differ = differing(all_runs) or ["rule", "rule.lr"]
     short = lambda k, v: str(v) if isinstance(v, str) else f"{k.rpartition('.')[2]}={v}"
     name = lambda f, words: " ".join(short(k, f[k]) for k in words if f.get(k) is not None)
     common = [k for k in differ if all(k in f for f in all_runs.values())]      # what only some rules have is said where it must be

@@ -74,6 +74,8 @@ function evenTicks(low, high, most) {
   }
 }
 
+const WHOLE = Array.from({ length: 36 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3));       // distances of ticks between steps
+
 const tickLabel = (v) => (v >= 1e-3 && v < 1e5 ? String(v) : v.toExponential().replace("e+", "e"));
 
 const upTo = (x, value) => {                                       // index of the last entry ≤ value, -1 where there is none
@@ -88,6 +90,41 @@ const brief = (v) => {
   return a !== 0 && (a < 1e-3 || a >= 1e5) ? v.toExponential(2).replace(/\.?0*e\+?/, "e") : String(+v.toPrecision(4));
 };
 
+function between(x, y, at, style) {                                // a line's y between its points
+  const k = upTo(x, at);
+  if (k < 0 || k + 1 >= x.length || x[k] === at || style === "points" || style === "bars") return NaN;
+  return style === "steps" || style === "edge" ? y[k] : y[k] + ((at - x[k]) / (x[k + 1] - x[k])) * (y[k + 1] - y[k]);
+}
+
+function yLimits(lines, window, xlog, ylog) {                      // the rule of gradnb.show.explorers.drawing
+  const positive = (v) => (v > 0 ? Math.log10(v) : NaN), t = ylog ? positive : (v) => v, s = xlog ? positive : (v) => v;
+  let values = [], others = [], widths = [];
+  for (const { x, y, low, high, style } of lines) {
+    const edge = style === "edge", room = low && !y.some(Number.isFinite), inside = (k) => !window || (x[k] >= window[0] && x[k] <= window[1]);
+    const at = window && Float64Array.from(x, s);
+    for (const v of [y, low, high]) {
+      if (!v) continue;
+      const into = room || (v === y && !edge) ? values : others;
+      for (let k = 0; k < x.length; k++) if (inside(k)) into.push(t(v[k]));
+      if (window) { const drawn = Float64Array.from(v, t); for (const w of window) into.push(between(at, drawn, s(w), style)); }
+    }
+    if (style === "bars" && !ylog) values.push(0);
+    if (!edge && !room) for (let k = 0; k < x.length; k++) if (inside(k)) {
+      const l = low ? t(low[k]) : 0, h = low ? t(high[k]) : 0;
+      widths.push(low ? (Number.isFinite(l) ? (h - l) / 2 : h - t(y[k])) : Number.isFinite(t(y[k])) ? 0 : NaN);
+    }
+  }
+  [values, others, widths] = [values, others, widths].map((v) => Float64Array.from(v.filter(Number.isFinite)));
+  if (!values.length) values = others.length ? others : ylog ? [-1, 0] : [0, 1];
+  const ends = (v) => v.reduce(([a, b], c) => [Math.min(a, c), Math.max(b, c)], [Infinity, -Infinity]);
+  let [low, high] = ends(values);
+  const usual = widths.length ? widths.sort()[(widths.length - 1) >> 1] : 0;
+  const reach = Math.max(high - low, 3 * usual) || (ylog ? 1 : Math.max(Math.abs(low), Math.abs(high)) || 1), least = low - reach, most = high + reach;
+  [low, high] = ends([low, high, ...others.filter((v) => v >= least && v <= most)]);
+  const pad = ylog ? Math.max((high - low) * 0.06, Math.log10(1.02)) : (high - low) * 0.06 || Math.abs(low) * 0.06 || 0.06;
+  return [low - pad, high + pad].map((v) => (ylog ? 10 ** Math.min(Math.max(v, -300), 300) : v));
+}
+
 const tag = (name, props = {}, ...children) => {
   const node = Object.assign(document.createElement(name), props);
   for (const [k, v] of Object.entries(props.attrs ?? {})) node.setAttribute(k, v);
@@ -98,7 +135,7 @@ const tag = (name, props = {}, ...children) => {
 class Plot {                                                       // one panel
   constructor(board, panel) {
     this.board = board;
-    this.title = tag("span", { className: "gradnb-title", textContent: panel.name });
+    this.title = tag("span", { className: "gradnb-title", textContent: panel.name.replaceAll("_", " ") });
     this.reading = tag("span", { className: "gradnb-reading" });
     this.logs = tag("button", { className: "gradnb-small", textContent: "log", title: "logarithmic axis", type: "button",
       onclick: () => board.toggleLog(this.panel.name), attrs: { "aria-label": `${panel.name}: logarithmic axis` } });
@@ -108,6 +145,7 @@ class Plot {                                                       // one panel
     this.el = tag("div", { className: "gradnb-panel", attrs: { "data-panel": panel.name } },
       tag("div", { className: "gradnb-head" }, this.title, this.reading, this.logs), this.host, this.note);
     this.marker = tag("div", { className: "gradnb-marker" });
+    this.readout = tag("div", { className: "gradnb-readout" });
     this.zoomed = null;                                            // x range of a panel that is not linked
     this.set(panel);
   }
@@ -134,40 +172,26 @@ class Plot {                                                       // one panel
   shown() { return [...this.content(), ...(this.frame ?? [])].filter((i) => !this.board.hidden.has(i.key)); }
 
   ranges() {
-    const { panel, board } = this, x = [Infinity, -Infinity], y = [Infinity, -Infinity];
+    const { panel, board } = this, x = [Infinity, -Infinity];
     const grow = (r, v, log) => { if (Number.isFinite(v) && !(log && v <= 0)) { if (v < r[0]) r[0] = v; if (v > r[1]) r[1] = v; } };
     const all = [...panel.items, ...(panel.frames ? [...panel.frames.values()].flat() : [])];
     for (const i of all) {
-      if (i.is === "picture") { grow(x, i.extent[0]); grow(x, i.extent[1]); grow(y, i.extent[2]); grow(y, i.extent[3]); continue; }
-      if (i.is !== "line") { i.x.forEach((v) => grow(x, v, panel.xlog)); continue; }
-      for (const v of i.x) grow(x, v, panel.xlog);
+      if (i.is === "picture") { grow(x, i.extent[0]); grow(x, i.extent[1]); } else for (const v of i.x) grow(x, v, panel.xlog);
     }
     const range = panel.linked ? board.range(panel.xlog) : this.zoomed ?? (x[0] <= x[1] ? x : [0, 1]);
-    const inside = this.zoomed || panel.linked ? this.shown() : all.filter((i) => !board.hidden.has(i.key));
-    for (const i of inside) {
-      if (i.is !== "line") continue;
-      for (let k = 0; k < i.x.length; k++) {
-        if (panel.linked && (i.x[k] < range[0] || i.x[k] > range[1])) continue;
-        grow(y, i.y[k], panel.ylog);
-        if (i.low) { grow(y, i.low[k], panel.ylog); grow(y, i.high[k], panel.ylog); }
-      }
-      if (i.style === "bars") grow(y, 0, panel.ylog);
-    }
-    if (y[0] > y[1]) { y[0] = panel.ylog ? 0.1 : 0; y[1] = 1; }
-    const exact = inside.some((i) => i.is === "picture");
-    const pad = (r, log, by) => {
-      if (exact) return r;
-      if (log) { const f = Math.max((r[1] / r[0]) ** by, 1.02); return [r[0] / f, r[1] * f]; }
-      const d = (r[1] - r[0]) * by || Math.abs(r[0]) * by || by;
-      return [r[0] - d, r[1] + d];
-    };
-    return { x: panel.linked ? range : pad(range, panel.xlog, this.zoomed ? 0 : 0.02), y: pad(y, panel.ylog, 0.06) };
+    const inside = this.zoomed || panel.linked ? this.shown() : all.filter((i) => !board.hidden.has(i.key)), picture = inside.find((i) => i.is === "picture");
+    const near = panel.linked || this.zoomed ? range : null, y = picture ? picture.extent.slice(2) : yLimits(inside.filter((i) => i.is === "line"), near, panel.xlog, panel.ylog);
+    if (panel.linked || this.zoomed || picture) return { x: range, y };
+    if (panel.xlog) { const f = Math.max((range[1] / range[0]) ** 0.02, 1.02); return { x: [range[0] / f, range[1] * f], y }; }
+    const d = (range[1] - range[0]) * 0.02 || Math.abs(range[0]) * 0.02 || 0.02;
+    return { x: [range[0] - d, range[1] + d], y };
   }
 
   draw() {                                                         // everything anew
     if (this.panel.note) return;
     const { panel, board, host } = this, { x, y } = this.ranges();
     this.limits = { x, y };
+    this.el.dataset.limits = JSON.stringify([x, y]);
     const data = [[x[0], x[1]], [y[0], y[1]]];
     if (!this.plot) {
       this.made = this.kind();
@@ -182,11 +206,12 @@ class Plot {                                                       // one panel
         width: Math.max(host.clientWidth, 120), height: board.height, legend: { show: false }, pxAlign: 1,
         cursor: { points: { show: false }, y: panel.axes, drag: { x: panel.axes, y: false, setScale: false } },
         scales: { x: scale("x", panel.xlog), y: scale("y", panel.ylog) },
-        axes: [axis(panel.xlabel, panel.xlog, (u) => u.bbox.width / 55, { size: 24 }), axis(panel.ylabel, panel.ylog, (u) => u.bbox.height / 24, { size: 52, show: panel.axes && panel.yaxis })],
+        axes: [axis(panel.xlabel, panel.xlog, (u) => u.bbox.width / 55, { size: 24, ...(panel.linked && !panel.xlog && { incrs: WHOLE }) }), axis(panel.ylabel, panel.ylog, (u) => u.bbox.height / 24, { size: 52, show: panel.axes && panel.yaxis })],
         series: [{}, { paths: () => null, points: { show: false } }],
         hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.select(u)], setCursor: [(u) => this.hover(u)] },
       }, data, host);
-      this.plot.over.append(this.marker);
+      this.plot.over.append(this.marker, this.readout);
+      this.plot.over.addEventListener("mouseleave", () => board.readOut(null));
       this.plot.over.addEventListener("mousedown", () => { this.dragged = false; });
       this.plot.over.addEventListener("click", (e) => { if (!this.dragged) this.pick(e.offsetX); });
       this.plot.over.addEventListener("dblclick", () => (panel.linked ? board.setWindow(null) : this.zoom(null)));
@@ -213,13 +238,16 @@ class Plot {                                                       // one panel
   hover(u) {
     const { left, top } = u.cursor;
     if (this.board.hovering && left >= 0) this.pick(left);
+    if (this.panel.linked && this.panel.axes) this.board.readOut(left >= 0 ? u.posToVal(left, "x") : null);
     this.host.title = left >= 0 && !this.panel.linked && this.panel.axes ? `${brief(u.posToVal(left, "x"))}, ${brief(u.posToVal(top, "y"))}` : "";
   }
 
   paint(u) {
-    const { ctx } = u, { left, top, width, height } = u.bbox, ratio = devicePixelRatio, { theme } = this.board, { ylog } = this.panel;
+    this.el.dataset.beyond = "";
+    const { ctx } = u, { left, top, width, height } = u.bbox, ratio = devicePixelRatio, { theme } = this.board, { xlog, ylog } = this.panel;
     const px = (v) => u.valToPos(v, "x", true), py = (v) => u.valToPos(v, "y", true);
-    const ok = (v) => Number.isFinite(v) && !(ylog && v <= 0);
+    const ok = (v) => Number.isFinite(v) && !(ylog && v <= 0), [bottom, ceiling] = this.limits.y, clipped = (v) => py(Math.min(Math.max(v, bottom), ceiling));
+    const marked = [0, 0];
     ctx.save();
     ctx.beginPath(); ctx.rect(left, top, width, height); ctx.clip();
     ctx.lineJoin = "round";
@@ -240,11 +268,11 @@ class Plot {                                                       // one panel
       if (i.low) {
         ctx.fillStyle = color; ctx.globalAlpha = 0.2;
         let begin = 0;
-        for (let k = 0; k <= n; k++) if (k === n || !ok(i.low[k]) || !ok(i.high[k])) {
+        for (let k = 0; k <= n; k++) if (k === n || Number.isNaN(i.low[k]) || Number.isNaN(i.high[k]) || (xlog && i.x[k] <= 0)) {
           if (k - begin > 1) {
             ctx.beginPath();
-            for (let j = begin; j < k; j++) ctx.lineTo(px(i.x[j]), py(i.high[j]));
-            for (let j = k - 1; j >= begin; j--) ctx.lineTo(px(i.x[j]), py(i.low[j]));
+            for (let j = begin; j < k; j++) ctx.lineTo(px(i.x[j]), clipped(i.high[j]));
+            for (let j = k - 1; j >= begin; j--) ctx.lineTo(px(i.x[j]), clipped(i.low[j]));
             ctx.fill();
           }
           begin = k + 1;
@@ -252,8 +280,8 @@ class Plot {                                                       // one panel
       }
       ctx.globalAlpha = i.faint ? 0.35 : 1;
       ctx.strokeStyle = ctx.fillStyle = color;
-      ctx.lineWidth = (i.style === "dashed" || i.faint ? 1 : 1.5) * ratio;
-      ctx.setLineDash((i.style === "dashed" ? [5, 3] : dash).map((v) => v * ratio));
+      ctx.lineWidth = (i.style === "dashed" || i.style === "edge" || i.faint ? 1 : 1.5) * ratio;
+      ctx.setLineDash((i.style === "dashed" || i.style === "edge" ? [5, 3] : dash).map((v) => v * ratio));
       ctx.beginPath();
       if (i.style === "bars") {                                    // x are the left edges, the last one closes
         const floor = py(ylog ? this.limits.y[0] : 0);
@@ -262,24 +290,61 @@ class Plot {                                                       // one panel
       } else if (i.style === "points") {
         for (let k = 0; k < n; k++) if (ok(i.y[k])) { const X = px(i.x[k]), Y = py(i.y[k]); ctx.moveTo(X + 2 * ratio, Y); ctx.arc(X, Y, 2 * ratio, 0, 7); }
         ctx.fill(); ctx.beginPath();
+        ctx.setLineDash([]);
+        if (i.low) for (let k = 0; k < n; k++) if (i.low[k] <= i.high[k]) { ctx.moveTo(px(i.x[k]), clipped(i.low[k])); ctx.lineTo(px(i.x[k]), clipped(i.high[k])); }
       } else {
         let before = false;
         for (let k = 0; k < n; k++) {
-          const good = ok(i.y[k]);
+          const good = ok(i.y[k]) && !(xlog && i.x[k] <= 0);
           if (good) {
             const X = px(i.x[k]), Y = py(i.y[k]);
             if (!before) ctx.moveTo(X, Y);
-            else { if (i.style === "steps") ctx.lineTo(X, py(i.y[k - 1])); ctx.lineTo(X, Y); }
-            if (!before && !(k + 1 < n && ok(i.y[k + 1]))) { ctx.moveTo(X + 2 * ratio, Y); ctx.arc(X, Y, 2 * ratio, 0, 7); }     // a point by itself
+            else { if (i.style === "steps" || i.style === "edge") ctx.lineTo(X, py(i.y[k - 1])); ctx.lineTo(X, Y); }
+            if (i.style !== "edge" && !before && !(k + 1 < n && ok(i.y[k + 1]))) { ctx.moveTo(X + 2 * ratio, Y); ctx.arc(X, Y, 2 * ratio, 0, 7); }     // a point by itself
           }
           before = good;
         }
       }
       ctx.stroke();
       ctx.setLineDash([]); ctx.globalAlpha = 1;
+      if (i.style === "edge" || (i.low && i.y.some(Number.isFinite))) [0, 1].forEach((up) => this.markBeyond(ctx, i, up, color, px, marked));
     }
     ctx.restore();
     this.mark();
+  }
+
+  markBeyond(ctx, i, up, color, px, marked) {                      // a band or a threshold goes on beyond the edge
+    const v = i.style === "edge" ? i.y : up ? i.high : i.low, { x, y } = this.limits, { left, top, width, height } = this.plot.bbox, r = devicePixelRatio;
+    let worst = -1;
+    for (let k = 0; k < i.x.length; k++) {
+      if (i.x[k] > x[1] || (i.x[k] < x[0] && !(i.x[k + 1] > x[0]))) continue;
+      if ((up ? v[k] > y[1] : v[k] < y[0]) && (worst < 0 || (up ? v[k] > v[worst] : v[k] < v[worst]))) worst = k;
+    }
+    if (worst < 0) return;
+    const text = i.style === "edge" ? `${brief(v[worst])} ` : "", at = Math.min(Math.max(px(i.x[worst]), left + 6 * r), left + width - 6 * r), row = (7 + 12 * marked[up]) * r;
+    if (text) marked[up] += 1;
+    this.el.dataset.beyond = [this.el.dataset.beyond, `${up ? "above" : "below"} ${text || "band"}`.trim()].filter(Boolean).join(", ");
+    const tip = up ? top : top + height, back = up ? 6 * r : -6 * r, X = text ? left + width - 6 * r : at, Y = up ? top + row : top + height - row;
+    ctx.fillStyle = color;
+    ctx.beginPath(); ctx.moveTo(X, text ? Y - back / 2 : tip); ctx.lineTo(X - 5 * r, text ? Y + back / 2 : tip + back); ctx.lineTo(X + 5 * r, text ? Y + back / 2 : tip + back); ctx.fill();
+    ctx.font = `${11 * r}px system-ui, sans-serif`; ctx.textAlign = "right"; ctx.textBaseline = "middle";
+    ctx.strokeStyle = this.board.theme.back; ctx.lineWidth = 3 * r;
+    ctx.strokeText(text, X - 5 * r, Y); ctx.fillText(text, X - 5 * r, Y);
+  }
+
+  readAt(at) {                                                     // values of all lines at the pointer, the largest first
+    const found = [];
+    if (at !== null && this.plot && this.panel.linked) for (const i of this.shown()) {
+      const k = i.is === "line" && !i.faint ? upTo(i.x, at) : -1;
+      if (k < 0 || !Number.isFinite(i.y[k])) continue;
+      const half = i.low ? (i.high[k] - i.low[k]) / 2 : NaN;
+      found.push([i.y[k], `${[this.board.nameOf(i.key), i.label].filter(Boolean).join(" ")} ${i.thinned ? "≈ " : ""}${brief(i.y[k])}${Number.isFinite(half) ? ` ± ${+half.toPrecision(2)}` : ""}`, i.key]);
+    }
+    const most = 12, rows = found.sort((a, b) => b[0] - a[0]).slice(0, most).map(([, textContent, key]) => tag("div", { textContent, style: `color:${this.board.ink(key)}` }));
+    if (found.length > most) rows.push(tag("div", { textContent: `… and ${found.length - most} more` }));
+    this.readout.replaceChildren(...rows);
+    this.readout.style.display = rows.length ? "" : "none";
+    if (rows.length) { const X = this.plot.valToPos(at, "x"), right = X < this.plot.over.clientWidth / 2; Object.assign(this.readout.style, { left: right ? `${X + 8}px` : "", right: right ? "" : `${this.plot.over.clientWidth - X + 8}px` }); }
   }
 
   mark() {                                                         // the marker of the step
@@ -310,10 +375,11 @@ class Plot {                                                       // one panel
       for (const i of this.shown()) {
         if (i.is !== "line" || i.faint) continue;
         const k = upTo(i.x, step), value = k < 0 ? "" : (i.thinned ? "≈ " : "") + brief(i.y[k]);
-        if (!value || (i.style === "dashed" && Number.isNaN(i.y[k]))) continue;
-        all.push([several ? i.key : "", i.label, value].filter(Boolean).join(" "));
-        if (parts.length < 8 && !(several && i.style === "dashed"))                        // of several runs only the values have room
-          parts.push(tag("span", { textContent: several ? value : [i.label, value].filter(Boolean).join(" "), style: `color:${this.board.look(i.key).color}` }));
+        const aside = i.style === "dashed" || i.style === "edge";
+        if (!value || (aside && Number.isNaN(i.y[k]))) continue;
+        all.push([several ? this.board.nameOf(i.key) : "", i.label, value].filter(Boolean).join(" "));
+        if (parts.length < 8 && !(several && aside))                        // of several runs only the values have room
+          parts.push(tag("span", { textContent: several ? value : [i.label, value].filter(Boolean).join(" "), style: `color:${this.board.ink(i.key)}` }));
       }
       this.reading.replaceChildren(...parts);
       this.reading.title = all.join("\n");
@@ -348,7 +414,7 @@ class Board {                                                      // all panels
     this.text.style.display = "none";
     this.bar.prepend(this.player());
     if (model.get("alone")) this.bar.prepend(this.ownSlider());
-    else for (const kind of ["png", "svg", "code"]) this.bar.append(button(kind, kind === "code" ? "code that redraws this view" : `save as ${kind.toUpperCase()}`, () => this.send({ kind: "save", format: kind }), "gradnb-save"));
+    else for (const kind of ["png", "svg", "html", "csv", "code"]) this.bar.append(button(kind, kind === "code" ? "code that redraws this view" : `save as ${kind.toUpperCase()}`, () => this.ask({ kind: "save", format: kind }), "gradnb-save"));
     this.el = tag("div", { className: "gradnb-canvas" }, this.bar, this.said, this.legend, this.grid, this.text);
     this.el.addEventListener("keydown", (e) => e.stopPropagation());     // the notebook's own keys stay out of it
     el.append(this.el);
@@ -361,7 +427,7 @@ class Board {                                                      // all panels
     on("change:window", () => this.rewindow());
     on("change:hidden", () => { this.hidden = new Set(model.get("hidden")); this.redraw(); });
     on("change:log", () => this.relog());
-    on("change:message", () => this.say());
+    on("change:message", () => { clearTimeout(this.waiting); this.say(); });
     on("msg:custom", (content, buffers) => this.receive(content, buffers ?? []));
     this.resized = new ResizeObserver(() => this.plots.forEach((p) => p.resize()));      // of every panel, also of one that comes later
     const themed = new MutationObserver(() => { this.readTheme(); this.redraw(); });
@@ -375,12 +441,18 @@ class Board {                                                      // all panels
 
   close() {
     this.off.forEach((f) => f());
-    clearInterval(this.playing); clearTimeout(this.later);
+    clearInterval(this.playing); clearTimeout(this.later); clearTimeout(this.waiting); cancelAnimationFrame(this.reading);
     this.plots.forEach((p) => p.plot?.destroy());
     this.el.remove();
   }
 
   send(content) { if (!this.model.get("alone")) this.model.send(content); }
+
+  ask(content) {                                                   // and say so where no answer comes
+    clearTimeout(this.waiting);
+    this.waiting = setTimeout(() => this.say("The kernel does not answer: it is busy, or was restarted; then run the cell again."), 1000);
+    try { this.send(content); } catch (e) { this.say(`The kernel is gone (${e.message}); run the cell again.`); }
+  }
 
   set(values) {
     for (const [k, v] of Object.entries(values)) this.model.set(k, v);
@@ -413,9 +485,18 @@ class Board {                                                      // all panels
   }
 
   look(key) {
-    const i = this.head.keys.indexOf(key);
-    return i < 0 ? { color: this.theme.grey, dash: [] } : { color: this.theme.colors[i % 8], dash: DASH[Math.floor(i / 8) % 4] };
+    const slot = this.head.keys.find((k) => k[0] === key)?.[2];
+    return slot === undefined ? { color: this.theme.grey, dash: [] } : { color: this.theme.colors[slot % 8], dash: DASH[Math.floor(slot / 8) % 4] };
   }
+
+  ink(key) { return `color-mix(in srgb, ${this.look(key).color} 55%, ${this.theme.text})`; }      // of text: readable on the background
+
+  readOut(at) {                                                    // at most once a frame
+    this.pointed = at;
+    this.reading ??= requestAnimationFrame(() => { this.reading = null; this.plots.forEach((p) => p.readAt(this.pointed)); });
+  }
+
+  nameOf(key) { return this.head.keys.find((k) => k[0] === key)?.[1] ?? key; }
 
   load() {                                                         // a new scene
     const atEnd = this.stops && this.model.get("position") >= this.model.get("last");
@@ -443,16 +524,16 @@ class Board {                                                      // all panels
   }
 
   redraw() {
-    const names = this.head.keys;
-    this.legend.style.display = names.length ? "" : "none";
-    this.legend.replaceChildren(...names.map((key) => {
+    const { keys } = this.head;
+    this.legend.style.display = keys.length ? "" : "none";
+    this.legend.replaceChildren(...keys.map(([key, name], at) => {
       const { color, dash } = this.look(key), b = tag("button", { type: "button", title: "show or hide", attrs: { "aria-pressed": !this.hidden.has(key) } },
-        tag("i", { style: `border-top: 3px ${dash.length ? "dashed" : "solid"} ${color}` }), key);
+        tag("i", { style: `border-top: 3px ${dash.length ? "dashed" : "solid"} ${color}` }), name);
       b.onclick = () => {
         this.hidden.has(key) ? this.hidden.delete(key) : this.hidden.add(key);
         this.set({ hidden: [...this.hidden] });
         this.redraw();
-        [...this.legend.children].find((c) => c.textContent === key)?.focus();
+        this.legend.children[at].focus();
       };
       return b;
     }));
@@ -516,9 +597,16 @@ class Board {                                                      // all panels
     let missing = false;
     this.plots.forEach((p) => { missing = p.moveTo(this.step) || missing; });
     if (this.slider) this.slider.value = this.model.get("position");
+    this.speak();
     this.el.dataset.step = this.step;
     clearTimeout(this.later);
     if (missing) this.later = setTimeout(() => this.send({ kind: "frames", step: this.step }), 60);
+  }
+
+  speak() {                                                        // sliders say what stands beside them; the step's, the step
+    for (const s of this.el.closest(".widget-vbox")?.querySelectorAll(".widget-slider") ?? [])
+      s.querySelector("[role=slider]")?.setAttribute("aria-valuetext", s.querySelector(".widget-readout")?.textContent || this.where.textContent);
+    this.slider?.setAttribute("aria-valuetext", this.where.textContent);
   }
 
   // --- window ---
@@ -535,13 +623,20 @@ class Board {                                                      // all panels
   }
 
   range(log) {
-    const all = this.whole(log), window = this.model.get("window");
-    return window ? [log ? Math.max(window[0], all[0]) : window[0], window[1]] : all;
+    const all = this.whole(log), window = this.opened(this.model.get("window"));
+    return window && !(log && window[1] <= all[0]) ? [log ? Math.max(window[0], all[0]) : window[0], window[1]] : all;
+  }
+
+  opened(window) {                                                 // at least one step wide
+    const least = this.stops?.[1] ?? 0;
+    if (!window || window[1] - window[0] >= least) return window;
+    const middle = (window[0] + window[1]) / 2;
+    return [middle - least / 2, middle + least / 2];
   }
 
   setWindow(range) {
     if (range && !(range[1] > range[0])) return;
-    this.set({ window: range && range.map(Number) });
+    this.set({ window: range && this.opened(range.map(Number)) });
   }
 
   zoomBy(factor) {
@@ -585,9 +680,10 @@ class Board {                                                      // all panels
 
   // --- kernel ---
 
-  say() { const text = this.model.get("message"); this.said.textContent = text; this.said.style.display = text ? "" : "none"; }
+  say(text = this.model.get("message")) { this.said.textContent = text; this.said.style.display = text ? "" : "none"; }
 
   receive(content, buffers) {
+    if (content.kind === "code" || content.kind === "file") { clearTimeout(this.waiting); this.say(); }
     if (content.kind === "window" && content.asked === this.asked) { this.detail = readScene(view(buffers[0])); this.redraw(); this.el.dataset.refined = content.asked; }
     if (content.kind === "frames") {
       for (const p of readScene(view(buffers[0])).panels) {
@@ -611,7 +707,7 @@ class Board {                                                      // all panels
 const view = (b) => (b instanceof DataView ? b : new DataView(b.buffer ?? b, b.byteOffset ?? 0, b.byteLength));
 
 export default {
-  logTicks, tickLabel,
+  logTicks, tickLabel, yLimits,
   render({ model, el }) {
     const board = new Board(model, el);
     return () => board.close();
