@@ -8,6 +8,7 @@ __all__ = ['Moments', 'over_groups', 'PerParameter', 'coordinate_variance', 'Mas
 
 # %% ../../../nbs/07_measure/01_noise/03_coordinates.ipynb #imports
 from collections.abc import Callable
+from math import hypot
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -93,11 +94,12 @@ class PerParameter(NamedTuple):
 def coordinate_variance(
     draws: Tensor | Moments,   # independent draws (n, p), or their moments
 ) -> PerParameter:
-    "Unbiased variance of every coordinate, errors by leaving out groups."
+    "Unbiased variance of every coordinate, errors by leaving out groups, and none below a Gaussian's √(2/(n−1)) of the variance."
     moments = Moments.of(draws)
-    whole, *rest = (m[2] for m in moments.without())
+    (n, _, whole, _), *rest = moments.without()
+    rest = [m[2] for m in rest]
     away, unit = in_unit((rest := torch.stack(rest)) - rest.mean(0))
-    stderr = ((len(rest) - 1) / len(rest) * away.square().sum(0)).sqrt() * unit
+    stderr = (((len(rest) - 1) / len(rest) * away.square().sum(0)).sqrt() * unit).maximum(whole * (2 / (n - 1))**.5)
     return PerParameter(moments.squared(whole), moments.squared(stderr))
 
 # %% ../../../nbs/07_measure/01_noise/03_coordinates.ipynb #normalized
@@ -155,7 +157,8 @@ def tic_trace(
     n, H = spread.n, trace.value
     C = jackknife(V * (1 - 1 / n) + m, V_out * (1 - 1 / (n - 1)) + m_out)
     value = C.value / H
-    return Estimate.normal(value, abs(value) * ((C.stderr / C.value) ** 2 + (trace.stderr / H) ** 2) ** .5).times(spread.unit, spread.unit)
+    shares = hypot(C.high / C.value - 1, (trace.high - H) / H), hypot(C.stderr / C.value, trace.stderr / H)      # half of the interval, and the error
+    return Estimate(value, abs(value) * shares[1], value - abs(value) * shares[0], value + abs(value) * shares[0]).times(spread.unit, spread.unit)
 
 def tic_diagonal(
     draws: Tensor | Moments,    # gradients of single examples (n, p), or their moments
