@@ -9,6 +9,7 @@ __all__ = ['NORMALIZED', 'GSNR', 'EVIDENCE', 'Moments', 'over_groups', 'PerParam
 
 # %% ../../../nbs/07_measure/01_noise/03_coordinates.ipynb #imports
 from collections.abc import Callable
+from math import hypot
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class PerParameter(NamedTuple):
 def coordinate_variance(
     draws: Tensor | Draws | Moments,   # independent draws (n, p), or their moments
 ) -> PerParameter:
-    "Unbiased variance of every coordinate, errors by leaving out groups; four copies of θ more."
+    "Unbiased variance of every coordinate, errors by leaving out groups and none below a Gaussian's √(2/(n−1)) of the variance; four copies of θ more."
     moments = Moments.of(draws)
     m, value, (mean, square) = len(moments.count), torch.empty_like(moments.whole[0]), moments.whole.new_zeros(2, moments.whole.shape[1], dtype=torch.float64)
     for c in columns(moments.whole): value[c] = moments.totals(None, c)[2]
@@ -110,7 +111,7 @@ def coordinate_variance(
             mean[c] += away / (j + 1)
             square[c] += away.square() * (j / (j + 1))
         del out
-    return PerParameter(moments.squared(value), moments.squared(square.mul_((m - 1) / m).sqrt_().to(value)))
+    return PerParameter(moments.squared(value), moments.squared(square.mul_((m - 1) / m).sqrt_().to(value).maximum(value * (2 / (moments.count.sum().item() - 1))**.5)))
 
 # %% ../../../nbs/07_measure/01_noise/03_coordinates.ipynb #normalized
 class Masked(NamedTuple):
@@ -173,7 +174,8 @@ def tic_trace(
     n, H = spread.n, trace.value
     C = jackknife(V * (1 - 1 / n) + m, V_out * (1 - 1 / (n - 1)) + m_out)
     value = C.value / H
-    return Estimate.normal(value, abs(value) * ((C.stderr / C.value) ** 2 + (trace.stderr / H) ** 2) ** .5).times(spread.unit, spread.unit)
+    shares = hypot(C.high / C.value - 1, (trace.high - H) / H), hypot(C.stderr / C.value, trace.stderr / H)      # half of the interval, and the error
+    return Estimate(value, abs(value) * shares[1], value - abs(value) * shares[0], value + abs(value) * shares[0]).times(spread.unit, spread.unit)
 
 def tic_diagonal(
     draws: Tensor | Draws | Moments,    # gradients of single examples (n, p), or their moments

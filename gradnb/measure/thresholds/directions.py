@@ -98,7 +98,7 @@ def ratio_of_means(
     "A ratio of two means, its standard error by linearisation (Cochran 1977, §6.3). Raises ValueError on fewer than 2 draws."
     if len(above) < 2: raise ValueError(f"a ratio of means needs at least 2 draws to see a spread, got {len(above)}.")
     value = above.mean() / below.mean()
-    return Estimate.normal(value.item(), ((above - value * below).std() / sqrt(len(above)) / below.mean()).abs().item())
+    return Estimate.student(value.item(), ((above - value * below).std() / sqrt(len(above)) / below.mean()).abs().item(), len(above) - 1)
 
 def interaction_sharpness(
     point: Point,                   # over all examples
