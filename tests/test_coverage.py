@@ -329,7 +329,7 @@ COUNTED = {      # what states an error → the claims that count it
     "linalg.spectra.xtrace": "xtrace", "linalg.spectra.Spectrum.trace": "‖A‖², spectrum", "linalg.spectra.Spectrum.density": "density at a place",
     "linalg.trace.hutchinson": "hutchinson", "measure.curvature.sharpness": "eigenvalues, sharpness", "measure.tail.sketch.TailSketch.tail_index": "tail_index, mohammadi",
     "measure.thresholds.metrics.preconditioned_sharpness": "eigenvalues, sharpness", "measure.noise.batchsize.radius": "inner_product_test",
-    "measure.noise.spread.jackknife": "grad_variance", "measure.noise.coordinates.over_groups": "tic_diagonal", "measure.noise.coordinates.mean_over_parameters": "gsnr",
+    "measure.noise.spread.jackknife": "grad_variance", "measure.noise.coordinates.over_groups": "tic_diagonal", "measure.noise.coordinates.means_over_parameters": "gsnr",
     "measure.trajectories.projected_distance": "projected_distance", "measure.trajectories.first_crossing": "first_crossing", "show.claims.batch_means": "batch_means",
     "measure.thresholds.directions.ratio_of_means": "ratio_of_means", "measure.thresholds.directions.batch_sharpness": "mean of 5",
     "measure.flatness.centre.Centre.estimate": "mean of 5", "measure.flatness.norms.lambda_max": "eigenvalues, sharpness",
