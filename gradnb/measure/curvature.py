@@ -81,7 +81,7 @@ def sharpness(
 ) -> Eigs:                          # values (k,), the outermost first, vectors (p, k), residuals (k,), errors (k,), matvecs, converged
     """The k largest (algebraic, unless told) eigenvalues of the Hessian of the training loss.
 
-    At the edge of stability k = 1 costs some 20 products, and about two copies of θ a product beside the problem and its graph, unless `memory` bounds them. Raises ValueError where θ or ∇L
+    At the edge of stability k = 1 costs some 20 products, and about one copy of θ a product (two, of blocks) beside the problem and its graph, unless `memory` bounds them. Raises ValueError where θ or ∇L
     is not finite or the memory too small for a search, and MemoryError where it is not free.
     """
     if which not in WHICH: raise ValueError(f"which is {', '.join(map(repr, WHICH))}; got {which!r}.")
