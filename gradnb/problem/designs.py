@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
+from .layers.capture import in_range
 from ..ground.estimate import Estimate
 from ..ground.streams import Stream
 from ..ground.roles import check_given
@@ -120,22 +121,26 @@ def exact_variance(
     if problem.noisy:
         raise TypeError("this network has noise of its own (Dropout, augmentation), which no closed form sees; use "
                         "problem.frozen(), or measure the variance on draws.")
-    design, start = estimator.design(state, problem), 0
-    k, layers = len(design.expected), {}
-    for ios in zip(problem.layer_io(theta), *(problem.layer_io(at) for _, at in design.anchors)):
-        weights, n = (1., *(a for a, _ in design.anchors)), ios[0].n
-        part = one_hot(design.labels[start:start + n].to(theta.device), k).T.to(theta)
-        for same in zip(*(io.layers for io in ios)):
-            sq = sum(a * a * l.sq_norms().double() for a, l in zip(weights, same))
-            sq = sq + sum(2 * weights[i] * weights[j] * same[i].paired(same[j]).double()
-                          for i in range(len(same)) for j in range(i))
-            sums = [l.combine(part) for l in same]
-            got = sq.cpu(), sum(a * s for a, s in zip(weights, sums)), sums[0].sum(0)
-            old = layers.get(same[0].name)
-            layers[same[0].name] = got if old is None else (torch.cat([old[0], got[0]]), old[1] + got[1], old[2] + got[2])
-        start += n
-    exact = lambda sq, sums, grad: Exact(design.variance(sq, sums, stream), (grad.double() / problem.n).square().sum().item())
+    design = estimator.design(state, problem)
+    k = len(design.expected)
+    def collect(unit):
+        start, layers = 0, {}
+        for ios in zip(problem.layer_io(theta), *(problem.layer_io(at) for _, at in design.anchors)):
+            weights, n = (1., *(a for a, _ in design.anchors)), ios[0].n
+            part = one_hot(design.labels[start:start + n].to(theta.device), k).T.to(theta)
+            for same in zip(*(io.in_unit(unit).layers for io in ios)):
+                sq = sum(a * a * l.sq_norms().double() for a, l in zip(weights, same))
+                sq = sq + sum(2 * weights[i] * weights[j] * same[i].paired(same[j]).double()
+                              for i in range(len(same)) for j in range(i))
+                sums = [l.combine(part) for l in same]
+                got = sq.cpu(), sum(a * s for a, s in zip(weights, sums)), sums[0].sum(0)
+                old = layers.get(same[0].name)
+                layers[same[0].name] = got if old is None else (torch.cat([old[0], got[0]]), old[1] + got[1], old[2] + got[2])
+            start += n
+        return sum(sq for sq, *_ in layers.values()), layers
+    layers, unit = in_range(collect, theta.dtype, lambda: problem.layer_io(theta))
+    exact = lambda sq, sums, grad: Exact(design.variance(sq, sums, stream).times(unit, unit), (grad.double() / problem.n).square().sum().item() * unit * unit)
     sqs, sums, grads = zip(*layers.values())
-    finite(sum(sqs))
+    finite(sum(sqs) * unit * unit)
     if by_layer: return {name: exact(*of) for name, of in layers.items()}
     return exact(sum(sqs), torch.cat(sums, 1), torch.cat(grads))
