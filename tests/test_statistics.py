@@ -9,7 +9,10 @@ from torch import nn
 from gradnb import Problem, check_statistic
 from gradnb.data import Dataset
 from gradnb.ground.estimate import Estimate
+from gradnb.ground.roles import ESTIMATORS, draw
 from gradnb.ground.streams import Stream
+from gradnb.move.estimators.svrg import optimal_alpha
+from gradnb.problem.designs import exact_variance
 from gradnb.measure import trajectories as paths
 from gradnb.measure.noise import batchsize, comparing, coordinates, spread
 from gradnb.measure.tail import controls, fit, noise, verdict
@@ -119,3 +122,28 @@ def test_gradients_of_examples_in_any_units(kind, dtype, k, shrink):
     ratio = (z.var(0) / z.square().mean(0))[kept].mean().item()
     assert coordinates.coordinate_normalized_variance(moments).mean.value == pytest.approx(ratio, rel=rtol)
     assert batchsize.norm_test(found).value == pytest.approx(batchsize.norm_test(z).value, rel=rtol)
+
+
+def drawn(word, problem):
+    "Three estimates along a way, and the variance that the estimator knows of itself."
+    estimator, s, theta = ESTIMATORS.build(word), Stream(3), problem.theta0
+    other = theta + .1 * torch.randn(theta.shape, generator=Stream(1).generator(), dtype=torch.float64).to(theta)
+    state, found = estimator.init(problem, theta), []
+    for i, at in enumerate((theta, other, other)):
+        state = estimator.refresh(state, problem, at, i, s / i)
+        found.append(estimator.estimate(state, problem, at, draw(estimator, state, problem, s / "draw" / i))[0])
+    known = exact_variance(problem, other, estimator, state, stream=s).variance.value if hasattr(estimator, "design") else 0.
+    return torch.stack(found).double(), known, optimal_alpha(problem, other, theta)
+
+
+@pytest.mark.parametrize("word", ["minibatch:size=16", "svrg:size=16,every=2", "gradientclustering:size=16,k=3", "gradientclustering:size=16,k=3,sketch=64",
+    "importancesampling:size=16", "importancesampling:size=16,by=loss", "dropexamples:size=16", "onlineclustering:size=16", "sam:rho=.1", "asam:rho=.1"])
+@pytest.mark.parametrize("dtype, k", [(torch.float32, -100), (torch.float32, 60), (torch.float64, -800), (torch.float64, 400)])
+def test_estimators_draw_the_same_in_any_units(word, dtype, k):
+    "A loss in other units: the same examples, the gradient in these units, and its variance in their squares. Inputs keep theirs."
+    if word.startswith("online") and k == -800: pytest.skip("its centres are kept from step to step, in the units of the first")
+    (a, va, alpha), (b, vb, beta) = drawn(word, layered("linear", dtype, 0)), drawn(word, layered("linear", dtype, k))
+    rtol = 1e-4 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(b * 2.**(-k // 2) * 2.**(-k - -k // 2), a, rtol=rtol, atol=rtol * a.abs().max().item())
+    assert beta == pytest.approx(alpha, rel=rtol)
+    with np.errstate(all="ignore"): assert vb == pytest.approx(float(np.ldexp(va, 2 * k)), rel=10 * rtol, abs=np.ldexp(1e-13, 2 * k))

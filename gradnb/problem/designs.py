@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 from ..ground.draws import columns
+from .layers.capture import in_range
 from ..ground.estimate import Estimate
 from ..ground.streams import Stream
 from ..ground.roles import check_given
@@ -126,28 +127,33 @@ def exact_variance(
     if problem.noisy:
         raise TypeError("this network has noise of its own (Dropout, augmentation), which no closed form sees; use "
                         "problem.frozen(), or measure the variance on draws.")
-    design, start = estimator.design(state, problem), 0
-    k, layers, weights = len(design.expected), {}, (1., *(a for a, _ in design.anchors))
+    design = estimator.design(state, problem)
+    k, weights = len(design.expected), (1., *(a for a, _ in design.anchors))
     need = (k + len(design.anchors)) * theta.nbytes
     if k > 1 and need > (free := free_memory(theta.device)):
         raise MemoryError(f"sums of gradients over the {k} parts of {estimator!r} take {need / 2**30:.3g} GB and {free / 2**30:.3g} GB are free; measure its variance on draws.")
-    for ios in zip(problem.layer_io(theta), *(problem.layer_io(at) for _, at in design.anchors)):
-        n = ios[0].n
-        part = one_hot(design.labels[start:start + n].to(theta.device), k).T.to(theta)
-        for same in zip(*(io.layers for io in ios)):
-            sq = sum(a * a * l.sq_norms().double() for a, l in zip(weights, same))
-            sq = sq + sum(2 * weights[i] * weights[j] * same[i].paired(same[j]).double()
-                          for i in range(len(same)) for j in range(i))
-            new = lambda k: theta.new_zeros(k, same[0].q)
-            sqs, sums, grad = layers.setdefault(same[0].name, ([], new(k), new(1)[0] if design.anchors else None))
-            sqs.append(sq.cpu())
-            sums += (own := same[0].combine(part))
-            if design.anchors: grad += own.sum(0)
-            del own
-            for a, l in zip(weights[1:], same[1:]): sums.add_(l.combine(part), alpha=a)
-        start += n
+    def collect(unit):
+        layers, start = {}, 0
+        for ios in zip(problem.layer_io(theta), *(problem.layer_io(at) for _, at in design.anchors)):
+            n = ios[0].n
+            part = one_hot(design.labels[start:start + n].to(theta.device), k).T.to(theta)
+            for same in zip(*(io.in_unit(unit).layers for io in ios)):
+                sq = sum(a * a * l.sq_norms().double() for a, l in zip(weights, same))
+                sq = sq + sum(2 * weights[i] * weights[j] * same[i].paired(same[j]).double()
+                              for i in range(len(same)) for j in range(i))
+                new = lambda k: theta.new_zeros(k, same[0].q)
+                sqs, sums, grad = layers.setdefault(same[0].name, ([], new(k), new(1)[0] if design.anchors else None))
+                sqs.append(sq.cpu())
+                sums += (own := same[0].combine(part))
+                if design.anchors: grad += own.sum(0)
+                del own
+                for a, l in zip(weights[1:], same[1:]): sums.add_(l.combine(part), alpha=a)
+            start += n
+        return sum(torch.cat(sqs) for sqs, *_ in layers.values()), layers
+    layers, unit = in_range(collect, theta.dtype, lambda: problem.layer_io(theta))
     def exact(*layers):
         square = sum((g[c].double() / problem.n).square().sum() for _, sums, grad in layers for g in (sums.sum(0) if grad is None else grad,) for c in columns(g[None]))
-        return Exact(design.variance(sum(torch.cat(sqs) for sqs, *_ in layers), [sums for _, sums, _ in layers], stream), square.item())
-    finite(sum(torch.cat(sqs) for sqs, *_ in layers.values()))
+        variance = design.variance(sum(torch.cat(sqs) for sqs, *_ in layers), [sums for _, sums, _ in layers], stream)
+        return Exact(variance.times(unit, unit), square.item() * unit * unit)
+    finite(sum(torch.cat(sqs) for sqs, *_ in layers.values()) * unit * unit)
     return {name: exact(of) for name, of in layers.items()} if by_layer else exact(*layers.values())

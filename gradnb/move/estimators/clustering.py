@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...problem.designs import Design, finite
+from ...ground.estimate import in_unit
+from ...problem.layers.capture import in_range
 from .hartigan import Points, Products, hartigan, seeded, spreads
 from .runningcounts import running_count_clusters
 from .strata import ALLOCATIONS, Strata, Within, check_size, within
@@ -21,23 +23,27 @@ from ...ground.streams import Stream
 def all_products(
     problem,
     theta: Tensor,      # where, (p,)
-) -> Tensor:            # (n, n), on the CPU
+) -> tuple[Tensor, float]:    # (n, n), on the CPU, and the unit of the gradients: 1, unless squares would leave their dtype's range
     "⟨gᵢ, gⱼ⟩ of all pairs of examples. Raises ValueError where they would fill more than 4 GB."
     n, item = problem.n, theta.element_size()
     if n * n * item > 2**32:
         raise ValueError(f"the inner products of {n:,} gradients fill {n * n * item / 2**30:.0f} GB; use sketch=512, which takes "
                          f"{n * 512 * item / 2**20:.0f} MB.")
-    gram, parts, start = torch.empty(n, n, dtype=theta.dtype), list(problem.layer_io(theta, rows=max(1, -(-n // 16)))), 0
-    for i, a in enumerate(parts):
-        there = start
-        for b in parts[i:]:
-            block = a.gram(b).cpu()
-            gram[start:start + a.n, there:there + b.n] = block
-            gram[there:there + b.n, start:start + a.n] = block.T
-            there += b.n
-        start += a.n
-    finite(gram.diagonal())
-    return gram
+    ios = list(problem.layer_io(theta, rows=max(1, -(-n // 16))))
+    def products(unit):
+        gram, parts, start = torch.empty(n, n, dtype=theta.dtype), [io.in_unit(unit) for io in ios], 0
+        for i, a in enumerate(parts):
+            there = start
+            for b in parts[i:]:
+                block = a.gram(b).cpu()
+                gram[start:start + a.n, there:there + b.n] = block
+                gram[there:there + b.n, start:start + a.n] = block.T
+                there += b.n
+            start += a.n
+        return gram.diagonal(), gram
+    gram, unit = in_range(products, theta.dtype, lambda: iter(ios))
+    finite(gram.diagonal().double() * unit * unit)
+    return gram, unit
 
 # %% ../../../nbs/06_move/01_estimators/06_clustering.ipynb #clustering
 VARIANTS = "hartigan", "faghri2020"
@@ -86,11 +92,13 @@ class GradientClustering(Estimator):
     def find(self, problem, theta: Tensor, start: Tensor | None, stream: Stream) -> tuple[Tensor, Within]:    # (n,), 0 … K−1
         "Labels of all examples at θ and what is left inside; Hartigan's moves set out from `start` (n,), or from seeds."
         exact = self.variant == "hartigan" and not self.sketch
-        points = Products(all_products(problem, theta)) if exact else None
+        gram, unit = all_products(problem, theta) if exact else (None, 1.)
+        points = Products(gram) if exact else None
         labels = self.labels(problem, theta, points, start, stream).unique(return_inverse=True)[1]
         if not exact: return labels, within(problem, theta, labels)
         sizes = labels.bincount()
-        return labels, Within(spreads(points, labels, len(sizes)), sizes, spreads(points, torch.zeros_like(labels), 1).item())
+        real = lambda spread: spread if unit == 1 else spread.double() * unit * unit
+        return labels, Within(real(spreads(points, labels, len(sizes))), sizes, real(spreads(points, torch.zeros_like(labels), 1)).item())
 
     def labels(self, problem, theta: Tensor, points: Products | None, start: Tensor | None, stream: Stream) -> Tensor:    # (n,)
         "The partition, empty clusters included."
@@ -101,7 +109,7 @@ class GradientClustering(Estimator):
         if self.sketch:
             parts = [io.sketch(self.sketch, stream / "sketch").cpu() for io in problem.layer_io(theta)]
             finite((x := torch.cat(parts)).sum(1))
-            points = Points(x)
+            points = Points(in_unit(x)[0])
         if start is None: start = seeded(points, self.clusters, stream / "start")
         return hartigan(points, start, self.clusters, self.rounds).labels
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...problem.designs import Design, finite
+from ...problem.layers.capture import in_range
 from ...ground.roles import Batch, Estimator, check_range, kind
 from ...ground.streams import Stream
 
@@ -26,7 +27,12 @@ def scores(
     if problem.loss_couples: problem.check_examples()
     if by == "loss":
         with torch.no_grad(): parts = [problem.per_example(problem.outputs(theta, x), y) for x, y, *_ in problem.chunks()]
-    else: parts = [io.sq_norms().clamp_min(0).sqrt() for io in problem.layer_io(theta)]
+    else:
+        def norms(unit):
+            squares = torch.cat([io.in_unit(unit).sq_norms().clamp_min(0) for io in problem.layer_io(theta)])
+            return squares, squares.sqrt()
+        found, unit = in_range(norms, theta.dtype, lambda: problem.layer_io(theta))
+        return finite(found.double().cpu()) * unit
     return finite(torch.cat(parts).double().cpu())
 
 def check_by(estimator):

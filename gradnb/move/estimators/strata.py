@@ -13,6 +13,7 @@ from torch import Tensor
 from ...problem.designs import Design, finite, whole_counts
 from .minibatch import check_batch
 from ...problem.layers import Linear
+from ...problem.layers.capture import in_range
 from ...ground.roles import Batch, Estimator, check_range, kind
 from ...ground.streams import Stream
 
@@ -101,18 +102,23 @@ def within(
 ) -> Within:
     "Spread of the gradients inside each stratum, exactly. Raises ValueError on a gradient that is not finite."
     sizes, order = labels.bincount(), labels.argsort(stable=True)
-    squares, centres = torch.zeros(2, len(sizes), dtype=torch.float64)
-    whole, begun, start = 0, (-1, 0), 0                                      # a stratum may begin in one chunk and end in the next
-    for io in problem.layer_io(theta, Batch(order)):
-        idx, start = order[start:start + io.n], start + io.n
-        squares.index_add_(0, labels[idx], finite(io.sq_norms(), idx).double().cpu())
-        whole, stop = whole + io.combine(torch.ones_like(io.losses)), 0
-        for k, count in zip(*(t.tolist() for t in labels[idx].unique_consecutive(return_counts=True))):
-            part = slice(stop, stop := stop + count)
-            if count == sizes[k]: centres[k] = io.total_sq(part); continue
-            total = io.total(part) + (begun[1] if k == begun[0] else 0)
-            begun, centres[k] = (k, total), total.double().square().sum()
-    return Within((squares - centres / sizes).clamp_min(0), sizes, squares.sum().item() - whole.double().square().sum().item() / problem.n)
+    def spread(unit):
+        squares, centres = torch.zeros(2, len(sizes), dtype=torch.float64)
+        seen, whole, begun, start = [], 0, (-1, 0), 0                        # a stratum may begin in one chunk and end in the next
+        for io in problem.layer_io(theta, Batch(order)):
+            io, idx, start = io.in_unit(unit), order[start:start + io.n], start + io.n
+            seen.append(io.sq_norms())
+            squares.index_add_(0, labels[idx], seen[-1].double().cpu())
+            whole, stop = whole + io.combine(torch.ones_like(io.losses)), 0
+            for k, count in zip(*(t.tolist() for t in labels[idx].unique_consecutive(return_counts=True))):
+                part = slice(stop, stop := stop + count)
+                if count == sizes[k]: centres[k] = io.total_sq(part); continue
+                total = io.total(part) + (begun[1] if k == begun[0] else 0)
+                begun, centres[k] = (k, total), total.double().square().sum()
+        return (seen := torch.cat(seen)), (seen, (squares - centres / sizes).clamp_min(0), squares.sum().item() - whole.double().square().sum().item() / problem.n)
+    (seen, inside, total), unit = in_range(spread, theta.dtype, lambda: problem.layer_io(theta, Batch(order)))
+    finite(seen.double() * unit * unit, order)
+    return Within(inside * unit * unit, sizes, total * unit * unit)
 
 # %% ../../../nbs/06_move/01_estimators/03_strata.ipynb #stratified
 @kind

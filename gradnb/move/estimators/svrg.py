@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...problem.designs import Design
+from ...problem.layers.capture import in_range
 from .minibatch import MiniBatch, check_batch
 from ...ground.roles import Batch, Estimator, check_range, kind
 from ...ground.streams import Stream
@@ -73,11 +74,15 @@ def optimal_alpha(
     anchor: Tensor,     # θ̃ (p,)
 ) -> float:             # 0 where the snapshot's gradients do not differ
     "Tr Cov(g, g̃) / Tr Cov(g̃) over all examples, exactly (Yin et al. 2023, eq. 6)."
-    cross, square = 0.0, 0.0
-    now, then = torch.zeros_like(theta), torch.zeros_like(theta)
-    for a, b in zip(problem.layer_io(theta), problem.layer_io(anchor)):
-        cross, square = cross + a.paired(b).double().sum().item(), square + b.sq_norms().double().sum().item()
-        now, then = now + a.moments()[0], then + b.moments()[0]
+    def sums(unit):
+        cross, squares = 0.0, []
+        now, then = torch.zeros_like(theta), torch.zeros_like(theta)
+        for a, b in zip(problem.layer_io(theta), problem.layer_io(anchor)):
+            a, b = a.in_unit(unit), b.in_unit(unit)
+            cross, squares = cross + a.paired(b).double().sum().item(), [*squares, b.sq_norms()]
+            now, then = now + a.moments()[0], then + b.moments()[0]
+        return torch.cat(squares), (cross, sum(s.double().sum().item() for s in squares), now, then)
+    (cross, square, now, then), _ = in_range(sums, theta.dtype, lambda: problem.layer_io(anchor))
     inner = lambda u, v: (u.double() * v.double()).sum().item() / problem.n
     variance = square - inner(then, then)
     return (cross - inner(now, then)) / variance if variance > 1e-12 * square else 0.0
