@@ -179,7 +179,7 @@ def test_estimators(estimator):
     same(lambda where: train(problem(where), Descent(GD(.1), ESTIMATORS.build(estimator)), 8, progress=False)[0].theta)
 
 
-ARGUMENTS = {"spectrum": "draws=2,steps=12", "tail_index": "draws=80,surrogates=2", "noise_norms": "draws=80", "batch_tests": "examples=20",
+ARGUMENTS = {"spectrum": "draws=2,steps=12", "tail_index": "draws=80,surrogates=3", "noise_norms": "draws=80", "batch_tests": "examples=20",
              "original_index": "size=10", "flatness": "measure=sam", "rule": "field=velocity"}
 STEPPERS = {"agd": Descent(AutomaticGradientDescent(vectors=True), MiniBatch(10)), "trust_ratio": Descent(LAMB(), MiniBatch(10)),
             "clusters": Descent(Momentum(.1), ESTIMATORS.build("gradientclustering:size=10")), "flow": GradientFlow(.1)}

@@ -451,7 +451,7 @@ def test_a_name_is_never_mathematics(tmp_path, name):
         return fig
     ours, theirs = figure(), figure(parse_math=False)
     save_figure(ours, tmp_path, "ours")
-    with style(): theirs.savefig(tmp_path / "theirs.png")
+    save_figure(theirs, tmp_path, "theirs", math=True)
     assert (plt.imread(tmp_path / "ours.png") == plt.imread(tmp_path / "theirs.png")).all()
     draw_panels([Panel(name, [Line(np.arange(3), np.arange(3.), key=name)], ylabel=name)]).savefig(tmp_path / "panels.png")
     plt.close("all")

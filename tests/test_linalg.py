@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.sparse.linalg import LinearOperator, eigsh
 from gradnb.ground.estimate import Estimate
 from gradnb.linalg import Eigs, hutchinson, lanczos, lobpcg, power_iteration
+from gradnb.linalg.basis import Basis, orthonormalise
 from gradnb.linalg.spectra import spectrum
 from gradnb.ground.streams import Stream
 
@@ -363,3 +364,30 @@ def test_cuda_agrees():
         torch.testing.assert_close(cpu.values, gpu.values, atol=2e-3, rtol=0)
     cpu, gpu = hutchinson(A.__matmul__, 100), hutchinson(G.__matmul__, 100, device="cuda")
     torch.testing.assert_close(tuple(cpu), tuple(gpu), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("spectrum", ["cluster", "copies", "decay"])
+def test_a_basis_stays_orthonormal_and_knows_its_images(spectrum, dtype):
+    "However often its directions outside are turned, by whatever angle."
+    A = symmetric(SPECTRA[spectrum](90), dtype=dtype)[0]
+    B, eps = Basis(A.__matmul__, randn(7, 1, 90, dtype=dtype), 90), torch.finfo(dtype).eps
+    B.add(randn(7, 3, 90, dtype=dtype))
+    for i in range(16):
+        if i in (5, 11): B.add(randn(8 + i, 1, 90, dtype=dtype))
+        if i == 8: B.rotate(B.ritz()[1][:5])
+        a = torch.eye(len(B.R), dtype=F64)[0] + 10.**-i * randn(9 + i, len(B.R))
+        towards = a / a.norm() @ torch.stack(B.R).double()
+        B._turn(a)
+        assert (B.R[0] - towards).abs().max() < 10 * eps
+        if i % 2: B.grow(randn(9 + i, B.m))
+        rows = torch.stack([*B.Q, *B.R]).double()
+        assert (rows @ rows.T - torch.eye(len(rows))).abs().max() < 100 * eps
+        images = torch.stack(B.Q).double() @ A.double() - torch.cat([B.M, B.F], 1) @ rows
+        assert images.abs().max() < 100 * eps * B.T.abs().max()
+
+
+def test_rows_that_nothing_makes_orthonormal_are_given_up():
+    "Rows outside the rest that are not orthonormal themselves, as after a fault, must not be gone round for ever."
+    Q = randn(0, 3, 9) / 3
+    assert orthonormalise(Q, randn(1, 6, 9)) <= 6

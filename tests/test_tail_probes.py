@@ -19,7 +19,8 @@ from gradnb.ground.streams import Stream
 from gradnb.measure.tail.compat import original_noise_index
 from gradnb.measure.tail.estimators import tail_index
 from gradnb.measure.tail.magnitudes import TailRefusal
-from gradnb.measure.tail.noise import alive, gradient_draws, iterate_differences, noise_index, noise_norms, on_split, paired_noise, partition_grads
+from gradnb.ground.draws import Draws
+from gradnb.measure.tail.noise import alive, iterate_differences, noise_index, noise_norms, on_split, paired_noise, partition_grads
 from gradnb.measure.tail.stable import stable_sample
 from gradnb.runs.training import train
 
@@ -56,7 +57,7 @@ def test_draws_are_the_views_own(problem):
     state = next(islice(trajectory(problem, stepper), 3, 4))
     view = View(problem, stepper, state, Stream(5) / "probe")
     grads = view.grads(7)
-    again = torch.stack(list(gradient_draws(problem, stepper.estimator, state.theta, 7, view.stream / "grads", state.estimator)))
+    again = torch.stack(list(Draws.of(problem, stepper.estimator, state.theta, 7, view.stream / "grads", state.estimator)))
     assert torch.equal(again, grads)
     z = paired_noise(iter(grads))
     assert z.shape == (3, problem.p) and torch.equal(z[1], (grads[2] - grads[3]) / sqrt(2))
@@ -66,7 +67,7 @@ def test_draws_are_the_views_own(problem):
 def test_paired_noise_has_the_covariance_of_one_draw():
     g = Stream(0).generator()
     bowl = Quadratic(torch.eye(5, dtype=torch.float64), torch.randn(30, 5, generator=g, dtype=torch.float64))
-    z = paired_noise(gradient_draws(bowl, MiniBatch(4), bowl.theta0, 8000, Stream(1)))
+    z = paired_noise(Draws.of(bowl, MiniBatch(4), bowl.theta0, 8000, Stream(1)))
     expected = bowl.batch_variance(4)
     total = z.square().sum(1)
     assert abs(total.mean() - expected) < 4 * total.std() / sqrt(len(z))
@@ -118,7 +119,7 @@ def test_layers_have_columns_of_their_own(problem):
     found = measured("tail_index:every=9,draws=80,groups=layers,surrogates=3", problem, Descent(GD(.1), MiniBatch(8)), 0).columns
     names = problem.layout.names
     assert {"value", "p_value", "zeros", *names, *(f"{n}.gaussian" for n in names)} <= set(found)
-    z = paired_noise(gradient_draws(problem, MiniBatch(8), problem.theta0, 80, Stream(0) / "probe" / "tail_index" / 0 / "grads"))
+    z = paired_noise(Draws.of(problem, MiniBatch(8), problem.theta0, 80, Stream(0) / "probe" / "tail_index" / 0 / "grads"))
     part = alive(problem.layout.split(z)[2].flatten(1))
     assert found[names[2]][0] == pytest.approx(tail_index(part, "mohammadi").value)
 
@@ -143,7 +144,7 @@ def test_a_gradient_without_noise_has_no_index(problem):
 def test_norms_are_norms(problem):
     stepper = Descent(GD(.1), MiniBatch(8))
     found = measured("noise_norms:every=9,draws=60", problem, stepper, 0).columns
-    z = paired_noise(gradient_draws(problem, MiniBatch(8), problem.theta0, 60, Stream(0) / "probe" / "noise_norms" / 0 / "grads"))
+    z = paired_noise(Draws.of(problem, MiniBatch(8), problem.theta0, 60, Stream(0) / "probe" / "noise_norms" / 0 / "grads"))
     np.testing.assert_allclose(found["norms"][0], noise_norms(z).numpy(), rtol=1e-12)
     layers = measured("layer_norms", problem, stepper, 3).columns
     for k, state in enumerate(islice(trajectory(problem, stepper), 4)):

@@ -122,14 +122,15 @@ def orthonormalise(
     Q: Rows,    # (m, p) orthonormal rows
     W: Tensor,  # (b, p) rows to be made orthonormal to those and to each other, in place
 ) -> int:       # how many independent rows are left, in front
-    "Block Gram–Schmidt with reorthogonalisation. Drops what depends on the rest to within 100 roundings."
+    "Block Gram–Schmidt with reorthogonalisation. Drops what depends on the rest to within 100 roundings; of rows that are not orthonormal something may always be left, so there is an end."
     n, floor = len(W), (100 * torch.finfo(W.dtype).eps)**2
     size = torch.linalg.vector_norm(W, dim=1, keepdim=True, dtype=torch.float64)
     W /= torch.where(size > 0, size, 1)
-    while n:
+    for last in (False, False, False, True):
+        if not n: break
         combine(-inner(W[:n], Q), Q, W[:n], add=1)
         d, V = torch.linalg.eigh(inner(W[:n], W[:n]))
-        keep = d > floor
+        keep = d > (.5 if last else floor)
         n = int(keep.sum())
         combine((V[:, keep] / d[keep].sqrt()).T, W[:len(d)], W[:n])
         if n and d[keep][0] > 0.5: break
@@ -199,18 +200,23 @@ class Basis:
         self._take(q, self._images(q[None])[0], seen, known)
         return 1
 
+    def random(self, stream: Stream) -> Tensor:
+        "A random direction (1, p), drawn on the CPU so that devices agree."
+        return torch.randn(1, self.p, generator=stream.generator(), dtype=self.like.dtype).to(self.like.device)
+
     def add_random(self, stream: Stream) -> int:
-        "Takes in a random direction, drawn on the CPU so that devices agree."
-        g = (stream / self.products).generator()
-        return self.add(torch.randn(1, self.p, generator=g, dtype=self.like.dtype).to(self.like.device))
+        "Takes in a random direction."
+        return self.add(self.random(stream / self.products))
 
     def _turn(self, a: Tensor):
-        "Reflects R so that its first row is the direction a R."
-        v = torch.eye(len(a), dtype=a.dtype)[0] - a / a.norm()
-        if not v.any(): return
+        "Turns R so that its first row is the direction a R."
+        v = a / a.norm()
+        sign = -1. if v[0] < 0 else 1.
+        v[0] += sign                                             # away from cancellation
         H = torch.eye(len(a), dtype=a.dtype) - 2 * torch.outer(v, v) / (v @ v)
+        H[0] *= -sign
         combine(H, self.R, self.R)
-        self.F, self.E = self.F @ H, self.E @ H
+        self.F, self.E = self.F @ H.T, self.E @ H.T
 
     def _images(self, W: Tensor) -> list[Tensor]:
         if not len(W): return []

@@ -174,13 +174,9 @@ def certify(
         if y is None or not B.grow(y): B.add_random(stream)
 
 # %% ../../nbs/02_linalg/02_krylov.ipynb #scan
-def _drawn(B: Basis, stream: Stream) -> Tensor:
-    "A random direction (1, p), on the CPU drawn, so that devices agree."
-    return torch.randn(1, B.p, generator=stream.generator(), dtype=B.like.dtype).to(B.like.device)
-
 def _scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, int]:
     "Errors (k,) of the pairs in a basis, from three vectors; and, where something larger shows, after how many products it does."
-    a, eps, q, before = B.m, torch.finfo(B.like.dtype).eps, _drawn(B, stream), []
+    a, eps, q, before = B.m, torch.finfo(B.like.dtype).eps, B.random(stream), []
     if not orthonormalise(B.Q, q): return allowed.expand(k), 0
     theta, off, T, pad, steps, q = B.ritz()[0], B.outside(), B.T, torch.nn.functional.pad, 0, q[0]
     while True:
@@ -218,7 +214,7 @@ def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, v
         error, seen = _scan(B, k, allowed, draw, budget)
         done = bool((error <= allowed).all())
         if done or B.products >= budget: return error, done, sketch
-        if seen: B.add(_drawn(B, draw))
+        if seen: B.add(B.random(draw))
         aim, rough = allowed if vectors else max(allowed, rough * (allowed * scale / 200).sqrt()), rough / 4
         while B.products < budget:
             theta, Y = (x[:k] for x in B.ritz())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from ..linalg import Eigs, Sketch, lanczos
 from ..problem.designs import NotFinite
-from ..problem.graphs import free_memory
+from ..problem.graphs import check_free
 from ..problem import Point
 from ..ground.estimate import in_unit, to_unit
 from ..ground.roles import check_given, check_number
@@ -97,9 +97,8 @@ def sharpness(
     if point.problem.kinks:
         warnings.warn(f"the loss has kinks ({', '.join(point.problem.kinks)}); its Hessian is that of the smooth piece around θ.", stacklevel=2)
     if memory is not None:
-        copies, one, free = memory, point.theta.nbytes, free_memory(point.theta.device)
-        if copies * one > free:
-            raise MemoryError(f"a search for {k} eigenvalue{'s' * (k > 1)} holds up to {copies:g} copies of θ, {copies * one / 2**30:.3g} GB, and {free / 2**30:.3g} GB "
-                              f"are free; {f'give it memory={int(free / one)}' if free >= (2 * k + 6) * one else f'it needs {2 * k + 6} copies, so free some'}.")
+        one = point.theta.nbytes
+        check_free(f"a search for {k} eigenvalue{'s' * (k > 1)} holds up to {memory:g} copies of θ,", memory * one, point.theta.device,
+                   lambda free: f"give it memory={int(free / one)}" if free >= (2 * k + 6) * one else f"it needs {2 * k + 6} copies, so free some")
     options = dict(memory=memory, tol=tol, max_matvecs=max_matvecs, vectors=vectors, check=check)
     return _two_ends(point, k, warm, stream, **options) if which == "magnitude" else _one_end(point, k, warm, stream, which, **options)

@@ -18,7 +18,7 @@ from torch.func import grad, vmap
 from ..data import Dataset
 from ..data.samples import Examples, mapped
 from .forms import Graph, cuts
-from .graphs import free_memory, keeps_double, kinks_of, saved_bytes
+from .graphs import check_free, free_memory, keeps_double, kinks_of, saved_bytes
 from .layers import LayerIO, Rows, capture, verify
 from .likelihood import sample_targets
 from .network import twice_differentiable
@@ -103,10 +103,8 @@ class Problem(Risk):
         "Raises MemoryError where the graph of a chunk would not fit, with the chunk size that does."
         rows = len(self.part(self.rows(batch)))
         rows = rows if self.chunk_size is None else min(rows, self.chunk_size)
-        need, free = rows * self.graph_bytes, free_memory(self.device)
-        if need > free:
-            raise MemoryError(f"the gradient's graph of {rows} examples takes {need / 2**30:.3g} GB and {free / 2**30:.3g} GB are free; "
-                              f"give the problem chunk_size={max(1, int(0.8 * free / self.graph_bytes))} or fewer.")
+        check_free(f"the gradient's graph of {rows} examples takes", rows * self.graph_bytes, self.device,
+                   lambda free: f"give the problem chunk_size={max(1, int(0.8 * free / self.graph_bytes))} or fewer")
 
     @cached_property
     def kinks(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from .layers.capture import in_range
 from ..ground.estimate import Estimate
 from ..ground.streams import Stream
 from ..ground.roles import check_given
-from .graphs import free_memory
+from .graphs import check_free
 
 # %% ../../nbs/05_problem/13_designs.ipynb #counts
 def whole_counts(
@@ -130,8 +130,7 @@ def exact_variance(
     design = estimator.design(state, problem)
     k, weights = len(design.expected), (1., *(a for a, _ in design.anchors))
     need = (k + len(design.anchors)) * theta.nbytes
-    if k > 1 and need > (free := free_memory(theta.device)):
-        raise MemoryError(f"sums of gradients over the {k} parts of {estimator!r} take {need / 2**30:.3g} GB and {free / 2**30:.3g} GB are free; measure its variance on draws.")
+    if k > 1: check_free(f"sums of gradients over the {k} parts of {estimator!r} take", need, theta.device, lambda free: "measure its variance on draws")
     def collect(unit):
         layers, start = {}, 0
         for ios in zip(problem.layer_io(theta), *(problem.layer_io(at) for _, at in design.anchors)):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from ...ground.draws import Draws
 from ...ground.roles import check_number
-from ...problem.graphs import free_memory
+from ...problem.graphs import check_free
 from .view import PROBES, Probe, View
 from ..tail.compat import original_noise_index
 from ..tail.controls import control_row, gaussian_surrogate
 from ..tail.estimators import LEAST_BLOCKS, METHODS, tail_index
 from ..tail.magnitudes import TailRefusal
-from ..tail.noise import gradient_draws, noise_index, noise_norms, on_split, paired_noise, pairs, partition_grads
+from ..tail.noise import noise_index, noise_norms, on_split, paired_noise, pairs, partition_grads
 from ..tail.sketch import layer_groups
 
 # %% ../../../nbs/07_measure/09_probes/03_tail.ipynb #index
@@ -40,7 +40,7 @@ def run_grads(
 ) -> Draws:                  # (p,) each
     "view.draws(n), or what they would be on the test set."
     state = view.state.estimator if split == "train" else None
-    return gradient_draws(on_split(view.problem, split), view.stepper.estimator, view.theta, n, view.stream / "grads", state)
+    return Draws.of(on_split(view.problem, split), view.stepper.estimator, view.theta, n, view.stream / "grads", state)
 
 def of_split(probe: str, split: str) -> str:
     "The name of a probe's trace on the training or the test set."
@@ -126,10 +126,9 @@ def original_index_probe(
     check_number("original_index", "most", most, 2, whole=True)
     def measure(view):
         problem = on_split(view.frozen, split)
-        kept, free = min(problem.n // size, most), free_memory(view.theta.device)
-        if (need := (3 * kept + 1) * view.theta.nbytes) > free:
-            raise MemoryError(f"original_index keeps {kept} gradients and surrogates of them, {need / 2**30:.3g} GB, and {free / 2**30:.3g} GB are free; "
-                              f"take most={max(0, int(free / view.theta.nbytes - 1) // 3)}, or tail_index, which samples coordinates.")
+        kept = min(problem.n // size, most)
+        check_free(f"original_index keeps {kept} gradients and surrogates of them,", (3 * kept + 1) * view.theta.nbytes, view.theta.device,
+                   lambda free: f"take most={max(0, int(free / view.theta.nbytes - 1) // 3)}, or tail_index, which samples coordinates")
         grads = torch.stack(list(partition_grads(problem, view.theta, size, most)))
         row = control_row(grads, original_noise_index, view.stream, surrogates, {"gaussian": gaussian_surrogate})
         data, gauss = row.loc["data"], row.loc["gaussian"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ..curvature import WHICH, sharpness
 from ...problem import Point, Problem
-from ...problem.graphs import free_memory
+from ...problem.graphs import check_free
 from ...ground.registry import Registry
 from ...ground.draws import KEPT, Draws
 from ...ground.roles import Batch, State, check_number, check_range
@@ -118,10 +118,9 @@ class View:
         return self._stacked(n, "updates")
 
     def _stacked(self, n: int, of: str) -> Tensor:
-        need = n * self.theta.nbytes
-        if need > KEPT and need > (free := free_memory(self.theta.device)):
-            raise MemoryError(f"{n} {of} of {len(self.theta):,} parameters take {need / 2**30:.3g} GB and {free / 2**30:.3g} GB are free; "
-                              f"go through view.draws({n}, {of!r}), which makes them one at a time.")
+        if (need := n * self.theta.nbytes) > KEPT:
+            check_free(f"{n} {of} of {len(self.theta):,} parameters take", need, self.theta.device,
+                       lambda free: f"go through view.draws({n}, {of!r}), which makes them one at a time")
         return self.draws(n, of).stacked()
 
 # %% ../../../nbs/07_measure/09_probes/01_view.ipynb #probe

@@ -15,7 +15,8 @@ from ...ground.streams import Stream
 from ...measure.tail.estimators import LEAST_BLOCKS, geometric_scale
 from ...measure.tail.fit import LAWS, Fit, Sample, fit_law
 from ...measure.tail.magnitudes import FINITE, NOT_FINITE, Magnitudes, TailRefusal, bin_edges
-from ...measure.tail.noise import gradient_draws, paired_noise
+from ...ground.draws import Draws
+from ...measure.tail.noise import paired_noise
 
 # %% ../../../nbs/09_show/04_explorers/05_sample.ipynb #sample
 MS = (1, 2, 4, 8, 16, 32, 64)
@@ -35,7 +36,7 @@ def noise_of_run(
 ) -> Tensor:            # (gradients // 2, p)
     "Differences of fresh gradients at the end of a run."
     problem, stepper, _ = run.spec.build()
-    return paired_noise(gradient_draws(problem, stepper.estimator, run.theta, gradients, stream))
+    return paired_noise(Draws.of(problem, stepper.estimator, run.theta, gradients, stream))
 
 def survival(
     record: Magnitudes,

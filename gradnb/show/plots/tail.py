@@ -25,7 +25,8 @@ from ...measure.tail.controls import control_row, gaussian_surrogate, gaussian_v
 from ...measure.tail.estimators import LEAST_BLOCKS, MOST_ZEROS, default_m, k_plot, m_profile, tail_index
 from ...measure.tail.fit import LAWS, Fit, as_columns, fit_law
 from ...measure.tail.magnitudes import Magnitudes, near_one
-from ...measure.tail.noise import alive, gradient_draws, noise_index, noise_norms, paired_noise
+from ...ground.draws import Draws
+from ...measure.tail.noise import alive, noise_index, noise_norms, paired_noise
 from ...measure.tail.sketch import layer_groups
 from ...measure.tail.stable import stable_sample
 from ...measure.tail.verdict import Verdict, gaussianity, verdict
@@ -241,7 +242,7 @@ def run_panels(
     "What belongs beside the tail index at the end of a run."
     problem, stepper, _ = run.spec.build()
     source = estimator or stepper.estimator
-    noise = paired_noise(gradient_draws(problem, source, run.theta, gradients, stream / "grads"))
+    noise = paired_noise(Draws.of(problem, source, run.theta, gradients, stream / "grads"))
     facts = (f"Differences of fresh draws of {source!r}, in training mode, from the examples that the network is trained on, at step "
              f"{run.manifest['step']:,} of {run.spec.model} on {run.spec.dataset}, seed {run.spec.seed}.")
     return tail_panels(noise, stream, facts, problem.layout, **page)
