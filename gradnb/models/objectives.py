@@ -76,8 +76,8 @@ def posed(
     ratio = Ratio.taken_apart(loss, how) if how not in (None, "none") else None
     def outputs(model, batch):
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise TypeError(f"{loss!r} is a loss of outputs and targets, and a batch here is a {type(batch).__name__}; give a function "
-                            "objective(model, batch) that calls both.")
+            raise TypeError(f"{loss!r} is a loss of outputs and targets, and a batch here is a {type(batch).__name__}; two tensors with "
+                            "all of them are torch.utils.data.TensorDataset(inputs, targets), and for any other batch give a function objective(model, batch) that calls both.")
         return model(batch[0])
     def of(out, batch): return loss(out, batch[1]) if ratio is None else (ratio.sums(out, batch[1]), ratio.weights(out, batch[1]))
     of.__name__ = getattr(loss, "__name__", type(loss).__name__)
