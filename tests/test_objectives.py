@@ -439,3 +439,11 @@ def test_a_network_is_tried_on_a_part_of_a_batch_unless_it_insists_on_the_whole(
     assert problem.dataset.whole and (16 in seen) == fixed
     still = deepcopy(net)
     agrees(problem, brute(still, lambda model: (F.cross_entropy(model(x[:16]), y[:16]) + F.cross_entropy(model(x[16:]), y[16:])) / 2))
+
+
+def test_two_tensors_and_a_loss_of_outputs_and_targets_are_told_the_way():
+    def of_outputs(outputs, targets): return (outputs.square().sum(1) - targets).mean()
+    with pytest.raises(TypeError, match=r"^ce is a loss .*TensorDataset\(inputs, targets\)"): Problem(NET, "ce", (X, Y))
+    with pytest.raises(TypeError, match=r"of_outputs does not read \(model, batch\).*lambda outputs, batch: loss"): Problem(NET, of_outputs, DATA["a data set"])
+    pair = lambda model, batch: model(batch[0]), lambda outputs, batch: of_outputs(outputs, batch[1])
+    agrees(Problem(NET, pair, TensorDataset(X, Y)), brute(NET, lambda model: of_outputs(model(X), Y)))

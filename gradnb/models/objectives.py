@@ -74,13 +74,14 @@ def posed(
     how = said(loss, "reduction")
     if how == "sum": raise TypeError(f"{loss!r} adds up its examples, so it grows with the batch; make it with reduction='mean'.")
     ratio = Ratio.taken_apart(loss, how) if how not in (None, "none") else None
+    name = getattr(loss, "__name__", type(loss).__name__)
     def outputs(model, batch):
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise TypeError(f"{loss!r} is a loss of outputs and targets, and a batch here is a {type(batch).__name__}; two tensors with "
+            raise TypeError(f"{name} is a loss of outputs and targets, and a batch here is a {type(batch).__name__}; two tensors with "
                             "all of them are torch.utils.data.TensorDataset(inputs, targets), and for any other batch give a function objective(model, batch) that calls both.")
         return model(batch[0])
     def of(out, batch): return loss(out, batch[1]) if ratio is None else (ratio.sums(out, batch[1]), ratio.weights(out, batch[1]))
-    of.__name__ = getattr(loss, "__name__", type(loss).__name__)
+    of.__name__ = name
     return composed(outputs, of)
 
 def composed(

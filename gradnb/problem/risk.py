@@ -154,6 +154,9 @@ class Risk:
         except (RuntimeError, ValueError, IndexError):                               # it insists on batches of the owner's size
             first = sample.x[:1]
             network = Network(module, params, first, objective.ask)
+        except AttributeError as e:
+            raise TypeError(f"{objective!r} does not read (model, batch), as a function must on data that are no gradnb.Dataset: {e}. A loss of outputs and targets "
+                            "is a pair there: (lambda model, batch: model(batch[0]), lambda outputs, batch: loss(outputs, batch[1])).") from e
         self.in_part = not first.whole
         with torch.no_grad():
             out, single = network(params, first), None if settled or size else sample.by_example()
