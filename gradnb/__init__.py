@@ -32,6 +32,8 @@ _NAMES = {
     "move.rules.fromtorch": ["FromTorch"],
     "move.rules.schedule": ["Scheduled", "Piecewise", "Cosine"],
     "move.rules.groups": ["Groups"],
+    "move.rules.sign": ["Signum", "Lion"],
+    "move.rules.muon": ["Muon"],
     "models.inits": ["agd_init"],
     "move.faces": ["optim"],
     "move.faces.estimated": ["Estimated"],

@@ -70,6 +70,8 @@ FACES = [
     info(optim.Adam, dict(lr=.01), dict(lr=.01, betas=(.5, .9), eps=1e-6), dict(lr=torch.tensor(.01), betas=(torch.tensor(.5), .9)),
          schedulers=(decay, cycle), wrong=dict(lr=-1., betas=(1., .9), eps=-1.)),
     info(optim.RMSProp, dict(lr=.01), dict(lr=.01, beta2=.9), dict(lr=torch.tensor(.01)), wrong=dict(lr=NAN, beta2=1.)),
+    info(optim.Signum, dict(lr=.01), dict(lr=.01, momentum=0., weight_decay=.1), dict(lr=torch.tensor(.01)), schedulers=(decay, cycle), wrong=dict(lr=-1., momentum=1.)),
+    info(optim.Lion, dict(lr=.01), dict(lr=.01, betas=(.5, .9), weight_decay=.1), dict(lr=torch.tensor(.01)), schedulers=(decay, cycle), wrong=dict(lr=NAN, betas=(1., .9))),
     info(optim.LAMB, dict(lr=.01), dict(lr=.01, weight_decay=.1, max_grad_norm=.1, adapt="decayed"), dict(lr=torch.tensor(.01)),
          dict(lr=.01, weight_decay=.1, decay="outside", bias_correction="first", norm_high=10.),
          dict(lr=.01, weight_decay=.1, decay="l2", bias_correction="none", ratio_high=1., grad_averaging=False),

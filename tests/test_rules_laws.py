@@ -26,8 +26,10 @@ from gradnb.move.rules.kfac import KFAC
 from gradnb.move.rules.lamb import LAMB
 from gradnb.move.rules.lars import LARS
 from gradnb.move.rules.momentum import Momentum, MomentumState
+from gradnb.move.rules.muon import Muon
 from gradnb.move.rules.rmsprop import RMSProp
 from gradnb.move.rules.schedule import Cosine, Scheduled
+from gradnb.move.rules.sign import Lion, Signum
 from gradnb.runs import Spec, Store
 from gradnb.move.steppers import Descent, trajectory
 
@@ -35,7 +37,7 @@ OURS = [LAMB(.01), LAMB.cybertronai(.01, weight_decay=.1), LAMB.timm(.01), LAMB.
         LAMB(.01, adapt="matrices", weight_decay=.1), LAMB(.01, decay="l2", weight_decay=.1, ratio_high=1., grad_averaging=False),
         LARS(5.), LARS.paper(5., nesterov=True), LARS.timm(.1), LARS.pytorch_optimizer(5.), AutomaticGradientDescent(vectors=True),
         AutomaticGradientDescent(10., 3, True), Scheduled(LAMB.nvlamb(.01), Cosine(10, warmup=2)), Scheduled(LARS(5.), Cosine(10)),
-        Groups((("*", LAMB(.01)),))]
+        Groups((("*", LAMB(.01)),)), Signum(.01, weight_decay=.1), Lion(.01, weight_decay=.1)]
 PARTED = Groups((("matrix", Scheduled(LAMB.timm(.01), Cosine(20))), ("fc1.*", FromTorch(torch.optim.AdamW, lr=.01)), ("vector", GD(.1))))
 
 
@@ -45,17 +47,18 @@ def problem():
     return Problem(build_model("fc-tanh:width=10,depth=1", digits), "mse", digits)
 
 
-@pytest.mark.parametrize("rule", OURS, ids=repr)
+@pytest.mark.parametrize("rule", [*OURS, Muon(.02), Muon(.02, polar="svd", weight_decay=.1), Muon.torch()], ids=repr)
 def test_rule(rule):
     check_rule(rule)
     spec = Spec("digits", "fc-tanh", "ce", rule, 3)
     assert Spec.from_json(spec.to_json()) == spec and spec.hash != replace(spec, steps=4).hash
 
 
-@pytest.mark.parametrize("rule", [*OURS, GD(.1), Momentum(.1, nesterov=True), Adam(), RMSProp(), LARS(5., clip=True, adapt="matrices"), KFAC(.1)], ids=repr)
+@pytest.mark.parametrize("rule", [*OURS, GD(.1), Momentum(.1, nesterov=True), Adam(), RMSProp(), LARS(5., clip=True, adapt="matrices"), KFAC(.1), Muon(.1), Muon.torch()], ids=repr)
 def test_a_step_reads_no_number(rule):
     "On the meta device a tensor has no value to wait for: .item(), float() and if would raise."
-    blocks = {"w": torch.empty(4, 3, device="meta"), "c": torch.empty(5, 4, 3, 3, device="meta"), "b": torch.empty(4, device="meta")}
+    blocks = {"w": torch.empty(4, 3, device="meta"), "c": torch.empty(5, 4, 3, 3, device="meta")}
+    if not isinstance(rule, Muon): blocks["b"] = torch.empty(4, device="meta")
     state = rule.init(blocks, {})
     for _ in range(3): blocks, state = rule.step(state, blocks, dict(blocks))
     assert all(b.is_meta for b in blocks.values())

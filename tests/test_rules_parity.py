@@ -1,4 +1,4 @@
-"""LAMB and LARS against pytorch_optimizer, timm and torch over thirty steps; and pairs that must differ.
+"""LAMB, LARS, Signum, Lion and Muon against pytorch_optimizer, timm and torch over thirty steps; and pairs that must differ.
 
 The network has one matrix of norm above 10, where φ binds, and a loss steep enough for the global clip to bind.
 """
@@ -11,6 +11,8 @@ from torch import nn
 
 from gradnb.move.rules.lamb import LAMB
 from gradnb.move.rules.lars import LARS
+from gradnb.move.rules.muon import ODD, Muon, newton_schulz
+from gradnb.move.rules.sign import Lion, Signum
 
 
 def timm_optimizer(name):
@@ -89,6 +91,11 @@ EQUAL = {
     "LARS, timm, always": (LARS.timm(.5, beta=.9, adapt="all"), lars_timm(momentum=.9, always_adapt=True)),
     "LARC": (LARS.timm(.5, weight_decay=.01, trust=.2, clip=True), lars_timm(weight_decay=.01, trust_coeff=.2, trust_clip=True)),
     "LARS at constant rate, inside": (LARS(.5, adapt="matrices", weight_decay=.01), lars_po(weight_decay=.01)),
+    "signSGD": (Signum(.002, 0.), lambda p: po.SignSGD(p, lr=.002, momentum=0.)),
+    "Signum": (Signum(.002), lambda p: po.SignSGD(p, lr=.002)),
+    "Signum, decay": (Signum(.002, .8, .1), lambda p: po.SignSGD(p, lr=.002, momentum=.8, weight_decay=.1)),
+    "Lion": (Lion(.002), lambda p: po.Lion(p, lr=.002)),
+    "Lion, decay": (Lion(.002, .8, .95, .1), lambda p: po.Lion(p, lr=.002, betas=(.8, .95), weight_decay=.1)),
     "SGD": (LARS.timm(.05, beta=.9), lambda p: torch.optim.SGD(p, lr=.05, momentum=.9)),
 }
 
@@ -159,3 +166,62 @@ DIFFERENT = {
 @pytest.mark.parametrize("rule, peer, least", DIFFERENT.values(), ids=DIFFERENT)
 def test_must_differ(rule, peer, least):
     assert (ours(rule, torch.float64) - theirs(peer, torch.float64)).abs().max() > least
+
+
+def matrices(rule, dtype, steps=30):
+    "The matrices of the network, which alone are moved, by a rule of ours or an optimizer."
+    params, loss = network(dtype)
+    moved = {n: p for n, p in params.items() if p.ndim == 2}
+    blocks = {n: p.detach().clone() for n, p in moved.items()}
+    state, peer = (None, rule(moved.values())) if callable(rule) else (rule.init(blocks, {}), None)
+    for _ in range(steps):
+        for p in params.values(): p.grad = None
+        loss(params).backward()
+        if peer is not None: peer.step(); continue
+        blocks, state = rule.step(state, blocks, {n: p.grad for n, p in moved.items()})
+        with torch.no_grad():
+            for n, p in moved.items(): p.copy_(blocks[n])
+    return torch.cat([p.detach().flatten() for p in moved.values()])
+
+
+MUON = [dict(), dict(lr=.02, weight_decay=0., nesterov=False), dict(lr=.01, momentum=.5, ns_steps=3), dict(lr=.01, adjust_lr_fn="match_rms_adamw"),
+        dict(lr=.01, adjust_lr_fn="spectral_unclamped"), dict(lr=.01, ns_coefficients=ODD["cubic"], ns_steps=12)]
+THEIR_WORDS = {"momentum": "beta", "ns_steps": "steps", "match_rms_adamw": "rms", "spectral_unclamped": "spectral", "adjust_lr_fn": "scale"}
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("words", MUON, ids=str)
+def test_muon_is_torchs(words, dtype, monkeypatch):
+    "Bit for bit in bfloat16, which is where torch finds the polar factor; in others to rounding, with that conversion taken out of its code."
+    ours = {THEIR_WORDS.get(k, k): THEIR_WORDS.get(v, v) for k, v in words.items() if k != "ns_coefficients"}
+    rule = Muon.torch(**ours, polar="cubic" if "ns_coefficients" in words else "jordan")
+    low = dtype == torch.bfloat16
+    dtype = torch.float64 if low else dtype
+    if not low:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+        rule = replace(rule, precision="own")
+    a, b = matrices(rule, dtype), matrices(lambda p: torch.optim.Muon(p, **words), dtype)
+    assert (b - matrices(Muon(0.), dtype)).abs().max() > 1e-3
+    assert (a - b).abs().max() <= (0 if low else 1e-12 if dtype == torch.float64 else 1e-4) * max(1, b.abs().max().item())
+
+
+def test_newton_schulz_is_a_polynomial_of_the_singular_values():
+    gen = torch.Generator().manual_seed(0)
+    for shape in ((7, 4), (4, 7), (3, 5, 5)):
+        M = torch.randn(*shape, generator=gen, dtype=torch.float64)
+        U, S, V = torch.linalg.svd(M, full_matrices=False)
+        for (a, b, c), steps in ((ODD["jordan"], 5), (ODD["cubic"], 9), ((2., -1.5, .5), 3)):
+            s = S / S.norm(dim=-1, keepdim=True)
+            for _ in range(steps): s = a * s + b * s**3 + c * s**5
+            assert torch.allclose(newton_schulz(M, (a, b, c), steps), U * s[..., None, :] @ V, rtol=0, atol=1e-12)
+
+
+def test_muon_moves_blocks_of_one_shape_together_and_each_as_if_alone():
+    gen = torch.Generator().manual_seed(0)
+    blocks = {n: torch.randn(*s, generator=gen, dtype=torch.float64) for n, s in dict(a=(6, 12), b=(6, 12), c=(6, 3, 2, 2), d=(12, 6)).items()}
+    grads = {n: torch.randn(b.shape, generator=gen, dtype=torch.float64) for n, b in blocks.items()} | {"b": torch.zeros(6, 12, dtype=torch.float64)}
+    for rule in (Muon(.1), Muon(.1, polar="svd"), Muon(.1, scale="spectral", weight_decay=.1)):
+        out, _ = rule.step(rule.init(blocks, {}), blocks, grads)
+        assert torch.equal(out["b"], blocks["b"] * (1 - .1 * rule.weight_decay))                        # no gradient, no step
+        for n in blocks:
+            alone, _ = rule.step(rule.init({n: blocks[n]}, {}), {n: blocks[n]}, {n: grads[n]})
+            assert torch.allclose(out[n], alone[n], rtol=1e-13, atol=1e-14)

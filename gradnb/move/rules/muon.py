@@ -58,7 +58,7 @@ class Muon(InPlace):
     polar: str = "jordan"       # or "cubic", "svd"
     steps: int = 5              # of Newton–Schulz
     scale: str = "original"     # or "rms", "spectral", "none"
-    precision: str = "own"      # of the polar factor: that of the block, or "bfloat16"
+    precision: str = "own"      # of the polar factor: that of the block and float32 at least, or "bfloat16"
     eps: float = 1e-7           # the least norm of M that is divided by
     takes_complex = False
 
@@ -84,8 +84,9 @@ class Muon(InPlace):
 
     def factor(self, M: Tensor) -> Tensor:
         "The polar factor of matrices (…, m, n), as it is found here."
-        if self.polar == "svd": return polar_factor(M)
-        return newton_schulz(M.bfloat16() if self.precision == "bfloat16" else M, ODD[self.polar], self.steps, self.eps)
+        if self.precision == "bfloat16": M = M.bfloat16()
+        elif M.dtype.itemsize < 4: M = M.float()
+        return polar_factor(M) if self.polar == "svd" else newton_schulz(M, ODD[self.polar], self.steps, self.eps)
 
     def update(self, state, blocks, grads, total, ops):
         w, g, m = columns(blocks, blocks, grads, state.momentum)
