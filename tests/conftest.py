@@ -3,9 +3,12 @@ than they give. And the same global random numbers each time."""
 import os
 import random
 import re
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:      # as a script's background jobs have it; tests that stop others need it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
