@@ -447,3 +447,11 @@ def test_two_tensors_and_a_loss_of_outputs_and_targets_are_told_the_way():
     with pytest.raises(TypeError, match=r"of_outputs does not read \(model, batch\).*lambda outputs, batch: loss"): Problem(NET, of_outputs, DATA["a data set"])
     pair = lambda model, batch: model(batch[0]), lambda outputs, batch: of_outputs(outputs, batch[1])
     agrees(Problem(NET, pair, TensorDataset(X, Y)), brute(NET, lambda model: of_outputs(model(X), Y)))
+
+
+def test_targets_that_are_no_class_are_left_out_where_the_loss_says_so_and_else_refused():
+    y = Y.where(torch.arange(23) % 5 != 2, -100)
+    data = TensorDataset(X, y)
+    agrees(Problem(NET, nn.CrossEntropyLoss(), data), brute(NET, lambda model: F.cross_entropy(model(X), y)))
+    for loss, says in (("ce", "Target -100 is out of bounds.*ignore_index"), (nn.CrossEntropyLoss(ignore_index=-5), "Target -100 is out of bounds")):
+        with pytest.raises(IndexError, match=says): (problem := Problem(NET, loss, data)).loss(problem.theta0)

@@ -56,7 +56,8 @@ def ce(
 ) -> Tensor:            # (b,), nats
     "Cross-entropy of each example."
     check_outputs(outputs, targets, "ce", numbers=False)
-    return F.cross_entropy(outputs, targets, reduction="none", ignore_index=-2**63)
+    try: return F.cross_entropy(outputs, targets, reduction="none", ignore_index=-2**63)
+    except IndexError as e: raise IndexError(f"{e} 'ce' wants a class for every target; nn.CrossEntropyLoss(ignore_index=…) leaves out those that are none.") from None
 
 # %% ../../nbs/04_models/01_losses.ipynb #indicator
 def indicator(

@@ -66,7 +66,7 @@ class Ratio:
                 raise ValueError(f"{loss!r} got outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}; give them one shape.")
             if targets.is_floating_point() or ignored is None: return outputs, targets
             texts = torchs and outputs.ndim == 3 and outputs.shape[:2] == targets.shape and outputs.shape[::2] != targets.shape
-            return outputs.mT if texts else outputs, targets.where(targets >= 0, ignored)     # torch wants (b, classes, T)
+            return outputs.mT if texts else outputs, targets.where(targets != -1, ignored)     # torch wants (b, classes, T)
         def parts(outputs, targets):
             found = each(*read(outputs, targets))
             if found.ndim and found.numel() % len(outputs) == 0: return found.reshape(len(outputs), -1)
