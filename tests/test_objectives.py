@@ -455,3 +455,4 @@ def test_targets_that_are_no_class_are_left_out_where_the_loss_says_so_and_else_
     agrees(Problem(NET, nn.CrossEntropyLoss(), data), brute(NET, lambda model: F.cross_entropy(model(X), y)))
     for loss, says in (("ce", "Target -100 is out of bounds.*ignore_index"), (nn.CrossEntropyLoss(ignore_index=-5), "Target -100 is out of bounds")):
         with pytest.raises(IndexError, match=says): (problem := Problem(NET, loss, data)).loss(problem.theta0)
+    with pytest.raises(ValueError, match="targets of ce are inside its batches.*Dataset"): Problem(NET, "ce", TensorDataset(X, Y)).at().fisher(normal(Problem(NET, "ce", TensorDataset(X, Y)).p))

@@ -31,6 +31,9 @@ def sample_targets(
     gen: torch.Generator,    # on the CPU
 ) -> Tensor:                 # as the loss takes them: classes (b, …), or numbers of the outputs' shape
     "Targets drawn from the distribution whose negative log-likelihood the loss is. Raises ValueError where it is none."
+    if hasattr(loss, "ask"):                                                       # an objective
+        raise ValueError(f"the targets of {loss!r} are inside its batches, where the model's own cannot take their place; use those of the data "
+                         "(the empirical Fisher), or a gradnb.Dataset.")
     if loss not in LIKELIHOODS:
         known = ", ".join(f.__name__ for f in LIKELIHOODS)
         raise ValueError(f"loss {getattr(loss, '__name__', loss)!r} is no negative log-likelihood known here ({known}), so the model "
