@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .likelihood import LIKELIHOODS
+from .likelihood import check_likelihood
 from .network import twice_differentiable
 
 # %% ../../nbs/05_problem/05_linearised.ipynb #piece
@@ -95,7 +95,5 @@ class Linearised:
         "Product with the Fisher matrix. Raises ValueError where the loss is no likelihood, so that the model expects no labels."
         if labels not in ("model", "data"): raise ValueError(f"labels must be 'model' or 'data', got {labels!r}.")
         if labels == "data": return self.product(v, Piece.outer)
-        if self.problem.per_example not in LIKELIHOODS:
-            raise ValueError(f"loss {getattr(self.problem.per_example, '__name__', self.problem.per_example)!r} is no negative "
-                             "log-likelihood known here; use labels='data', or ggn.")
+        check_likelihood(self.problem.per_example)
         return self.product(v, lambda piece, moved: piece.curved(moved) / piece.terms)    # of T independent means: a Tth of the mean's
