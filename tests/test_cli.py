@@ -149,6 +149,7 @@ SMALL = "--dataset digits-100 --model fc-tanh:width=4 --steps 5"
 
 @pytest.mark.parametrize("words, says", [
     ("--lr .1 --rule torch:cls=Adam,betas=(0.9,)", "torch.optim.Adam does not take lr=0.1, betas=(0.9,)"),
+    ("--rule muon", "*=adam"), ("--rule groups:matrix=muon", "no rule for block 'fc1.bias'"), ("--rule groups:*=adam --lr .1", "got lr=0.1"),
     ("--lr .1 --rule torch:cls=Rprop,etas=(1,)", "etas=(1,)"), ("--rule torch:cls=Adam,betas=3", "does not take betas=3"),
     *((f"--lr .1 --device {d}", f"no device {d!r}") for d in ("hpu", "xpu", "meta", "mps", "privateuseone", "cuda:99", "nonsense")),
     ("--lr .1 --probe original_index:size=0", "size=0"), ("--lr .1 --probe original_index:most=1", "most=1"),

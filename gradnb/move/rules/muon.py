@@ -79,7 +79,7 @@ class Muon(InPlace):
         for n, b in blocks.items():
             if b.ndim < 2 or roles.get(n) == "embedding":
                 raise ValueError(f"Muon moves matrices, and block {n!r} is {'an embedding' if b.ndim > 1 else 'a vector'}, {tuple(b.shape)}; give the others a rule "
-                                 'of their own: Groups((("matrix", Muon(0.02)), ("conv", Muon(0.02)), ("*", Adam(0.001)))), with those lines that have blocks.')
+                                 'of their own: Groups((("matrix", Muon(0.02)), ("*", Adam(0.001)))), in words groups:matrix=[muon:lr=.02],*=adam.')
         return MuonState({n: torch.zeros_like(b) for n, b in blocks.items()})
 
     def factor(self, M: Tensor) -> Tensor:
