@@ -6,6 +6,7 @@ $GRADNB_SHOTS, if that is set. Latencies are printed (pytest -s); `gradnb bench 
 import json
 import os
 import re
+import time
 from pathlib import Path
 from statistics import median
 
@@ -748,7 +749,10 @@ def press_run(page):
     assert in_kernel(page, "print(explorer.running)") == "True"                   # the kernel answers while it trains
     going.click()
     page.wait_for_function("() => document.querySelector('.widget-toggle-button').textContent === 'run'")
-    assert in_kernel(page, "print(explorer.running)") == "False"
+    for _ in range(50):                                                           # the step that it is at is finished first
+        if (going_on := in_kernel(page, "print(explorer.running)")) == "False": break
+        time.sleep(.2)
+    assert going_on == "False"
     at = step_of(page)
     in_kernel(page, "explorer.advance(10**6)", wait=False)
     beyond(page, at + 5)                                                            # it is drawn while the cell runs

@@ -132,12 +132,13 @@ def exact_variance(
     need = (k + len(design.anchors)) * theta.nbytes
     if k > 1: check_free(f"sums of gradients over the {k} parts of {estimator!r} take", need, theta.device, lambda free: "measure its variance on draws")
     def collect(unit):
-        layers, start = {}, 0
+        layers, seen, start = {}, [], 0
         for ios in zip(problem.layer_io(theta), *(problem.layer_io(at) for _, at in design.anchors)):
             n = ios[0].n
             part = one_hot(design.labels[start:start + n].to(theta.device), k).T.to(theta)
             for same in zip(*(io.in_unit(unit).layers for io in ios)):
                 sq = sum(a * a * l.sq_norms().double() for a, l in zip(weights, same))
+                seen.append(sq.max())                            # before what anchors take away, which may be all
                 sq = sq + sum(2 * weights[i] * weights[j] * same[i].paired(same[j]).double()
                               for i in range(len(same)) for j in range(i))
                 new = lambda k: theta.new_zeros(k, same[0].q)
@@ -148,7 +149,7 @@ def exact_variance(
                 del own
                 for a, l in zip(weights[1:], same[1:]): sums.add_(l.combine(part), alpha=a)
             start += n
-        return sum(torch.cat(sqs) for sqs, *_ in layers.values()), layers
+        return torch.stack(seen), layers
     layers, unit = in_range(collect, theta.dtype, lambda: problem.layer_io(theta))
     def exact(*layers):
         square = sum((g[c].double() / problem.n).square().sum() for _, sums, grad in layers for g in (sums.sum(0) if grad is None else grad,) for c in columns(g[None]))
