@@ -122,7 +122,9 @@ def orthonormalise(
     Q: Rows,    # (m, p) orthonormal rows
     W: Tensor,  # (b, p) rows to be made orthonormal to those and to each other, in place
 ) -> int:       # how many independent rows are left, in front
-    "Block Gram–Schmidt with reorthogonalisation. Drops what depends on the rest to within 100 roundings; of rows that are not orthonormal something may always be left, so there is an end."
+    """Block Gram–Schmidt with reorthogonalisation. Drops what depends on the rest to within 100 roundings.
+
+    Where Q is not orthonormal something is left in every round, so the fourth keeps only what lost less than half."""
     n, floor = len(W), (100 * torch.finfo(W.dtype).eps)**2
     size = torch.linalg.vector_norm(W, dim=1, keepdim=True, dtype=torch.float64)
     W /= torch.where(size > 0, size, 1)

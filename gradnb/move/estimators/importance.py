@@ -27,13 +27,12 @@ def scores(
     if problem.loss_couples: problem.check_examples()
     if by == "loss":
         with torch.no_grad(): parts = [problem.per_example(problem.outputs(theta, x), y) for x, y, *_ in problem.chunks()]
-    else:
-        def norms(unit):
-            squares = torch.cat([io.in_unit(unit).sq_norms().clamp_min(0) for io in problem.layer_io(theta)])
-            return squares, squares.sqrt()
-        found, unit = in_range(norms, theta.dtype, lambda: problem.layer_io(theta))
-        return finite(found.double().cpu()) * unit
-    return finite(torch.cat(parts).double().cpu())
+        return finite(torch.cat(parts).double().cpu())
+    def norms(unit):
+        squares = torch.cat([io.in_unit(unit).sq_norms().clamp_min(0) for io in problem.layer_io(theta)])
+        return squares, squares.sqrt()
+    found, unit = in_range(norms, theta.dtype, lambda: problem.layer_io(theta))
+    return finite(found.double().cpu()) * unit
 
 def check_by(estimator):
     if estimator.by not in SCORES:
