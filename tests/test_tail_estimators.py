@@ -14,7 +14,7 @@ from gradnb.measure.tail import compare_tails, magnitudes, tail_index
 from gradnb.measure.tail.compat import largest_divisor, original_index, original_noise_index, original_order_index
 from gradnb.measure.tail.estimators import METHODS, MOHAMMADI, k_plot, m_profile
 from gradnb.measure.tail.magnitudes import BINS, Magnitudes, TailRefusal, bin_edges, count_logs, histogram, log_sum
-from gradnb.measure.tail.methods import Histograms, fit_stable, hill_k
+from gradnb.measure.tail.methods import Histograms, ecf_error, fit_stable, hill_k
 from gradnb.measure.tail.stable import stable_sample
 
 
@@ -103,7 +103,8 @@ def test_intervals_cover(method, alpha):
 @pytest.mark.parametrize("method", ["mle", "ecf", "mohammadi"])
 def test_intervals_cover_over_many_samples(method, n, alpha):
     "1,000 samples where they are cheap: Mohammadi's intervals from 125 blocks cover 0.93 at α = 1.8, too near to 0.92 for 500."
-    assert .92 <= coverage(repeat(method, alpha, n, 1000 if n == 1_000 else 500), alpha) <= .98
+    most = 1. if method == "ecf" else .98                       # which is no less sure than its asymptotic error
+    assert .92 <= coverage(repeat(method, alpha, n, 1000 if n == 1_000 else 500), alpha) <= most
 
 
 def test_intervals_count_rows_and_not_coordinates():
@@ -113,7 +114,8 @@ def test_intervals_count_rows_and_not_coordinates():
         options = {"k": .1} if method == "hill" else {}
         one, many = tail_index(x, method, **options), tail_index(x[:, None].repeat(1, 40), method, standardise=False, **options)
         assert many.value == pytest.approx(one.value, abs=1e-3)
-        assert many.stderr == pytest.approx(one.stderr, rel=.02) and many.low == pytest.approx(one.low, abs=5e-3)
+        least = ecf_error(one.value) / 20 if method == "ecf" else 0.               # of 400 independent draws
+        assert max(many.stderr, least) == pytest.approx(one.stderr, rel=.02) and (many.stderr < least or many.low == pytest.approx(one.low, abs=5e-3))
 
 
 def test_dependent_coordinates_are_covered():

@@ -16,8 +16,9 @@ from scipy.stats import binom, kstwobign
 from torch import Tensor
 from ...ground.estimate import Estimate, check_level, skewed_student
 from .magnitudes import CHUNK, MOST_ZEROS, NOT_FINITE, Magnitudes, TailRefusal, histogram, near_one
-from .methods import (EXTREME, KURTOSIS, SKEWNESS, STABLE, Histograms, dedh_error, ecf_low, inverse, mcculloch, mle,
+from .methods import (EXTREME, KURTOSIS, SKEWNESS, STABLE, Histograms, dedh_error, ecf_error, ecf_low, inverse, mcculloch, mle,
                                          mohammadi, mohammadi22, student)
+from .stable import ALPHA_MIN
 
 # %% ../../../nbs/07_measure/03_tail/04_estimators.ipynb #index
 MOHAMMADI = ("mohammadi", "mohammadi22")
@@ -48,7 +49,8 @@ def _estimate(record: Magnitudes, method: str, level: float, draws: Magnitudes |
     value, *without = values.tolist()
     spread = np.array(without) - np.mean(without)
     stderr = float(np.sqrt((len(without) - 1) / len(without) * (spread**2).sum()))
-    if method == "dedh": stderr = max(stderr, dedh_error(Histograms.leaving_out(record), **options))
+    if method == "dedh": stderr = max(stderr, dedh_error(Histograms.leaving_out(record), **options))     # no less than independent draws have
+    if method == "ecf": stderr = max(stderr, ecf_error(min(max(value, ALPHA_MIN), 2.)) / sqrt(int(record.blocks.sum()) * record.width))
     few = int(record.blocks.sum()), SKEWNESS, KURTOSIS, level, len(without)
     half = stderr * (skewed_student(*few) if method == "mohammadi" else student(level, record))
     if not isfinite(value + half):
