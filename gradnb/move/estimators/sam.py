@@ -18,8 +18,9 @@ def over_norm(
     rho: float,
 ) -> Tensor:        # ()
     "ρ/‖v‖, and 0 where v is 0; in units of the largest where squares leave their dtype's range."
-    norm = v.norm()
-    if not torch.finfo(v.dtype).tiny * 2.**36 < norm * norm < torch.inf: norm = (v / (top := v.abs().max())).norm() * top
+    norm, top = v.norm(), v.abs().max()
+    plain = (norm * norm > torch.finfo(v.dtype).tiny * 2.**36) & (norm * norm < torch.inf)      # asked on the device: a step waits for no number
+    norm = torch.where(plain, norm, (v / top).norm() * top)
     return torch.where(norm > 0, rho / norm, 0.)
 
 # %% ../../../nbs/06_move/01_estimators/10_sam.ipynb #sam
