@@ -155,6 +155,28 @@ def test_closing_while_others_refresh():
         assert not failed
 
 
+def test_what_is_set_while_a_thread_refreshes_is_kept():
+    "A refresh ends with the look that it began with; what is set in between must not be undone by it."
+    seen = threading.Event()
+
+    class One(Explorer):
+        def panels(self, look):
+            if threading.current_thread() is worker:
+                seen.set()
+                time.sleep(.2)
+            return [Panel("loss", (Line(np.arange(10), np.arange(10.)),))]
+    for change in (lambda: explorer.set(step=3, hidden=("loss",)), lambda: (setattr(explorer._canvas, "step", 3), setattr(explorer._canvas, "hidden", ["loss"]))):
+        explorer, worker = One(), threading.Thread(target=lambda: explorer.refresh())
+        explorer.widget
+        seen.clear()
+        worker.start()
+        seen.wait()
+        change()
+        worker.join()
+        assert explorer.look.step == explorer._canvas.step == 3 and explorer.look.hidden == ("loss",) == (*explorer._canvas.hidden,)
+        explorer.close()
+
+
 def test_memory_does_not_grow_as_the_window_moves():
     "What the kernel keeps: two hundred windows and frames of a million points."
     import tracemalloc

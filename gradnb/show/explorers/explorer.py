@@ -152,7 +152,7 @@ class Explorer:
 
     def set(self, **changes):
         "Change the look, and what is shown with it. Raises ValueError on a field that the look does not have."
-        self._look = self.changed(self._look, changes)
+        with self._lock: self._look = self.changed(self._look, changes)
         if self._box is None: return
         with self.telling():
             for name, control in self._controls.items():
@@ -165,7 +165,7 @@ class Explorer:
         "Show what the data are now. What is wrong becomes a message; the panels that were there stay."
         with self._lock, self.telling():
             if self._box is None: return
-            panels, names, self._look = self.view(self._look)
+            panels, names, self._look = self.view(self._look)     # under the lock: what is set meanwhile would be lost
             scene = pack(panels, None, logarithmic(self._look, panels), legend=legend(self._look, names))
             if self._look.log is None: self._canvas.log = [*logarithmic(self._look, panels)]
             self._panels, self._canvas.scene, self._canvas.message = panels, scene, ""
@@ -218,7 +218,7 @@ class Explorer:
         "The browser has changed the look."
         if self.quiet: return
         value = event["new"]
-        self._look = replace(self._look, **{event["name"]: value if not isinstance(value, list) else tuple(value)})
+        with self._lock: self._look = replace(self._look, **{event["name"]: value if not isinstance(value, list) else tuple(value)})
 
     def asked(self, _, content: dict, buffers):
         "The browser wants more than it was sent."
