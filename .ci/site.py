@@ -270,7 +270,7 @@ def toctree(entries, *options):
 
 def listed(paths, here):
     "A line for each notebook: title and question."
-    return "\n".join("- [{}]({}): {}".format(heading(p)[0], p.relative_to(here).as_posix(), heading(p)[1]) for p in paths)
+    return "\n".join("- [{}]({}): {}".format(heading(p)[0], p.relative_to(here).as_posix(), heading(p)[1]) for p in paths if p.name[0] not in "._")
 
 
 def folder_page(folder, title, says):
