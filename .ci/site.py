@@ -81,6 +81,7 @@ def shown(cell, known):
     source = source[len(directives):].rstrip()
     if re.search(r"#\|\s*hide\s*$", directives, re.MULTILINE) or not source:
         return []
+    outputs = [] if "output: false" in directives else outputs
     words = [markdown(output) for output in outputs]
     cells = [dict(cell_type="markdown", id=f"{cell['id']}-{i}", metadata={}, source=linked(text, known)) for i, text in enumerate(words) if text]
     if "echo: false" in directives:
