@@ -11,6 +11,7 @@ _NAMES = {
     "models": ["MODELS", "build_model"],
     "models.losses": ["LOSSES", "accuracy", "ce", "mse", "linear_hinge"],
     "problem.network": ["Network"],
+    "problem.audit": ["audit_operator"],
     "problem": ["Problem", "Point", "Quadratic"],
     "ground.roles": ["Batch", "State", "Estimator", "Rule", "Stepper", "draw", "kind"],
     "move.estimators.minibatch": ["MiniBatch", "FullBatch"],
