@@ -216,7 +216,7 @@ def test_a_build_that_is_stopped_goes_on(tmp_path, how):
     run, = Store(tmp_path / "runs").list()
     stamp = (run.path / "manifest.json").stat().st_mtime_ns
     assert all(r.ok and r.drawn for r in run_figures(**call)) and (run.path / "manifest.json").stat().st_mtime_ns == stamp
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b", "claims.json", "index.html"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b", "claims.html", "claims.json", "index.html"]
 
 
 def cmdline(p):
