@@ -1,4 +1,5 @@
 """Thresholds, metrics and update maps against dense matrices on small networks, for every rule."""
+import itertools
 from dataclasses import dataclass
 from itertools import islice
 
@@ -32,7 +33,9 @@ from gradnb.move.rules.soap import SOAP
 from gradnb.move.steppers import trajectory
 from gradnb.measure.thresholds.directions import batch_sharpness, critical_sharpness, directional_sharpness, interaction_sharpness, ratio_of_means
 from gradnb.measure.thresholds.metrics import METRICS, Preconditioned, metric_of, preconditioned_sharpness, threshold
+from gradnb.measure.thresholds.norms import NORMS, ball, dual_norm, generalized_sharpness
 from gradnb.measure.thresholds.updates import UpdateMap, arnoldi, update_radius
+from gradnb.runs.laws import check_probe
 from gradnb.runs.training import train
 
 DOUBLE = torch.float64
@@ -68,7 +71,7 @@ RULES = {
     "lars-nesterov": LARS(.5, nesterov=True, rate="outside", trust=.1, adapt="matrices", weight_decay=.1),
     "agd": AutomaticGradientDescent(), "kfac": KFAC(.1, every=1, invert=1, damping=.1), "ekfac": KFAC(.1, ekfac=True, damping=.1, clip=None),
     "shampoo": Shampoo(.1, .5, eps=.1), "shampoo-grafted": Shampoo(.1, .5, .9, eps=.1, graft="rmsprop", nesterov=True), "soap": SOAP(.01, weight_decay=0., every=8, eps=1e-3),
-    "prodigy": Prodigy(d0=.01, coef=0., bias_correction=True), "free-sgd": ScheduleFreeSGD(.1, weight_decay=.1), "free-adamw": ScheduleFreeAdamW(.01, weight_decay=.1),
+    "prodigy": Prodigy(.01, d0=1., coef=0., bias_correction=True), "free-sgd": ScheduleFreeSGD(.1, weight_decay=.1), "free-adamw": ScheduleFreeAdamW(.01, weight_decay=.1),
     "torch-sgd": FromTorch(torch.optim.SGD, lr=.1, momentum=.9, dampening=.2, weight_decay=.1),
     "torch-adam": FromTorch(torch.optim.Adam, lr=.01, weight_decay=.1, amsgrad=True),
     "torch-adamw": FromTorch(torch.optim.AdamW, lr=.01, weight_decay=.1),
@@ -324,6 +327,120 @@ def test_a_rule_of_ones_own_has_a_metric_once_filed():
     try: found = preconditioned_sharpness(problem.at(state.theta), metric_of(problem, stepper, state), tol=1e-9)
     finally: del METRICS["Halved"]
     close(found.values[0], torch.linalg.eigvalsh(dense_hessian(problem, state.theta))[-1] / 2, 1e-6)
+
+
+# --- in other norms ---
+
+def boxed(H):
+    "max dᵀHd over |d| ≤ 1 by all choices of what is at 1, at −1 and inside, where the derivative is zero."
+    best = 0.
+    for at in itertools.product((-1., 0., 1.), repeat=len(H)):
+        d = torch.tensor(at, dtype=DOUBLE)
+        inside = d == 0
+        if inside.any(): d[inside] = torch.linalg.lstsq(H[inside][:, inside], -H[inside][:, ~inside] @ d[~inside], driver="gelsd").solution if (~inside).any() else 0.
+        if d.abs().max() <= 1 + 1e-12: best = max(best, float(d @ H @ d))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["positive", "indefinite", "negative", "one", "half"])
+def test_generalized_sharpness_against_all_vertices(kind, seed):
+    "In ℓ∞ with five coordinates, where nothing is missed; positive ones with twelve against all vectors of signs."
+    gen = torch.Generator().manual_seed(seed)
+    p = 12 if kind in ("positive", "one") else 5
+    A = torch.randn(p, 1 if kind == "one" else p, generator=gen, dtype=DOUBLE)
+    H = A @ A.T if kind in ("positive", "one") else -A @ A.T if kind == "negative" else (A + A.T) / 2
+    if kind == "half": H[0], H[:, 0] = 0., 0.
+    if p == 12: exact = (torch.tensor(list(itertools.product((-1., 1.), repeat=p)), dtype=DOUBLE) @ A).square().sum(1).max().item()
+    else: exact = boxed(H)
+    bowl = Quadratic(H)
+    found = generalized_sharpness(bowl.at(bowl.theta0), "linf")
+    assert found.low <= exact * (1 + 1e-9) + 1e-12 and exact <= found.high * (1 + 1e-9) + 1e-12
+    assert found.low >= .9 * exact - 1e-12 and found.high <= 1.8 * exact + 1e-3 * H.abs().max() and found.direction.abs().max() <= 1 + 1e-12
+    close(found.direction @ H @ found.direction if exact else 0., found.low, 1e-9)
+
+
+def one_example():
+    "A network that fits its one example: its Hessian is ∇f∇fᵀ, and ∇f."
+    gen = Stream(4).generator()
+    x = torch.randn(1, 5, generator=gen).double()
+    net = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1)).double()
+    for p in net.parameters(): p.data = torch.randn(p.shape, generator=gen, dtype=DOUBLE) / 2
+    f = net(x)
+    grads = torch.autograd.grad(f.sum(), net.parameters())
+    return Problem(net, "mse", Dataset(x, f.detach(), x, f.detach(), None, "random")), grads
+
+
+@pytest.mark.parametrize("units", [None, {"0.weight": 2., "2.bias": .5}], ids=["one", "units"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_generalized_sharpness_of_one_direction_is_its_dual_norm(norm, units):
+    problem, grads = one_example()
+    one = {"linf": lambda g: g.abs().sum(), "l2": torch.Tensor.norm, "spectral": lambda g: torch.linalg.svdvals(g.reshape(len(g), -1)).sum()}[norm]
+    size = sum(one(g) * (units or {}).get(n, 1.) for n, g in zip(problem.layout.names, grads))
+    found = generalized_sharpness(problem.at(problem.theta0), norm, units)
+    close(found.low, size ** 2, 1e-6)
+    assert found.low * (1 - 1e-9) <= found.high <= 1.03 * found.low
+
+
+@pytest.mark.parametrize("norm, shape", [("spectral", (4, 7)), ("spectral", (7, 4)), ("l2", (4, 7)), ("linf", (4, 3))])
+def test_generalized_sharpness_of_linear_regression(norm, shape):
+    "H = I ⊗ C for the outputs: the sum of its leading eigenvalues, its largest, C times the largest form of signs."
+    gen = Stream(4).generator()
+    out, wide = shape
+    x, y = torch.randn(40, wide, generator=gen).double() * torch.arange(1., wide + 1).double(), torch.randn(40, out, generator=gen).double()
+    problem = Problem(torch.nn.Linear(wide, out, bias=False).double(), "mse", Dataset(x, y, x, y, None, "random"))
+    C = dense_hessian(problem, problem.theta0)[:wide, :wide]
+    values = torch.linalg.eigvalsh(C).flip(0)
+    signs = torch.tensor(list(itertools.product((-1., 1.), repeat=wide)), dtype=DOUBLE)
+    exact = {"spectral": values[:out].sum(), "l2": values[0], "linf": out * ((signs @ C) * signs).sum(1).max()}[norm].item()
+    found = generalized_sharpness(problem.at(problem.theta0), norm, tol=1e-5, max_steps=200)
+    assert .98 * exact <= found.low <= exact * (1 + 1e-9) and exact <= found.high * (1 + 1e-9) <= 1.8 * exact
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_direction_of_the_ball_is_sharper_than_the_bound(norm):
+    "A network with its negative curvature, at random points of the ball and at the best of an earlier look."
+    problem = small()
+    point, layout = problem.at(problem.theta0), problem.layout
+    found = generalized_sharpness(point, norm)
+    again = generalized_sharpness(point, norm, warm=found.direction, stream=Stream(7))
+    H, gen = dense_hessian(problem, problem.theta0), torch.Generator().manual_seed(0)
+    for _ in range(300):
+        d = layout.join(ball(norm, layout.named(torch.randn(problem.p, generator=gen, dtype=DOUBLE)))[0].values())
+        assert d @ H @ d <= found.low * (1 + 1e-9)
+    assert found.low * (1 - 1e-9) <= again.low <= found.high and again.products < found.products
+    close(generalized_sharpness(problem.at(problem.theta0), norm).low, found.low, 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sign_step_below_the_threshold_lowers_a_quadratic(seed):
+    gen = torch.Generator().manual_seed(seed)
+    A = torch.randn(8, 8, generator=gen, dtype=DOUBLE)
+    bowl = Quadratic((A + A.T) / 2 + torch.eye(8, dtype=DOUBLE))
+    theta = torch.randn(8, generator=gen, dtype=DOUBLE)
+    point = bowl.at(theta)
+    lr = 2 * dual_norm(point, "linf") / generalized_sharpness(point, "linf").high
+    assert dual_norm(point, "linf") == pytest.approx((bowl.H @ theta).abs().sum().item())
+    for share in (.999, .5, .01):
+        after = next(islice(trajectory(bowl, Descent(Signum(share * lr, 0.)), theta), 1, None)).theta
+        assert bowl.loss(after) < bowl.loss(theta)
+
+
+def test_the_probe_of_a_norm():
+    problem = small(bias=False)
+    words = [f"generalized_sharpness:norm={n},every=2" for n in NORMS]
+    _, traces = train(problem, Descent(Muon(.02, 0., nesterov=False, scale="spectral")), 4, words, progress=False)
+    rows = {n: traces[f"{n}_sharpness"].columns for n in NORMS}
+    assert all((rows[n]["low"] <= rows[n]["high"]).all() for n in NORMS) and (rows["linf"]["threshold"] != rows["linf"]["threshold"]).all()
+    g = problem.layout.named(problem.grad_and_loss(problem.theta0)[0])
+    size = sum((b.shape[0] / b.shape[1]) ** .5 * torch.linalg.svdvals(b).sum().item() for b in g.values())
+    assert rows["spectral"]["dual"][0] == pytest.approx(size) and rows["spectral"]["threshold"][0] == pytest.approx(2 * size / .02)
+    with pytest.raises(ValueError, match="Did you mean 'linf'"): PROBES.build("generalized_sharpness:norm=lnf")
+    with pytest.raises(TypeError, match="takes a point, problem.at"): generalized_sharpness(problem, "linf")
+
+
+@pytest.mark.slow
+def test_the_probe_of_a_norm_keeps_the_laws(): check_probe(PROBES.build("generalized_sharpness:every=5"), small(), Descent(Signum(.01)))
 
 
 # --- along directions -----------------------------------------------------------------------------------------------
