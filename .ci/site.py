@@ -281,12 +281,9 @@ def folder_page(folder, title, says):
     "The page of a folder of notebooks, which lists them and its folders."
     inner = [path for path in sorted(folder.iterdir()) if path.name[0] not in "._"]
     entries = [f"{p.name}/index" if p.is_dir() else p.stem for p in inner if p.is_dir() or p.suffix == ".ipynb"]
-    lists = []
-    for path in inner:
-        if path.is_dir():
-            lists += [f"\n## [{bare(path)}]({path.name}/index.md)\n", listed(sorted(path.glob("*.ipynb")), folder) + "\n"]
-        elif path.suffix == ".ipynb":
-            lists.append(listed([path], folder))
+    lists = [listed([p for p in inner if p.suffix == ".ipynb"], folder)]
+    for path in filter(Path.is_dir, inner):
+        lists += [f"\n## [{bare(path)}]({path.name}/index.md)\n", listed(sorted(path.glob("*.ipynb")), folder)]
     return f"# {title}\n\n{says}\n\n" + "\n".join(lists) + "\n\n" + toctree(entries, ":hidden:")
 
 
@@ -467,7 +464,9 @@ def build(out, figures, jobs):
     pages = explorer_pages(out / "explorers")
     for path in stage(source, figures, pages):
         (html / path).with_suffix(".html").unlink(missing_ok=True)
-    rc = sphinx(["-q", "-W", "--keep-going", "-j", str(jobs), "-b", "html", "-c", str(SPHINX), "-d", str(out / "doctrees"), str(source), str(html)])
+    made = (html / "searchindex.js").stat().st_mtime if (html / "searchindex.js").exists() else 0
+    afresh = ["-E", "-a"] if max(p.stat().st_mtime for p in SPHINX.rglob("*.*")) > made else []         # Sphinx does not look at its own set-up
+    rc = sphinx([*afresh, "-q", "-W", "--keep-going", "-j", str(jobs), "-b", "html", "-c", str(SPHINX), "-d", str(out / "doctrees"), str(source), str(html)])
     shutil.copytree(out / "explorers", html / "pages")
     if (figures / "index.html").exists():
         shutil.copytree(figures, html / "gallery", ignore=shutil.ignore_patterns(".*", "*.failed.ipynb"))
