@@ -26,6 +26,7 @@ nitpick_ignore_regex = [("py:class", ".*")]              # types of other librar
 suppress_warnings = ["misc.highlighting_failure"]        # code with an ellipsis
 copybutton_exclude = ".linenos, .gp, .go"
 
+smartquotes = False                                      # -- is no dash in a command
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = [str(HERE / "static")]
