@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from .graphs import nodes
-from ..ground.estimate import in_unit
+from ..ground.estimate import in_unit, to_unit
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/09_seconds.ipynb #plain
@@ -36,27 +36,39 @@ def plain_operations(
 
 # %% ../../nbs/05_problem/09_seconds.ipynb #doubt
 def wrong_rows(
-    gradient,          # θ (p,) that requires a gradient → ∇L (p,) with its graph
+    gradient,          # θ (p,) that requires a gradient, whether with a graph → ∇L (p,)
     layout,            # of θ
-    theta: Tensor,     # where, (p,) float64
+    theta: Tensor,     # where, (p,) float64; it is moved about
     stream: Stream,    # of the directions
 ) -> dict[str, float]: # how far off, relative to the block; under "" how far from symmetric
     "Blocks in which a Hessian product is not the difference of gradients. 2 products, 5 gradients."
-    gen, theta = stream.generator(), theta.detach()
-    u, v = (torch.randn(len(theta), generator=gen, dtype=torch.float64).to(theta) for _ in range(2))
-    leaf, step = theta.clone().requires_grad_(), 1e-8 * (theta.square().mean().sqrt() + 1e-3)
-    g = gradient(leaf)
+    theta = theta.detach()
+    draw = lambda name: torch.randn(len(theta), generator=(stream / name).generator(), dtype=torch.float64).to(theta)
+    def slope(h):                                                # along v
+        theta.add_(v, alpha=h)
+        ahead = gradient(theta.detach().requires_grad_(), False)
+        theta.add_(v, alpha=-2 * h)
+        behind = gradient(theta.detach().requires_grad_(), False)
+        theta.add_(v, alpha=h)
+        return to_unit(torch.sub(ahead, behind).div_(2 * h), unit)
+    g = gradient(leaf := theta.detach().requires_grad_(), True)
     if not g.requires_grad: return {}
-    Hu, Hv = (torch.autograd.grad(g @ w, leaf, retain_graph=True, materialize_grads=True)[0] for w in (u, v))
-    slope = lambda h: (gradient((theta + h * v).requires_grad_()).detach() - gradient((theta - h * v).requires_grad_()).detach()) / (2 * h)
-    Hu, Hv, *slopes, _ = in_unit(Hu, Hv, slope(step), slope(3 * step))
-    found = {}
-    for name, *rows in zip(layout.names, *map(layout.split, (*slopes, Hv))):
-        near, far, row = (r.flatten() for r in rows)
-        size = max(near.norm(), row.norm())
-        if (near - far).norm() <= 1e-3 * size and (near - row).norm() > 1e-2 * size: found[name] = float((near - row).norm() / size)
-    skew = abs(u @ Hv - v @ Hu) / (u.norm() * Hv.norm() + v.norm() * Hu.norm()) * len(u)**0.5
-    seen = theta.dtype != torch.float64 or (slopes[0] - slopes[1]).norm() <= 1e-2 * slopes[0].norm()      # of a loss that is constant there is rounding only, which has no symmetry
+    product = lambda w: torch.autograd.grad(g, leaf, w, retain_graph=True, materialize_grads=True)[0]
+    Hu, unit = in_unit(product(draw("u")))
+    v = draw("v")
+    across, scale, Hu = v @ Hu, v.norm() * Hu.norm(), None       # what is needed no more is let go, for networks that fill a memory
+    Hv, g = to_unit(product(v), unit), None
+    u = draw("u")
+    skew = abs(u @ Hv - across) / (u.norm() * Hv.norm() + scale) * len(u)**0.5
+    del u
+    step = 1e-8 * (theta.square().mean().sqrt() + 1e-3)
+    near = slope(step)
+    sizes, off = zip(*((max(a.norm(), b.norm()), (a - b).norm()) for a, b in zip(layout.split(near), layout.split(Hv))))
+    del Hv
+    far = slope(3 * step)
+    still = ((a - b).norm() <= 1e-3 * s for a, b, s in zip(layout.split(near), layout.split(far), sizes))
+    found = {name: float(o / s) for name, o, s, same in zip(layout.names, off, sizes, still) if same and o > 1e-2 * s}
+    seen = theta.dtype != torch.float64 or (near - far).norm() <= 1e-2 * near.norm()      # of a loss that is constant there is rounding only, which has no symmetry
     return found | ({"": float(skew)} if seen and skew > 1e-2 else {})
 
 def wrong_jacobian(
