@@ -169,7 +169,7 @@ class Basis:
     def m(self) -> int: return len(self.Q)
 
     @property
-    def full(self) -> bool: return self.m >= self.limit or self.m + len(self.R) + 2 > self.most
+    def full(self) -> bool: return self.m >= self.limit or self.m + len(self.R) + 1 > self.most
 
     def recall(self, sketch: Sketch | None):
         "Compares all with this sketch, from now on."
