@@ -4,8 +4,8 @@
     readme.py --check    exit with 1 and a message if README.md is not what it would write
 
 The stored outputs are shown, nothing runs. Cells marked `#| hide` are left out, of those marked `#| echo: false` only
-the Markdown that they put out stays, other directives are removed, and links and images that are relative to nbs/ are
-made relative to the top.
+the Markdown that they put out stays, of `#| output: false` only the code, other directives are removed, and links and
+images that are relative to nbs/ are made relative to the top.
 """
 import argparse
 import posixpath
@@ -48,6 +48,8 @@ def shown(cell):
     "The cell as README.md shows it."
     if marked(cell, "echo: false"):
         cell = v4.new_markdown_cell("\n\n".join(output.data["text/markdown"] for output in cell.outputs))
+    if marked(cell, "output: false"):
+        cell.outputs = []
     if cell.cell_type == "markdown":
         cell.source = outside_code(TARGET, from_top, cell.source)
     for output in cell.get("outputs", []):

@@ -123,7 +123,7 @@ def test_what_is_refused_leaves_no_run(words, says, tmp_path, capsys):
     assert says in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("words", ["", "train", "runs", "runs list", "runs show", "runs frame", "figures", "bench", "names"])
+@pytest.mark.parametrize("words", ["", "train", "runs", "runs list", "runs show", "runs frame", "figures", "claims", "new-figure", "bench", "names"])
 def test_help(words, tmp_path):
     code, out, _ = gradnb(*words.split(), "--help", cwd=tmp_path)
     assert code == 0 and "usage: gradnb" in out and len(out.splitlines()) < 60

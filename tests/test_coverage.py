@@ -342,7 +342,7 @@ COUNTED = {      # what states an error → the claims that count it
     **{f"measure.noise.{room}.{name}": name for room, names in {"spread": ("grad_variance", "grad_norm_sq", "signal_to_noise", "normalized_variance", "noise_scale",
         "noise_scale_of_pairs"), "batchsize": ("norm_test", "inner_product_test", "orthogonality_test", "cabs"), "comparing": ("bias_check",),
         "coordinates": ("coordinate_variance", "coordinate_normalized_variance", "gsnr", "stopping_evidence", "tic_trace", "tic_diagonal")}.items() for name in names},
-    **{f"measure.tail.methods.{m}": f"tail_index, {m}" for m in ("mle", "mcculloch", "mohammadi22")},
+    **{f"measure.tail.methods.{m}": f"tail_index, {m}" for m in ("mle", "mcculloch", "logmoment", "ecf", "mohammadi22")},
     "measure.tail.methods.inverse": "tail_index, hill", "measure.tail.methods.LogQuantile.of": "tail_index, mcculloch",
     **{f"measure.tail.estimators.{f}": "tail_index, " for f in ("estimate_index", "tail_index", "compare_records", "compare_tails", "m_profile", "k_plot")},
     "measure.tail.noise.noise_index": "tail_index, mohammadi", "measure.tail.verdict.profile_change": "profile_change", "show.plots.tail.profile_frame": "tail_index, "}

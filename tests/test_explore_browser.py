@@ -842,9 +842,20 @@ def test_the_gallery_needs_nobody(tmp_path, browser):
     page.get_by_label("Order").select_option("longest first")
     assert shown() == ["Two", "One"]
     page.get_by_label("Study").select_option("Cohen et al. 2021")
-    assert shown() == ["One"] and page.locator("tbody tr:not([hidden])").count() == 1
+    assert shown() == ["One"]
+    page.get_by_label("Find").fill("two")
+    assert shown() == ["One"]
     page.get_by_label("Find").fill("faghri")
     assert shown() == []
-    assert all((tmp_path / link).exists() for link in page.eval_on_selector_all("a", "all => all.map(a => a.getAttribute('href'))") if link[0] != "#")
+    links = lambda: page.eval_on_selector_all("a", "all => all.map(a => a.getAttribute('href'))")
+    assert all((tmp_path / link).exists() for link in links())
+    page.get_by_role("link", name="Claims", exact=True).click()
+    rows = lambda: [row.split("\t")[:2] for row in page.locator("tbody tr:not([hidden])").all_inner_texts()]
+    assert rows() == [["✗", "one"], ["✓", "two"]] and all((tmp_path / link).exists() for link in links())
+    page.get_by_label("Verdict").select_option("fails")
+    assert rows() == [["✗", "one"]]
+    page.get_by_label("Verdict").select_option("all")
+    page.get_by_label("Study").select_option("Faghri et al. 2020")
+    assert rows() == [["✓", "two"]]
     assert asked and all(url.startswith("file:") for url in asked)
     context.close()

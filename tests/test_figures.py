@@ -216,7 +216,7 @@ def test_a_build_that_is_stopped_goes_on(tmp_path, how):
     run, = Store(tmp_path / "runs").list()
     stamp = (run.path / "manifest.json").stat().st_mtime_ns
     assert all(r.ok and r.drawn for r in run_figures(**call)) and (run.path / "manifest.json").stat().st_mtime_ns == stamp
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b", "claims.json", "index.html"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b", "claims.html", "claims.json", "index.html"]
 
 
 def cmdline(p):
@@ -242,6 +242,14 @@ def test_interrupt_is_passed_on(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "execute", execute)
     with pytest.raises(KeyboardInterrupt):
         run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False)
+
+
+def test_the_memory_that_is_said_is_that_of_the_hungriest():
+    "Against a process that is known to hold 0.9 GB for a moment."
+    script = ("import subprocess, sys; from gradnb.show.build import peak_memory; print(peak_memory());"
+              "subprocess.run([sys.executable, '-c', \"x = b'x' * 900_000_000\"], check=True); print(peak_memory())")
+    before, after = map(int, subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    assert 5e7 < before < 8e8 and 9e8 < after < 1.1e9
 
 
 @pytest.mark.parametrize("message, calls, ok", [
@@ -384,11 +392,57 @@ def test_claims_hold_by_their_interval_alone_and_survive_a_file(tmp_path, value,
     assert [f.name for f in tmp_path.iterdir()] == ["c.json"]
 
 
-@pytest.mark.parametrize("text", ["{}1", "3", "[3]", '[{"text": "x"}]', '{"a": 1}', "null",
+@pytest.mark.parametrize("text", ["{}1", "3", "[3]", '{"schema": 9, "claims": []}', '{"schema": "2", "claims": []}', '{"schema": 2, "claims": {}}', '{"schema": true, "claims": []}', '[{"text": "x"}]', '{"a": 1}', "null",
                                   '[{"text":"x","source":"y","expected":[0,1],"measured":{"value":0},"holds":true}]'])
 def test_a_file_that_holds_no_claims(tmp_path, text):
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(ValueError, match="c.json holds no claims"): load_claims(tmp_path / "c.json")
+
+
+def test_claims_of_any_schema_are_read(tmp_path):
+    "What was written before schemas had numbers, what somebody else wrote with fields of their own, and what is written now."
+    row = {"text": "x", "source": "Euler 1744", "expected": [None, 2], "measured": {"value": 1, "stderr": 0, "low": 1, "high": 1}, "holds": True}
+    wanted = claim("x", "Euler 1744", (-math.inf, 2), 1.)
+    for data in ([row], [row | {"note": "", "judged": True}], {"schema": 1, "claims": [row]}, {"schema": 2, "claims": [row | {"figure": "mine", "colour": "blue"}], "by": "me"}):
+        (tmp_path / "c.json").write_text(json.dumps(data))
+        assert load_claims(tmp_path / "c.json") == [wanted]
+    save_claims([wanted], tmp_path / "c.json")
+    assert json.loads((tmp_path / "c.json").read_text("utf-8")) == {"schema": 2, "claims": [row | {"expected": [None, 2.], "note": "", "judged": True}]}
+
+
+def test_claims_are_listed(tmp_path, drawn, monkeypatch, capsys):
+    "A line a claim with all that is asked for, of one's own notebooks, by name, by status, and as JSON that load_claims reads; what was not made is named."
+    from gradnb.cli import main
+    monkeypatch.chdir(tmp_path)
+    for name in "ab": write(tmp_path / "mine", name)
+    run_figures(["a"], "figures", store=tmp_path / "runs", folder="mine", progress=False)
+    save_claims([claim("two is one", "Nobody 1900", (1, 1), 2.), *load_claims("figures/a/claims.json")], "figures/a/claims.json")
+    def say(*words):
+        assert main(["claims", *words]) == 0
+        return capsys.readouterr().out
+    head, fails, holds, _, waiting = say("--folder", "mine").splitlines()
+    assert waiting == "not made yet: b" and holds.startswith("holds  a ") and "one is positive [Peano 1889]" in holds
+    assert all(re.search(what, fails) for what in ("^fails  a ", " 1 +2 ", r"\d s", r" 20\d\d-\d\d-\d\d \d\d:\d\d ", r"two is one \[Nobody 1900\]"))
+    assert "two" not in say("--status", "holds") and "two" in say("a") and "spectrum" in say() and len(say("b", "--folder", "mine").splitlines()) == 3
+    (tmp_path / "all.json").write_text(say("--json", "--status", "fails"))
+    assert [c.text for c in load_claims(tmp_path / "all.json")] == ["two is one"]
+    row, = json.loads((tmp_path / "all.json").read_text())["claims"]
+    assert row["figure"] == "a" and row["seconds"] > 0 and row["drawn"][:2] == "20" and row["size"] == "default"
+    assert main(["claims", "c"]) == 2 and "no figure 'c'" in capsys.readouterr().err
+    assert main(["claims", "--folder", "nowhere"]) == 2 and "nowhere" in capsys.readouterr().err
+    assert main(["figures", "--folder", "mine", "--list"]) == 0 and capsys.readouterr().out == "a\nb\n"
+
+
+@pytest.mark.slow
+def test_a_new_figure_passes_a_smoke_test(tmp_path, monkeypatch, capsys):
+    "The very line that the command says."
+    from gradnb.cli import main
+    monkeypatch.chdir(tmp_path)
+    assert main(["new-figure", "my_own"]) == 0
+    path, line = capsys.readouterr().out.splitlines()
+    assert path == "mine/my_own.ipynb" and main([*line.split()[1:], "--store", "runs", "--engine", "here"]) == 0
+    assert "1 claims computed, none judged" in capsys.readouterr().out and load_claims("figures/my_own/claims.json") and Path("figures/index.html").exists()
+    assert not {"my_own", "_template"} & {*find_figures()} and main(["new-figure", "my_own"]) == 2 and "is there already" in capsys.readouterr().err
 
 
 def test_table_shows_what_fails_and_why():

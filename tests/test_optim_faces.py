@@ -5,6 +5,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import pytest
+import pytorch_optimizer as po
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +28,9 @@ CASES = [("GD", dict(lr=.1)), ("Momentum", dict(lr=.05, nesterov=True)), ("Adam"
          ("LAMB.paper", {}), ("LAMB.cybertronai", {}), ("LAMB.timm", {}), ("LAMB.apex", {}), ("LAMB.nvlamb", dict(weight_decay=0.)),
          ("LAMB.pytorch_optimizer", dict(weight_decay=.1)), ("LAMB", dict(adapt="matrices", weight_decay=.1)), ("LARS", dict(lr=5.)),
          ("LARS.paper", dict(lr=5.)), ("LARS.timm", dict(lr=.1)), ("LARS.pytorch_optimizer", dict(lr=5.)),
-         ("AutomaticGradientDescent", dict(vectors=True)), ("Signum", dict(weight_decay=.1)), ("Lion", {}), ("Muon", dict(lr=.05)), ("Muon.torch", {})]
+         ("AutomaticGradientDescent", dict(vectors=True)), ("Signum", dict(weight_decay=.1)), ("Lion", {}), ("Muon", dict(lr=.05)), ("Muon.torch", {}),
+         ("ScheduleFreeSGD", dict(lr=.1, warmup=3)), ("ScheduleFreeAdamW", dict(weight_decay=.1)), ("AdEMAMix", dict(warmup=5)), ("Prodigy", dict(d0=.01)),
+         ("Shampoo", dict(eps=.01, beta=.9, every=3)), ("Shampoo", dict(graft="rmsprop", beta2=.9)), ("SOAP", dict(every=3))]
 
 
 def build(name, **hyper):
@@ -150,6 +153,23 @@ def test_parameters_and_moments_are_written_over(name, hyper):
     before = where()
     stepped(optimizer, params, 2)
     assert where() == before
+
+
+@pytest.mark.parametrize("ours, theirs", [(lambda p: optim.ScheduleFreeSGD(p, lr=.01), lambda p: po.ScheduleFreeSGD(p, lr=.01)),
+                                          (lambda p: optim.ScheduleFreeAdamW(p, lr=.01, beta1=.8), lambda p: po.ScheduleFreeAdamW(p, lr=.01, betas=(.8, .999)))])
+def test_the_average_is_what_its_authors_evaluate(ours, theirs):
+    "Against pytorch_optimizer's train and eval; when it is left nothing has happened, also by an exception; a parameter that was never moved stays."
+    (a, b), idle = (blocks(), blocks()), nn.Parameter(torch.ones(2, dtype=torch.float64))
+    one, other = ours([*a, idle]), theirs(b)
+    stepped(one, a, 5); stepped(other, b, 5)
+    before = copy.deepcopy((a, one.state_dict()))
+    with pytest.raises(KeyError), one.averaged():
+        other.eval()
+        for p, q, y in zip(a, b, before[0]): assert torch.allclose(p, q, rtol=1e-7, atol=0) and not torch.allclose(p, y, rtol=1e-4)
+        assert torch.equal(idle, torch.ones_like(idle))
+        raise KeyError
+    assert all(torch.equal(p, y) for p, y in zip(a, before[0])) and str(before[1]) == str(one.state_dict())
+    with pytest.raises(TypeError, match="Adam keeps no average"), optim.Adam(blocks()).averaged(): pass
 
 
 class Halved(NamedTuple):

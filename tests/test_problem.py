@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from gradnb import GD, Batch, Dataset, Descent, Problem, Stream, build_model, load_dataset, sharpness, train
+from gradnb import GD, Batch, Dataset, Descent, Problem, Stream, audit_operator, build_model, load_dataset, sharpness, train
+from gradnb.problem.audit import slopes
 from gradnb.problem.graphs import free_memory
 from gradnb.problem.likelihood import sample_targets
 from gradnb.problem.network import drawing
@@ -579,3 +580,71 @@ def test_a_limit_of_this_process_is_seen():
 def test_nothing_that_tells_means_that_nothing_is_known(tmp_path, monkeypatch):
     for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"): monkeypatch.delenv(name, raising=False)
     assert free_memory(torch.device("cpu"), tmp_path) == float("inf")
+
+
+# --- an operator of somebody's ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("model, loss, dtype", [("fc-tanh:width=6,depth=1", "ce", torch.float64), ("fc-softplus:width=6,depth=1", "mse", torch.float32), ("fc-elu:width=6,depth=2", "ce", torch.float64), ("fc-relu:width=6,depth=2", "ce", torch.float64)])
+def test_right_operators_pass_the_audit(model, loss, dtype):
+    "Ours, and torch's own double backward of a loss written out here; with a chunk size, and at a θ far from the start."
+    problem = make(model, loss, dtype, 25)
+    for theta in (problem.theta0, 2 * problem.theta0):
+        found = audit_operator(problem.hvp, problem, theta)
+        assert found.holds and len(found.laws) == 6 and str(found).count("✓") == 6, str(found)
+    problem = make(model, loss, dtype)
+    chunk, = problem.chunks()
+    whole = lambda theta: problem.piece(theta, *chunk)
+    theirs = lambda theta, v: torch.autograd.functional.hvp(whole, theta, v)[1]
+    assert audit_operator(theirs, torch.func.grad(whole), problem.theta0).holds
+    assert audit_operator(lambda v: theirs(problem.theta0, v), problem, problem.theta0, stream=Stream(5)).holds
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fault, broken", [
+    ("Gauss-Newton", {"differences"}), ("other θ", {"differences", "depends on θ"}), ("drift", {"differences"}), ("skew", {"symmetric", "differences"}),
+    ("random", {"deterministic", "linear", "symmetric", "differences"}), ("batch", {"deterministic", "linear", "symmetric", "differences"}),
+    ("|v|", {"linear", "symmetric", "differences"}), ("twice", {"differences"}), ("writes", {"pure"}), ("half of it", {"differences"}), ("a little off", {"differences"})])
+def test_wrong_operators_are_caught(fault, broken, seed):
+    "Each fault breaks the laws that it must break, whatever the directions."
+    problem, gen = make(loss="ce"), torch.Generator().manual_seed(seed)
+    H, p, theta = problem.hvp, problem.p, problem.theta0
+    S, other = (torch.randn(*s, generator=gen, dtype=torch.float64) for s in ((p, p), (p,)))
+    def writes(theta, v):
+        out = H(theta, v)
+        v /= v.norm()
+        return out
+    wrong = {"Gauss-Newton": lambda theta, v: problem.at(theta).ggn(v), "other θ": lambda theta, v: H(.3 * other, v), "drift": lambda theta, v: H(1.01 * theta, v),
+             "skew": lambda theta, v: H(theta, v) + 1e-4 * S @ v, "random": lambda theta, v: H(theta, v) * (1 + .01 * torch.randn((), generator=gen)),
+             "batch": lambda theta, v: H(theta, v, Batch(torch.randint(problem.n, (20,), generator=gen))), "|v|": lambda theta, v: H(theta, v) * v.norm(),
+             "twice": lambda theta, v: 2 * H(theta, v), "writes": writes, "half of it": lambda theta, v: torch.cat([H(theta, v)[:p // 2], torch.zeros(p - p // 2).double()]),
+             "a little off": lambda theta, v: H(theta, v) + 1e-6 * v}[fault]
+    found = audit_operator(wrong, problem, theta, stream=Stream(seed))
+    assert broken <= set(found.broken) and not found.holds and not found.open, str(found)
+    assert fault in ("random", "batch", "|v|", "skew", "half of it") or set(found.broken) == broken, str(found)
+
+
+def test_an_audit_says_what_its_differences_cannot_tell():
+    "Beside a gradient that is noise, nothing is said of a product; one of single precision is allowed its rounding."
+    problem, gen = make(), torch.Generator().manual_seed(0)
+    noisy = lambda theta: problem.grad_and_loss(theta)[0] + torch.randn(problem.p, generator=gen, dtype=torch.float64)
+    assert {"differences"} <= set(audit_operator(problem.hvp, noisy, problem.theta0).open)
+    single = lambda theta, v: make(dtype=torch.float32).hvp(theta.float(), v.float())
+    assert audit_operator(single, problem, problem.theta0).broken and audit_operator(single, problem, problem.theta0, tol=1e-4).holds
+    assert audit_operator(lambda v: 0 * v, lambda theta: torch.ones_like(theta), problem.theta0).open == ("differences",)      # zero beside zero
+    assert audit_operator(lambda v: 1e-9 * v, lambda theta: torch.ones_like(theta), problem.theta0).broken == ("differences",)
+    for wrong in (lambda v: v[:3], lambda v: v * float("nan")):
+        with pytest.raises(ValueError, match="shape|finite"): audit_operator(wrong, problem, problem.theta0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_error_of_differences_covers_them(dtype):
+    "Slopes of cos, sinh and cubes are known; of 200 stated errors none is smaller than the true one, and most are of use."
+    gen, small = torch.Generator().manual_seed(1), 0
+    for i in range(200):
+        theta, V = (torch.randn(30, *s, generator=gen, dtype=torch.float64).mul(10. ** (i % 5 - 2)).to(dtype) for s in ((), (3,)))
+        f, slope = ((torch.cos, lambda t: -t.sin()), (torch.tanh, lambda t: 1 / t.cosh()**2), (lambda t: t**3, lambda t: 3 * t**2))[i % 3]
+        D, error = slopes(f, theta, V)
+        true = slope(theta.double())[:, None] * V.double()
+        assert (D - true).norm() <= 3 * error
+        small += error < .01 * true.norm()
+    assert small > 180

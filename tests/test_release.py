@@ -51,4 +51,4 @@ def test_it_draws_a_figure_where_there_is_no_clone(released, tmp_path):
     assert Path(say("-c", "import gradnb; print(gradnb.__file__)").stdout.strip()).is_relative_to(tmp_path / "site")
     done = say("-m", "gradnb", "figures", "spectrum", "--size", "smoke", "--engine", "here")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {"index.html", "claims.json", "spectrum"} == {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"index.html", "claims.html", "claims.json", "spectrum"} == {path.name for path in (tmp_path / "figures").iterdir()}

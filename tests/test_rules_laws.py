@@ -18,6 +18,7 @@ from gradnb.problem import Problem
 from gradnb.ground.roles import RULES
 from gradnb.ground.trees import flatten, unflatten
 from gradnb.move.rules.adam import Adam
+from gradnb.move.rules.ademamix import AdEMAMix
 from gradnb.move.rules.agd import AutomaticGradientDescent
 from gradnb.move.rules.fromtorch import FromTorch
 from gradnb.move.rules.gd import GD
@@ -27,9 +28,13 @@ from gradnb.move.rules.lamb import LAMB
 from gradnb.move.rules.lars import LARS
 from gradnb.move.rules.momentum import Momentum, MomentumState
 from gradnb.move.rules.muon import Muon
+from gradnb.move.rules.prodigy import Prodigy
 from gradnb.move.rules.rmsprop import RMSProp
 from gradnb.move.rules.schedule import Cosine, Scheduled
+from gradnb.move.rules.schedulefree import ScheduleFreeAdamW, ScheduleFreeSGD
+from gradnb.move.rules.shampoo import Shampoo
 from gradnb.move.rules.sign import Lion, Signum
+from gradnb.move.rules.soap import SOAP
 from gradnb.runs import Spec, Store
 from gradnb.move.steppers import Descent, trajectory
 
@@ -37,7 +42,10 @@ OURS = [LAMB(.01), LAMB.cybertronai(.01, weight_decay=.1), LAMB.timm(.01), LAMB.
         LAMB(.01, adapt="matrices", weight_decay=.1), LAMB(.01, decay="l2", weight_decay=.1, ratio_high=1., grad_averaging=False),
         LARS(5.), LARS.paper(5., nesterov=True), LARS.timm(.1), LARS.pytorch_optimizer(5.), AutomaticGradientDescent(vectors=True),
         AutomaticGradientDescent(10., 3, True), Scheduled(LAMB.nvlamb(.01), Cosine(10, warmup=2)), Scheduled(LARS(5.), Cosine(10)),
-        Groups((("*", LAMB(.01)),)), Signum(.01, weight_decay=.1), Lion(.01, weight_decay=.1)]
+        Groups((("*", LAMB(.01)),)), Signum(.01, weight_decay=.1), Lion(.01, weight_decay=.1),
+        ScheduleFreeSGD(.1, weight_decay=.1, warmup=2), ScheduleFreeAdamW(.01, r=1., weight_decay=.1), Scheduled(ScheduleFreeAdamW(.01), Cosine(10)),
+        AdEMAMix(.01, warmup=2, weight_decay=.1), Prodigy(d0=.01), Prodigy(d0=.01, weight_decay=.1, bias_correction=True, safeguard=True),
+        Shampoo(.1, eps=.01), Shampoo(.1, .9, .9, eps=.01, every=2, graft="rmsprop", nesterov=True, weight_decay=.1), Shampoo(.1, graft="adagrad"), SOAP(.01, every=2), SOAP(.01, vectors=True, largest=5)]
 PARTED = Groups((("matrix", Scheduled(LAMB.timm(.01), Cosine(20))), ("fc1.*", FromTorch(torch.optim.AdamW, lr=.01)), ("vector", GD(.1))))
 
 

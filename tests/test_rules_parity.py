@@ -1,24 +1,78 @@
-"""LAMB, LARS, Signum, Lion and Muon against pytorch_optimizer, timm and torch over thirty steps; and pairs that must differ.
+"""LAMB, LARS, Signum, Lion, Muon, schedule-free rules, AdEMAMix, Prodigy, Shampoo and SOAP against pytorch_optimizer, timm and torch over thirty steps; and pairs that must differ.
 
 The network has one matrix of norm above 10, where φ binds, and a loss steep enough for the global clip to bind.
 """
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import pytorch_optimizer as po
 import torch
 from torch import nn
 
+from gradnb.move.rules.ademamix import AdEMAMix
 from gradnb.move.rules.lamb import LAMB
 from gradnb.move.rules.lars import LARS
 from gradnb.move.rules.muon import ODD, Muon, newton_schulz
+from gradnb.move.rules.prodigy import Prodigy
+from gradnb.move.rules.schedulefree import ScheduleFreeAdamW, ScheduleFreeSGD
+from gradnb.move.rules.shampoo import Shampoo
 from gradnb.move.rules.sign import Lion, Signum
+from gradnb.move.rules.soap import SOAP
 
 
 def timm_optimizer(name):
     "An optimizer of timm's, where timm is installed."
     module = pytest.importorskip(f"timm.optim.{name.lower()}", reason="timm is not installed")
     return getattr(module, name)
+
+
+def schedulefree(name):
+    "The authors' optimizer, at the point where gradients are taken."
+    cls = getattr(pytest.importorskip("schedulefree"), f"{name}ScheduleFree")
+    def build(params, **more):
+        optimizer = cls(list(params), **more)
+        optimizer.train()
+        return optimizer
+    return build
+
+
+class OneEps(po.ScheduleFreeAdamW):
+    "Without the 1e-15 that theirs adds under the root as well, and the authors' does not."
+    apply_ams_bound_foreach = staticmethod(partial(po.ScheduleFreeAdamW.apply_ams_bound_foreach, exp_avg_sq_eps=0.))
+
+
+def patched(optimizer, patch, undo):
+    "An optimizer whose steps are taken under a patch."
+    step = optimizer.step
+    def inside():
+        patch()
+        try: step()
+        finally: undo()
+    optimizer.step = inside
+    return optimizer
+
+
+def shampoo_po(params, every, **more):
+    "Its roots are zero until step `every`; that is made the first."
+    optimizer = po.Shampoo(params, preconditioning_compute_steps=every, **more)
+    optimizer.param_groups[0]["step"] = every - 1
+    return optimizer
+
+
+def soap_po(params, **more):
+    "It finds its bases in single precision; here in that of the parameters."
+    params = list(params)
+    single = torch.float32
+    return patched(po.SOAP(params, **more), lambda: setattr(torch, "float32", params[0].dtype), lambda: setattr(torch, "float32", single))
+
+
+def prodigy_po(params, **more):
+    "Its sums are of torch's default type, whatever the parameters'; here that is double precision."
+    return patched(po.Prodigy(params, **more), lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32))
+
+
+def prodigyopt(params, **more): return pytest.importorskip("prodigyopt").Prodigy(params, **more)
 
 
 def network(dtype):
@@ -96,6 +150,23 @@ EQUAL = {
     "Signum, decay": (Signum(.002, .8, .1), lambda p: po.SignSGD(p, lr=.002, momentum=.8, weight_decay=.1)),
     "Lion": (Lion(.002), lambda p: po.Lion(p, lr=.002)),
     "Lion, decay": (Lion(.002, .8, .95, .1), lambda p: po.Lion(p, lr=.002, betas=(.8, .95), weight_decay=.1)),
+    "AdEMAMix": (AdEMAMix(.01), lambda p: po.AdEMAMix(p, lr=.01)),
+    "AdEMAMix, decay": (AdEMAMix(.01, .8, .99, .999, 3., weight_decay=.1), lambda p: po.AdEMAMix(p, lr=.01, betas=(.8, .99, .999), alpha=3., weight_decay=.1, weight_decouple=True)),
+    "AdEMAMix, warm-up": (AdEMAMix(.01, warmup=20), lambda p: po.AdEMAMix(p, lr=.01, t_alpha_beta3=20)),
+    "schedule-free SGD": (ScheduleFreeSGD(.05), lambda p: po.ScheduleFreeSGD(p, lr=.05)),
+    "schedule-free SGD, weighed": (ScheduleFreeSGD(.05, .7, 5, .01, 1.5, 1.), lambda p: po.ScheduleFreeSGD(p, lr=.05, momentum=.7, warmup_steps=5, weight_decay=.01, r=1.5, weight_lr_power=1.)),
+    "schedule-free AdamW": (ScheduleFreeAdamW(.01), lambda p: OneEps(p, lr=.01)),
+    "schedule-free AdamW, weighed": (ScheduleFreeAdamW(.01, .8, .99, 1e-6, 5, r=1.5, power=1.),
+                                     lambda p: OneEps(p, lr=.01, betas=(.8, .99), eps=1e-6, warmup_steps=5, r=1.5, weight_lr_power=1.)),
+    "schedule-free SGD, by its authors": (ScheduleFreeSGD(.05, .7, 5, .01, 1.5, 1.),
+                                          lambda p: schedulefree("SGD")(p, lr=.05, momentum=.7, warmup_steps=5, weight_decay=.01, r=1.5, weight_lr_power=1.)),
+    "schedule-free AdamW, by its authors": (ScheduleFreeAdamW(.01, .8, .99, 1e-6, 5, .1), lambda p: schedulefree("AdamW")(p, lr=.01, betas=(.8, .99), eps=1e-6, warmup_steps=5, weight_decay=.1)),
+    "Prodigy": (Prodigy(), lambda p: prodigy_po(p)),
+    "Prodigy, decay": (Prodigy(.5, .8, .99, 1e-6, .1, 1e-3, 2., safeguard=True),
+                       lambda p: prodigy_po(p, lr=.5, betas=(.8, .99), eps=1e-6, weight_decay=.1, d0=1e-3, d_coef=2., safeguard_warmup=True)),
+    "Prodigy, by its authors": (Prodigy(d0=1e-3, weight_decay=.01, bias_correction=True), lambda p: prodigyopt(p, d0=1e-3, weight_decay=.01, use_bias_correction=True)),
+    "Shampoo": (Shampoo(.05, eps=.1), lambda p: po.Shampoo(p, lr=.05, matrix_eps=.1)),
+    "Shampoo, decay, every third step": (Shampoo(.05, eps=.1, every=3, weight_decay=.1), lambda p: shampoo_po(p, 3, lr=.05, matrix_eps=.1, weight_decay=.1, weight_decouple=True)),
     "SGD": (LARS.timm(.05, beta=.9), lambda p: torch.optim.SGD(p, lr=.05, momentum=.9)),
 }
 
@@ -182,6 +253,67 @@ def matrices(rule, dtype, steps=30):
         with torch.no_grad():
             for n, p in moved.items(): p.copy_(blocks[n])
     return torch.cat([p.detach().flatten() for p in moved.values()])
+
+
+SOAPS = {
+    "default": (SOAP(.01), dict(lr=.01)),
+    "vectors, one-sided": (SOAP(.01, .8, .9, 1e-6, .1, 4, .95, True, 20),
+                           dict(lr=.01, betas=(.8, .9), shampoo_beta=.95, eps=1e-6, weight_decay=.1, precondition_frequency=4, precondition_1d=True, max_precondition_dim=20)),
+    "no correction": (SOAP(.01, every=1, bias_correction=False), dict(lr=.01, precondition_frequency=1, correct_bias=False)),
+}
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("name", SOAPS)
+def test_soap(name, dtype, tolerance):
+    "On gradients that are drawn: those of a small network span few directions, and in the null space of a factor a rounding turns the basis."
+    (rule, words), gen = SOAPS[name], torch.Generator().manual_seed(0)
+    draw = lambda: {n: torch.randn(*s, generator=gen, dtype=torch.float64).to(dtype) for n, s in dict(a=(24, 12), b=(12, 12), c=(5, 9), v=(7,), conv=(4, 3, 2, 2)).items()}
+    blocks = start = draw()
+    params = {n: nn.Parameter(b.clone()) for n, b in blocks.items()}
+    optimizer, state = soap_po(params.values(), **words), rule.init(blocks, {})
+    for _ in range(30):
+        grads = draw()
+        for n, p in params.items(): p.grad = grads[n].clone()
+        blocks, state = rule.step(state, blocks, grads)
+        optimizer.step()
+    for n, p in params.items():
+        assert (p - start[n]).abs().max() > 1e-2
+        assert (p - blocks[n]).abs().max() <= tolerance, n
+
+
+GRAFTS = {g: po.optimizer.shampoo.LayerWiseGrafting[g.upper()] for g in ("sgd", "adagrad", "rmsprop", "none")}
+
+@pytest.mark.parametrize("graft", GRAFTS)
+def test_shampoo_with_momentum_and_grafting(graft):
+    "The distributed Shampoo of pytorch_optimizer, on matrices; its factors forget their ε, which is given back here before each step."
+    eps, beta2 = .1, .9
+    def build(params):
+        optimizer = po.ScalableShampoo(params, lr=.01, betas=(.9, beta2), start_preconditioning_step=1, preconditioning_compute_steps=1, shape_interpretation=False,
+                                       graft_type=GRAFTS[graft], matrix_eps=eps, use_svd=True, nesterov=graft == "sgd", decoupled_weight_decay=True, weight_decay=.1)
+        def constant():
+            optimizer.init_group(optimizer.param_groups[0])
+            for held in optimizer.state.values():
+                for A in held["pre_conditioner"].statistics: A.diagonal().add_(eps * (1 / beta2 - 1))
+        return patched(optimizer, constant, lambda: None)
+    rule = Shampoo(.01, .9, beta2, eps, graft=graft, nesterov=graft == "sgd", weight_decay=.1)
+    a, b = matrices(rule, torch.float64), matrices(build, torch.float64)
+    assert (b - matrices(Muon(0.), torch.float64)).abs().max() > 1e-2
+    assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+
+
+def test_shampoo_by_its_definition_in_three_dimensions():
+    "Algorithm 2 with roots from scipy, every third step."
+    from scipy.linalg import fractional_matrix_power
+    gen = torch.Generator().manual_seed(0)
+    w, rule = torch.randn(3, 4, 2, generator=gen, dtype=torch.float64), Shampoo(.1, eps=.01, every=3)
+    blocks, state, sums, there = {"w": w}, rule.init({"w": w}, {}), [.01 * torch.eye(d, dtype=torch.float64) for d in w.shape], w.clone()
+    for k in range(8):
+        g = torch.randn(*w.shape, generator=gen, dtype=torch.float64)
+        blocks, state = rule.step(state, blocks, {"w": g})
+        for A, letters in zip(sums, ("iab,jab->ij", "aib,ajb->ij", "abi,abj->ij")): A += torch.einsum(letters, g, g)
+        if k % 3 == 0: roots = [torch.from_numpy(fractional_matrix_power(A.numpy(), -1 / 6)) for A in sums]
+        there -= .1 * torch.einsum("abc,ai,bj,ck->ijk", g, *roots)
+    assert torch.allclose(blocks["w"], there, rtol=1e-12, atol=1e-12)
 
 
 MUON = [dict(), dict(lr=.02, weight_decay=0., nesterov=False), dict(lr=.01, momentum=.5, ns_steps=3), dict(lr=.01, adjust_lr_fn="match_rms_adamw"),

@@ -16,8 +16,10 @@ from gradnb.measure.probes.view import PROBES
 from gradnb.problem import Problem
 from gradnb.move.rules.agd import AutomaticGradientDescent
 from gradnb.move.rules.gd import GD
+from gradnb.move.rules.groups import Groups
 from gradnb.move.rules.lamb import LAMB
 from gradnb.move.rules.schedule import Piecewise, Scheduled
+from gradnb.move.rules.schedulefree import ScheduleFreeAdamW, ScheduleFreeSGD
 from gradnb.move.steppers import Descent, trajectory
 from gradnb.runs.training import train
 
@@ -66,6 +68,26 @@ def test_a_dead_block_has_no_ratio(problem):
     _, traces = train(problem, Descent(GD(.1)), 0, [PROBES.build("relative_updates", every=1)], theta=theta, progress=False)
     columns = traces["relative_updates"].columns
     assert columns["fc1.bias"][0] != columns["fc1.bias"][0] and columns["fc1.weight"][0] > 0
+
+
+@pytest.mark.parametrize("rule", [ScheduleFreeSGD(.3), Scheduled(ScheduleFreeAdamW(.01), Piecewise(((5, .1),))), Groups((("matrix", ScheduleFreeSGD(.3, .7)), ("*", GD(.1))))], ids=repr)
+def test_probes_at_the_average(rule, problem):
+    "What they find is what they find of a run that sits there."
+    stepper, names = Descent(rule, MiniBatch(16)), ["averaged:probe=[sharpness:every=4,tol=1e-9]", "averaged:probe=[train:every=4]", "averaged:probe=[grad_norm:every=4]"]
+    _, traces = train(problem, stepper, 8, [*names, "train:every=4"], progress=False)
+    for k, state in zip((0, 4, 8), list(islice(trajectory(problem, stepper), 9))[::4]):
+        z, blocks = {}, problem.layout.named(state.theta)
+        states = getattr(state.rule, "states", (getattr(state.rule, "inner", state.rule),))
+        for s in states: z |= getattr(s, "z", {})
+        beta = .7 if hasattr(state.rule, "states") else .9
+        x = problem.layout.join((blocks[n] - (1 - beta) * z[n]) / beta if n in z else blocks[n] for n in problem.layout.names)
+        seen = [traces[t].values[list(traces[t].steps).index(k)] for t in ("averaged_sharpness", "averaged_train", "averaged_grad_norm", "train")]
+        assert seen[2] == pytest.approx(problem.grad_and_loss(x)[0].norm().item(), rel=1e-9)
+        assert traces["averaged_train"].columns["loss"][k // 4] == pytest.approx(problem.loss(x).item(), rel=1e-12)
+        assert traces["averaged_sharpness"].columns["value"][k // 4] == pytest.approx(gradnb.sharpness(problem, x, tol=1e-9).values[0].item(), rel=1e-6)
+    assert traces["averaged_train"].columns["loss"][-1] != traces["train"].columns["loss"][-1]
+    check_probe(PROBES.build("averaged:probe=[sharpness:every=5]"), problem, stepper)
+    with pytest.raises(TypeError, match="GD keeps no average"): train(problem, Descent(GD(.1)), 1, names[-1:], progress=False)
 
 
 def test_what_is_not_there(problem):

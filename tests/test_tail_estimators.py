@@ -133,6 +133,19 @@ def test_a_wider_level_is_a_wider_interval():
         assert b.low < a.low < a.value < a.high < b.high and a.value == b.value
 
 
+def test_magnitudes_that_no_stable_law_has_are_no_two():
+    "Logarithms of Pareto draws are exponential, of variance 1/α² where a Gaussian's is π²/8; draws from an interval have less extremes than any stable law."
+    pareto = lambda alpha: draws(1.5, 2_000).sign() * torch.rand(2_000, generator=torch.Generator().manual_seed(1))**(-1 / alpha)
+    even = torch.rand(20_000, generator=torch.Generator().manual_seed(2)) - .5
+    for method, x in (("logmoment", pareto(1.5)), ("logmoment", pareto(3.)), ("mcculloch", pareto(3.)), ("mcculloch", even), ("ecf", even), ("logmoment", even)):
+        with pytest.raises(TailRefusal, match=f"{method} has no value on these draws: their magnitudes are spread less"): tail_index(x, method)
+    assert (compare_tails(even).set_index("method").note[["mcculloch", "logmoment", "ecf"]] != "").all()
+    light = normal(150, 500)                                   # as light as stable laws are: chance goes beyond, and is no reason
+    for method in ("mcculloch", "logmoment", "ecf"):
+        found = [tail_index(x, method) for x in light]
+        assert all(0 < e.low <= e.value <= e.high <= 2 for e in found) and sum(e.value == 2 for e in found) > 30
+
+
 # --- what nothing may depend on ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("power", [-80, -40, 40])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RULES', 'ESTIMATORS', 'FLOWS', 'Batch', 'State', 'Estimator', 'Rule', 'Stepper', 'draw', 'kind', 'later',
-           'learning_rate', 'check_range', 'check_number', 'check_given']
+           'learning_rate', 'average', 'check_range', 'check_number', 'check_given']
 
 # %% ../../nbs/01_ground/08_roles.ipynb #imports
 import sys
@@ -119,6 +119,24 @@ def learning_rate(stepper: Stepper, step: int) -> float | None:
     "The learning rate of the step from here; None where there is none."
     rule = getattr(stepper, "rule", stepper)      # a flow has one of its own
     return getattr(rule.at(step) if hasattr(rule, "at") else rule, "lr", None)
+
+# %% ../../nbs/01_ground/08_roles.ipynb #average
+def average(
+    problem,            # what is minimised
+    stepper: Stepper,   # how
+    state: State,       # of its run
+) -> Tensor:            # (p,)
+    "The point that a run answers with, where that is another than θ. Raises TypeError for a rule without one."
+    def inside(rule, state, blocks):
+        if hasattr(rule, "average"): return rule.average(state, blocks)
+        if hasattr(state, "inner"): return inside(rule.rule, state.inner, blocks)                     # of a schedule
+        found = {}
+        for i, ((_, rule), one) in enumerate(zip(getattr(rule, "rules", ()), getattr(state, "states", ()))):    # of groups
+            found |= inside(rule, one, {n: b for n, b in blocks.items() if state.member[n] == i})
+        return found
+    rule, blocks = getattr(stepper, "rule", stepper), problem.layout.named(state.theta)
+    if not (found := inside(rule, state.rule, blocks)): raise TypeError(f"{type(rule).__name__} keeps no average; it answers with θ.")
+    return problem.layout.join((blocks | found)[n] for n in problem.layout.names)
 
 # %% ../../nbs/01_ground/08_roles.ipynb #range
 def check_range(

@@ -23,6 +23,7 @@ from ..measure.probes.view import Probe, every
 from ..problem import Problem, Quadratic
 from ..problem.graphs import disagrees, wrong_slopes
 from ..problem.network import copied, scattered
+from ..problem.seconds import central, skew
 from ..ground.roles import Batch, Estimator, Rule, Stepper
 from ..move.rules.fromtorch import FromTorch
 from ..move.rules.gd import GD
@@ -108,11 +109,10 @@ def check_derivatives(problem: Problem, culprit, batch: Batch):
     except TypeError: mean = grad                        # examples that have no gradient of their own
     law((mean - grad).norm() <= 1e3 * tol * grad.norm() + tol, culprit, f"has gradients of single examples that do not average to its gradient in {off_blocks(problem, mean, grad)}.")
     Hu, Hv = problem.hvp(theta, torch.stack([u, v], 1), batch).unbind(1)
-    law(abs(u @ Hv - v @ Hu) <= 1e3 * tol * (u.norm() * Hv.norm() + v.norm() * Hu.norm()), culprit,
+    law(skew(u, Hu, v, Hv) <= 1e3 * tol * len(u) ** .5, culprit,
         f"has a Hessian product that is not symmetric: uᵀHv = {float(u @ Hv):.6g} and vᵀHu = {float(v @ Hu):.6g}.")
     def difference(h):
-        a, b = (problem.grad_and_loss(theta + s * h * v, batch)[0] for s in (1, -1))
-        return (a - b) / (2 * h), max(1e-3, 30 * eps ** .5) * float(Hv.norm()) + 300 * eps * float(grad.norm()) / h
+        return central(lambda at: problem.grad_and_loss(at, batch)[0], theta, v, h), max(1e-3, 30 * eps ** .5) * float(Hv.norm()) + 300 * eps * float(grad.norm()) / h
     law(not disagrees(Hv, difference), culprit,
         f"has a Hessian product that is not the slope of its gradient in {off_blocks(problem, Hv, difference(8 * eps ** .5)[0])}.")
     form = problem.at(theta, batch).quadratic(v)

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['ahead', 'block_norms', 'weight_norms', 'grad_norms', 'update_norms', 'update_rms', 'update_angles',
            'relative_updates', 'effective_rates', 'by_block', 'rule_states', 'field_of', 'rule_probe',
-           'trust_ratio_probe', 'agd_probe']
+           'trust_ratio_probe', 'agd_probe', 'averaged']
 
 # %% ../../../nbs/07_measure/09_probes/04_rules.ipynb #imports
 from collections.abc import Callable
+from dataclasses import replace
 import torch
 from torch import Tensor
 from .view import PROBES, Probe, View
-from ...ground.roles import State
+from ...ground.roles import State, average
+from ...ground.streams import Stream
 
 # %% ../../../nbs/07_measure/09_probes/04_rules.ipynb #blocks
 def ahead(view: View) -> State:
@@ -112,3 +114,18 @@ def agd_probe(
         values = {field: field_of(view, field)["value"] for field in ("eta", "G")}
         return values | {"relative": relative_updates(view).mean()}
     return Probe("agd", every, measure)
+
+# %% ../../../nbs/07_measure/09_probes/04_rules.ipynb #averaged
+@PROBES.add("averaged")
+def averaged(
+    probe: Probe | str,    # that looks at the average in place of θ
+) -> Probe:
+    "A probe at the average that the run's rule answers with. Raises TypeError where it keeps none."
+    if isinstance(probe, str): probe = PROBES.build(probe.removeprefix("[").removesuffix("]"))
+    def there(view):
+        at = view.state._replace(theta=average(view.problem, view.stepper, view.state))
+        return view.stepper.prepare(view.problem, at, Stream() / "averaged" / view.step)
+    def measure(view):
+        state, shared = view.once("averaged", lambda: (there(view), {}))
+        return probe.fn(View(view.problem, view.stepper, state, view.stream, view.memory, shared))
+    return replace(probe, name=f"averaged_{probe.name}", fn=measure)

@@ -7,7 +7,7 @@ __all__ = ['MOHAMMADI', 'SYMMETRIC', 'METHODS', 'LEAST_BLOCKS', 'SKEWED', 'estim
            'asymmetry', 'symmetric', 'geometric_scale', 'compare_records', 'compare_tails', 'm_profile', 'k_plot']
 
 # %% ../../../nbs/07_measure/03_tail/04_estimators.ipynb #imports
-from math import exp, isfinite, sqrt
+from math import exp, sqrt
 from warnings import warn
 import numpy as np
 import pandas as pd
@@ -16,13 +16,11 @@ from scipy.stats import binom, kstwobign
 from torch import Tensor
 from ...ground.estimate import Estimate, check_level, skewed_student
 from .magnitudes import CHUNK, MOST_ZEROS, NOT_FINITE, Magnitudes, TailRefusal, histogram, near_one
-from .methods import (EXTREME, KURTOSIS, SKEWNESS, STABLE, Histograms, dedh_error, ecf_error, ecf_low, inverse, mcculloch, mle,
-                                         mohammadi, mohammadi22, student)
-from .stable import ALPHA_MIN
+from .methods import (EXTREME, KURTOSIS, SKEWNESS, STABLE, Histograms, dedh_error, inverse, jackknife, mohammadi, mohammadi22, student)
 
 # %% ../../../nbs/07_measure/03_tail/04_estimators.ipynb #index
 MOHAMMADI = ("mohammadi", "mohammadi22")
-SYMMETRIC = ("mle", "mcculloch", *STABLE)      # see magnitudes alone, and read them as those of a symmetric law
+SYMMETRIC = (*STABLE,)      # see magnitudes alone, and read them as those of a symmetric law
 METHODS = (*SYMMETRIC, *MOHAMMADI, *EXTREME)
 LEAST_BLOCKS = 20
 
@@ -43,21 +41,12 @@ def estimate_index(
         raise TailRefusal(f"{method} has no value on these draws ({e}); are they all alike, or too few?") from None
 
 def _estimate(record: Magnitudes, method: str, level: float, draws: Magnitudes | None, **options) -> Estimate:
-    if method in ("mle", "mcculloch"): return (mle if method == "mle" else mcculloch)(record, level, **options)
     if method == "mohammadi22": return mohammadi22(record, level, draws, **options)
-    values = mohammadi(record, **options) if method == "mohammadi" else {**STABLE, **EXTREME}[method](Histograms.leaving_out(record), **options)
-    value, *without = values.tolist()
-    spread = np.array(without) - np.mean(without)
-    stderr = float(np.sqrt((len(without) - 1) / len(without) * (spread**2).sum()))
+    if method in STABLE: return STABLE[method](record, level, **options)
+    value, stderr = jackknife(method, mohammadi(record, **options) if method == "mohammadi" else EXTREME[method](Histograms.leaving_out(record), **options))
     if method == "dedh": stderr = max(stderr, dedh_error(Histograms.leaving_out(record), **options))     # no less than independent draws have
-    if method == "ecf": stderr = max(stderr, ecf_error(min(max(value, ALPHA_MIN), 2.)) / sqrt(int(record.blocks.sum()) * record.width))
-    few = int(record.blocks.sum()), SKEWNESS, KURTOSIS, level, len(without)
+    few = int(record.blocks.sum()), SKEWNESS, KURTOSIS, level, len(record.blocks)
     half = stderr * (skewed_student(*few) if method == "mohammadi" else student(level, record))
-    if not isfinite(value + half):
-        raise TailRefusal(f"{method} has no value on these draws; too few of them lie in the tail it looks at.")
-    if method in STABLE:
-        low = ecf_low(value, half) if method == "ecf" else value - half
-        return Estimate(min(value, 2.0), stderr, min(low, 2.0), min(value + half, 2.0))
     up = exp(half / value) if method == "hill" and value > 0 else 0.      # a mean of positive excesses errs by factors
     return inverse(value, stderr, *((value / up, value * up) if up else (value - half, value + half)))
 

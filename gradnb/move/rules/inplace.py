@@ -15,7 +15,7 @@ from ...ground.registry import unknown
 from ...ground.roles import Rule
 
 # %% ../../../nbs/06_move/02_rules/01_inplace.ipynb #inplace
-ANEW, OVER = (SimpleNamespace(mul=getattr(torch, f"_foreach_mul{end}"), lerp=getattr(torch, f"_foreach_lerp{end}")) for end in ("", "_"))   # on lists of tensors
+ANEW, OVER = (SimpleNamespace(mul=getattr(torch, f"_foreach_mul{end}"), add=getattr(torch, f"_foreach_add{end}"), lerp=getattr(torch, f"_foreach_lerp{end}")) for end in ("", "_"))   # on lists of tensors
 
 class InPlace(Rule):
     "A rule that is written as a move of its blocks in place."
