@@ -244,6 +244,14 @@ def test_interrupt_is_passed_on(tmp_path, monkeypatch):
         run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False)
 
 
+def test_the_memory_that_is_said_is_that_of_the_hungriest():
+    "Against a process that is known to hold 0.9 GB for a moment."
+    script = ("import subprocess, sys; from gradnb.show.build import peak_memory; print(peak_memory());"
+              "subprocess.run([sys.executable, '-c', \"x = b'x' * 900_000_000\"], check=True); print(peak_memory())")
+    before, after = map(int, subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    assert 5e7 < before < 8e8 and 9e8 < after < 1.1e9
+
+
 @pytest.mark.parametrize("message, calls, ok", [
     ("Kernel died before replying to kernel_info", 2, True),
     ("no such file", 1, False),

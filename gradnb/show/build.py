@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Plan', 'fingerprint', 'seconds_of', 'FigureResult', 'draw', 'draw_all', 'plan_figures', 'missing_runs', 'dry_run',
-           'run_figures', 'filled']
+           'run_figures', 'peak_memory', 'filled']
 
 # %% ../../nbs/09_show/06_build.ipynb #imports
 import json
 import math
 import os
+import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -237,7 +239,13 @@ def run_figures(
     results.sort(key=lambda r: order.index(r.name))
     write_gallery(out)
     if claims := [c for r in results for c in r.claims]: say("\n" + claims_table(claims))
+    if plans: say(f"\nNo process that trained or drew here held more than {peak_memory() / 1e9:.2f} GB.")
     return results
+
+def peak_memory() -> int:      # bytes
+    "The most that this process, or one that it has waited for, ever held in memory."
+    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return most * (1 if sys.platform == "darwin" else 1024)      # of this unit a Mac's and Linux' manuals differ
 
 def filled(
     seconds: dict[str, float],     # nan: unknown
