@@ -105,7 +105,9 @@ def size_rows(
             yield Row.of(f"{name}, {about}, memory", found.copies, plain.copies, 1.15, "copies of θ", f"{note}; against a plain loop of torch.optim.AdamW"), name, found
             yield Row.of(f"{name}, {about}, time", found.gradients, plain.gradients, None, "gradients", "three steps of each"), "", None
             continue
-        yield Row.of(f"{name}, {about}, memory", found.copies, most, 1. if most else None, "copies of θ", f"{note}; against what it may hold" if most else note), name, found
+        allowed = most and most + 2**24 / problem.theta0.nbytes
+        held = f"{note}; against {most} copies and 16 MB for chunks" if most else note
+        yield Row.of(f"{name}, {about}, memory", found.copies, allowed, 1. if most else None, "copies of θ", held), name, found
         yield Row.of(f"{name}, {about}, time", found.gradients, None, None, "gradients", note), "", None
     mine = ours["sharpness, k = 1"]
     for name, (work, hidden) in peers(problem).items():
@@ -127,7 +129,7 @@ def slope_rows(
 def rows(
     sizes: tuple[tuple[int, int], ...] = ((64, 2), (160, 3), (320, 8)),    # widths and layers, in growing order
 ) -> Iterator[Row]:
-    "All rows of this bench, eight minutes of work and a GB of memory."
+    "All rows of this bench, eight minutes of work and two GB of memory."
     found = {}
     with one_thread():
         for width, layers in sizes:
