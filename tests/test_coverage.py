@@ -117,14 +117,14 @@ def pick_int(stream): return int(uniform(stream / "cut", 1, low=1, high=6))
 def product(values): return lambda V: values * V if V.ndim == 1 else values[:, None] * V
 def top(s): return s.values.double()[:s.k]
 
-def cold(s, stream): return lanczos(product(s.values), s.start, s.k, s.tol, stream=stream)
+def cold(s, stream, **held): return lanczos(product(s.values), s.start, s.k, s.tol, stream=stream, **held)
 
-def warm(s, stream):
+def warm(s, stream, **held):
     "From what was true when the eigenvalues were others, and the top somewhere below."
     before = s.values * (1 + .1 * normal(stream / "before", len(s.values))).to(s.values)
     before[:2] *= uniform(stream / "below", 1).item()
-    old = lanczos(product(before), s.start, s.k, 1e-3, stream=stream / "old", keep=s.k + 8)
-    return lanczos(product(s.values), old.sketch.vectors[:, :s.k], s.k, s.tol, sketch=old.sketch, keep=s.k + 8, stream=stream)
+    old = lanczos(product(before), s.start, s.k, 1e-3, stream=stream / "old", keep=s.k + 8, **held)
+    return lanczos(product(s.values), old.sketch.vectors[:, :s.k].to(s.start), s.k, s.tol, sketch=old.sketch, keep=s.k + 8, stream=stream, **held)
 
 def hill(s):
     "A quadratic, with a gradient that holds nothing of the top."
@@ -132,7 +132,12 @@ def hill(s):
     theta[:1] = 0
     return H, theta
 
-def sharp(s, stream): return sharpness(*hill(s), s.k, s.tol, stream=stream)
+def sharp(s, stream, **held): return sharpness(*hill(s), s.k, s.tol, stream=stream, **held)
+
+def in_few(s, stream):
+    "Within a memory between the least and what `sharpness` takes of a large θ, in one of the three ways."
+    least, way = 2 * s.k + 6, (cold, warm, sharp)[int(uniform(stream / "way", 1, high=3))]
+    return way(s, stream, memory=uniform(stream / "memory", 1, low=least, high=2 * least).item())
 
 def drawn_block(s, stream): return lobpcg(product(s.values), normal(stream / "block", len(s.values), s.k + 2).to(s.start), s.k, s.tol, stream=stream)
 
@@ -141,7 +146,7 @@ def magnitude(s, stream):
     return e.values.abs(), e.values.abs() + e.errors
 
 CLAIMS = [Claim(f"linalg: eigenvalues, {how}, {kind}", search(kind), state, top, .995)
-          for kind in SPECTRA for how, state in (("cold", cold), ("warm", warm), ("sharpness", sharp))]
+          for kind in SPECTRA for how, state in (("cold", cold), ("warm", warm), ("sharpness", sharp), ("in few", in_few))]
 CLAIMS += [Claim(f"linalg: eigenvalues, lobpcg, {kind}", search(kind, 100), drawn_block, top, .995) for kind in ("clustered", "multiple", "indefinite")]
 CLAIMS += [Claim(f"linalg: largest magnitude, {kind}", search(kind, 100), magnitude, lambda s: s.values.double().abs().max(), .995)
            for kind in ("clustered", "indefinite")]

@@ -1,9 +1,12 @@
 "Both ends of the Hessian's spectrum, its traces and its blocks, against dense matrices, SciPy and curvlinops, on every family of networks."
+from functools import cache
+
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from gradnb import GD, Descent, MiniBatch, PROBES, Probe, Problem, Quadratic, Stream, build_model, load_dataset, sharpness, train
+from gradnb import GD, PROBES, Dataset, Descent, MiniBatch, Probe, Problem, Quadratic, Stream, build_model, load_dataset, sharpness, train
+from gradnb.bench.harness import peak_bytes
 from gradnb.linalg.spectra import diagonal_block, spectrum, xtrace
 from test_problem import FAMILIES, draw, family
 
@@ -227,3 +230,39 @@ def test_a_space_without_a_gap_is_not_known():
     from gradnb.measure.probes.subspace import top_space
     bowl = Quadratic(torch.diag(torch.tensor([4., 1, 1, .1], dtype=torch.float64)), torch.zeros(2, 4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
     assert top_space(sharpness(bowl.at(), k=3, vectors=True), 2).slack == 1. and top_space(sharpness(bowl.at(), k=3, vectors=True), 1).slack < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k, memory, most", [(1, None, 17), (1, 10, 11), (5, None, 34)])      # chunks in float64 add one
+def test_a_search_of_a_large_network_holds_what_it_says(k, memory, most):
+    "SciPy's eigsh on the same products is the truth; torch's allocator counts."
+    point, found, truth = wide(), [], scipys_top()
+    peak = peak_bytes(lambda: found.append(sharpness(point, k=k, memory=memory))) / point.theta.nbytes
+    assert found[0].converged
+    assert ((found[0].values - truth[:k]).abs() <= found[0].errors + 1e-5 * truth[0]).all()
+    assert peak <= most, f"{peak:.1f} copies"
+
+
+def test_a_search_for_which_no_memory_is_left_says_what_fits(monkeypatch):
+    point = wide(150)
+    monkeypatch.setattr("gradnb.problem.graphs.free_memory", lambda device: 11.5 * point.theta.nbytes)
+    with pytest.raises(MemoryError, match="up to 16 copies of θ.*give it memory=11"): sharpness(point)
+    assert sharpness(point, memory=11).converged
+
+
+@cache
+def wide(width=1700):
+    "A large network whose graph takes no memory."
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 700), torch.randint(3, (12,))
+    point = Problem(torch.nn.Sequential(torch.nn.Linear(700, width), torch.nn.Tanh(), torch.nn.Linear(width, 3)), "ce", Dataset(x, y, x, y, 3)).at()
+    point.hvp(point.grad)
+    return point
+
+
+@cache
+def scipys_top():
+    hvp = lambda v: point.hvp(torch.from_numpy(v).float()).double().numpy()
+    point = wide()
+    values = eigsh(LinearOperator((point.problem.p,) * 2, hvp, dtype="float64"), k=5, which="LA", tol=1e-4, return_eigenvectors=False)
+    return torch.tensor(sorted(values.tolist(), reverse=True), dtype=F64)

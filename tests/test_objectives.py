@@ -441,9 +441,11 @@ def test_a_network_is_tried_on_a_part_of_a_batch_unless_it_insists_on_the_whole(
     agrees(problem, brute(still, lambda model: (F.cross_entropy(model(x[:16]), y[:16]) + F.cross_entropy(model(x[16:]), y[16:])) / 2))
 
 
-def test_two_tensors_and_a_loss_of_outputs_and_targets_are_told_the_way():
+def test_two_tensors_are_inputs_and_targets_and_what_else_is_meant_is_told_the_way():
     def of_outputs(outputs, targets): return (outputs.square().sum(1) - targets).mean()
-    with pytest.raises(TypeError, match=r"^ce is a loss .*TensorDataset\(inputs, targets\)"): Problem(NET, "ce", (X, Y))
+    agrees(Problem(NET, "ce", (X, Y)), brute(NET, lambda model: F.cross_entropy(model(X), Y)))
+    for data in ((X, Y[:5]), [X, Y]):
+        with pytest.raises(TypeError, match=r"^ce is a loss .*\(inputs, targets\) of one length"): Problem(NET, "ce", data)
     with pytest.raises(TypeError, match=r"of_outputs does not read \(model, batch\).*lambda outputs, batch: loss"): Problem(NET, of_outputs, DATA["a data set"])
     pair = lambda model, batch: model(batch[0]), lambda outputs, batch: of_outputs(outputs, batch[1])
     agrees(Problem(NET, pair, TensorDataset(X, Y)), brute(NET, lambda model: of_outputs(model(X), Y)))

@@ -137,7 +137,7 @@ class Reader(Dataset):
 def as_it_is(batch): return batch
 
 # %% ../../nbs/03_data/10_samples.ipynb #sample
-_AIM = "a Dataset, a torch Dataset or DataLoader, a list of batches, or batches=… of a stream"
+_AIM = "a Dataset, a torch Dataset or DataLoader, (inputs, targets), a list of batches, or batches=… of a stream"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sample:
@@ -192,7 +192,7 @@ class Sample:
 
     @classmethod
     def of(cls,
-        data,                         # a torch Dataset or DataLoader, a list of batches, an iterable
+        data,                         # a torch Dataset or DataLoader, two tensors (inputs, targets), a list of batches, an iterable
         batches: int | None = None,   # how many to keep of a stream; of all others, how many to look at
         count: int = 32,              # examples in a batch, where the data do not say it
     ) -> "Sample":
@@ -201,6 +201,7 @@ class Sample:
             raise ValueError(f"batches is how many to keep, a whole number of at least 1, got {batches!r}.")
         if isinstance(data, (Tensor, Mapping, str)) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
             raise TypeError(f"data are {_AIM}; got {type(data).__name__}. One batch alone is [batch].")
+        if isinstance(data, tuple) and len(data) == 2 and all(isinstance(v, Tensor) and v.ndim for v in data) and len(data[0]) == len(data[1]): data = TensorDataset(*data)
         name = type(data).__name__
         if isinstance(data, IterableDataset): data = DataLoader(data, batch_size=count)      # of single examples
         source, loader = data, data if isinstance(data, DataLoader) else None

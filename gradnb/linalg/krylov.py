@@ -286,8 +286,8 @@ def lanczos(
         keep = min(keep, k + 4, max(k, int(copies - 2 * k - 6) // (1 if half else 2)))         # of the old sketch and of the new
         if sketch is not None:                                               # as much of it as fits
             column = sketch.vectors.element_size() / start.element_size()
-            sketch = Sketch(*(x[..., :int((copies - 2 * k - 6) / 2 / column)] for x in sketch[:2]))
-            held = sketch.vectors.shape[1] * column
+            sketch = Sketch(*(x[..., :n] for x in sketch[:2])) if (n := int((copies - 2 * k - 6) / 2 / column)) else None
+            held = sketch.vectors.shape[1] * column if sketch else 0
     size = min(p, basis if basis is not None else max(least + 16, min(budget + j, 2**26 // p)) if check else least)
     if size < min(p, follow + 2):
         raise ValueError(f"basis = {basis} is too small to follow {follow} pairs; give at least {follow + 2}.")

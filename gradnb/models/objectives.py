@@ -77,8 +77,8 @@ def posed(
     name = getattr(loss, "__name__", type(loss).__name__)
     def outputs(model, batch):
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise TypeError(f"{name} is a loss of outputs and targets, and a batch here is a {type(batch).__name__}; two tensors with "
-                            "all of them are torch.utils.data.TensorDataset(inputs, targets), and for any other batch give a function objective(model, batch) that calls both.")
+            raise TypeError(f"{name} is a loss of outputs and targets, and a batch here is a {type(batch).__name__}; all "
+                            "inputs and targets are a tuple (inputs, targets) of one length, and for any other batch give a function objective(model, batch) that calls both.")
         return model(batch[0])
     def of(out, batch): return loss(out, batch[1]) if ratio is None else (ratio.sums(out, batch[1]), ratio.weights(out, batch[1]))
     of.__name__ = name

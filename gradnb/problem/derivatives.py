@@ -31,10 +31,10 @@ from ..ground.streams import Stream
 class Problem(Risk):
     "L(θ) = mean ℓᵢ(θ) over a training set, and its derivatives, pure in θ (p,)."
     @twice_differentiable()
-    def gradient_graph(self, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, n: int, noise: Stream | None = None) -> Graph:
+    def gradient_graph(self, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, n: int, noise: Stream | None = None, graph: bool = True) -> Graph:
         "A chunk's share of the batch loss, and its gradient, with their graph."
         places, plain = cuts(self.network.loud if noise else self.network.module, self.layout), plain_operations(self.module)
-        with plain: return Graph.of(places, self.layout, theta, lambda blocks: self.piece(blocks, x, y, weight, n, noise))
+        with plain: return Graph.of(places, self.layout, theta, lambda blocks: self.piece(blocks, x, y, weight, n, noise), graph)
 
     def _in_double(self) -> "Problem":
         "This problem in float64, on three examples and without noise; itself, where its network insists on its own precision."
@@ -70,7 +70,7 @@ class Problem(Risk):
         else:
             found = None
             for k in range(3):
-                rows = wrong_rows(lambda theta: twin.gradient_graph(theta, *few).grad, twin.layout, theta(k), Stream(k) / "rows")
+                rows = wrong_rows(lambda theta, graph: twin.gradient_graph(theta, *few, graph=graph).grad, twin.layout, theta(k), Stream(k) / "rows")
                 if twin is self and self.dtype != torch.float64: rows = {k: v for k, v in rows.items() if not k}
                 found = rows if found is None else {k: v for k, v in found.items() if k in rows}
                 if not found: return ""

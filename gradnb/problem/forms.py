@@ -60,13 +60,14 @@ class Graph(NamedTuple):
         layout: Layout,
         theta: Tensor,                   # where, (p,), contiguous, a leaf that requires a gradient
         loss: Callable[[dict[str, Tensor]], Tensor],    # a forward pass with parameters by name, to ()
+        graph: bool = True,              # of the gradient; False: none is kept
     ) -> "Graph":
         "One forward and one backward pass."
         blocks = layout.named(theta)
         value, uses = record(cuts, lambda: loss(blocks))
         uses = [use for use in uses if use.outs]                            # not those under no_grad
         places, shapes = zip((theta, theta.shape), *(use.outs[0][1:] for use in uses), *((b, b.shape) for b in blocks.values()))
-        found = torch.autograd.grad(value, places, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(value, places, create_graph=graph, allow_unused=True)
         grad, *rest = (value.new_zeros(shape) if g is None else g for g, shape in zip(found, shapes))
         return cls(value, grad, cuts, uses, rest[:len(uses)], blocks, dict(zip(blocks, rest[len(uses):])))
 

@@ -61,12 +61,12 @@ class Point:
         for g in (graph.grad for graph in self._pieces()):
             if not g.requires_grad: continue                     # a piecewise linear loss: H = 0 where it exists
             if len(columns) == 1:
-                product = back(g @ columns[0]).view_as(v)
+                product = back(g, grad_outputs=columns[0]).view_as(v)
                 total = product if total is None else total.add_(product)
                 continue
             if total is None: total = torch.zeros_like(v)
             if v.is_cpu:
-                for c, hc in zip(columns, total.unbind(1)): hc += back(g @ c)
+                for c, hc in zip(columns, total.unbind(1)): hc += back(g, grad_outputs=c)
             else: total += back(g, grad_outputs=v.T, is_grads_batched=True).T
         return self.problem.reduce(torch.zeros_like(v) if total is None else total)[0]
 

@@ -46,7 +46,7 @@ class Risk:
         module: nn.Module,         # the network; its parameters give θ₀, device and dtype; it is copied, in its present mode
         loss: str | Callable,      # "ce", "mse", …; (outputs, targets) → (b,), or sums and weights (b,) each; torch's averaging losses;
                                    # on data that are no Dataset also objective(model, batch) → (b,), its mean (), or sums and weights, or its parts (outputs, loss)
-        dataset,                   # a Dataset; a torch Dataset or DataLoader; a list of batches; a stream
+        dataset,                   # a Dataset; a torch Dataset or DataLoader; two tensors (inputs, targets); a list of batches; a stream
         chunk_size: int | None = None,  # examples worked on at a time; None: all at once, of a loader as many as it gives
         params=None,               # which parameters: patterns of names, roles, or (name, parameter) → bool; None: the trainable ones
         size: Callable | None = None,   # batch → how much its mean weighs, as tokens that are not padding; None: its examples

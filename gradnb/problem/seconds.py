@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from .graphs import nodes
-from ..ground.estimate import in_unit
+from ..ground.estimate import in_unit, to_unit
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/09_seconds.ipynb #plain
@@ -51,27 +51,30 @@ def skew(u: Tensor, Hu: Tensor, v: Tensor, Hv: Tensor) -> float:
 
 # %% ../../nbs/05_problem/09_seconds.ipynb #doubt
 def wrong_rows(
-    gradient,          # θ (p,) that requires a gradient → ∇L (p,) with its graph
+    gradient,          # θ (p,) that requires a gradient, whether with a graph → ∇L (p,)
     layout,            # of θ
     theta: Tensor,     # where, (p,) float64
     stream: Stream,    # of the directions
 ) -> dict[str, float]: # how far off, relative to the block; under "" how far from symmetric
     "Blocks in which a Hessian product is not the difference of gradients. 2 products, 5 gradients."
-    gen, theta = stream.generator(), theta.detach()
-    u, v = (torch.randn(len(theta), generator=gen, dtype=torch.float64).to(theta) for _ in range(2))
-    leaf, step = theta.clone().requires_grad_(), 1e-8 * (theta.square().mean().sqrt() + 1e-3)
-    g = gradient(leaf)
+    theta, step = theta.detach(), 1e-8 * (theta.detach().square().mean().sqrt() + 1e-3)
+    draw = lambda name: torch.randn(len(theta), generator=(stream / name).generator(), dtype=torch.float64).to(theta)
+    g = gradient(leaf := theta.detach().requires_grad_(), True)
     if not g.requires_grad: return {}
-    Hu, Hv = (torch.autograd.grad(g @ w, leaf, retain_graph=True, materialize_grads=True)[0] for w in (u, v))
-    slope = lambda h: central(lambda t: gradient(t.requires_grad_()).detach(), theta, v, h)
-    Hu, Hv, *slopes, _ = in_unit(Hu, Hv, slope(step), slope(3 * step))
-    found = {}
-    for name, *rows in zip(layout.names, *map(layout.split, (*slopes, Hv))):
-        near, far, row = (r.flatten() for r in rows)
-        size = max(near.norm(), row.norm())
-        if (near - far).norm() <= 1e-3 * size and (near - row).norm() > 1e-2 * size: found[name] = float((near - row).norm() / size)
-    seen = theta.dtype != torch.float64 or (slopes[0] - slopes[1]).norm() <= 1e-2 * slopes[0].norm()      # of a loss that is constant there is rounding only, which has no symmetry
-    return found | ({"": off} if seen and (off := skew(u, Hu, v, Hv)) > 1e-2 else {})
+    product = lambda w: torch.autograd.grad(g, leaf, w, retain_graph=True, materialize_grads=True)[0]
+    Hu, unit = in_unit(product(draw("u")))
+    v = draw("v")
+    Hv, g = to_unit(product(v), unit), None
+    off, Hu = skew(draw("u"), Hu, v, Hv), None
+    slope = lambda h: to_unit(central(lambda t: gradient(t.requires_grad_(), False), theta, v, h), unit)
+    near = slope(step)
+    apart = [((a - b).norm(), max(a.norm(), b.norm())) for a, b in zip(layout.split(near), layout.split(Hv))]
+    del Hv
+    far = slope(3 * step)
+    steady = ((a - b).norm() <= 1e-3 * size for a, b, (_, size) in zip(layout.split(near), layout.split(far), apart))
+    found = {name: float(gap / size) for name, (gap, size), same in zip(layout.names, apart, steady) if same and gap > 1e-2 * size}
+    seen = theta.dtype != torch.float64 or (near - far).norm() <= 1e-2 * near.norm()      # of a loss that is constant there is rounding only, which has no symmetry
+    return found | ({"": off} if seen and off > 1e-2 else {})
 
 def wrong_jacobian(
     outputs,           # θ (p,) → f (b, …)
