@@ -8,7 +8,6 @@ __all__ = ['Space', 'top_space', 'around', 'subspace_probe']
 # %% ../../../nbs/07_measure/09_probes/12_subspace.ipynb #imports
 from math import nan, sqrt
 from typing import NamedTuple
-import torch
 from torch import Tensor
 from ...ground.roles import check_number
 from ...linalg import Eigs
