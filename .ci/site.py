@@ -18,9 +18,11 @@ import re
 import shutil
 import sys
 import tokenize
+from copy import deepcopy
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, SITE, SPHINX = ROOT / "nbs", ROOT / "_proc" / "site", ROOT / ".ci" / "sphinx"
@@ -145,11 +147,11 @@ class Module:
             value = ast.unparse(node.value)
             kind, signature, flags = "py:data", "", [f":value: {value}"] * (len(value) <= 60)
         flags += [f":{flag}:" for flag in ("classmethod", "staticmethod") if flag in decorators(node)]
-        if "property" in decorators(node):
+        if is_property := bool({"property", "cached_property"} & {*decorators(node)}):
             kind, signature = "py:property", ""
         lines = [f"{fence}{{{kind}}} {name}{signature}", *flags, ""]
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            lines += [prose(ast.get_docstring(node) or ""), "", *self.parameters(node, about), ""]
+            lines += [prose(ast.get_docstring(node) or ""), "", *([] if is_property else self.parameters(node, about)), ""]
         elif node.lineno in self.comments:
             lines += [prose(self.comments[node.lineno]), ""]
         if not depth:
@@ -157,7 +159,7 @@ class Module:
             lines += [" · ".join([*handed, self.source(node)]), ""]
         if isinstance(node, ast.ClassDef):
             for n in node.body:
-                if isinstance(n, ast.FunctionDef) and n.name[0] != "_" and (ast.get_docstring(n) or "property" not in decorators(n)):
+                if isinstance(n, ast.FunctionDef) and n.name[0] != "_":
                     lines += self.entry(n.name, n, depth + 1)
         return [*lines, fence, ""]
 
@@ -169,12 +171,13 @@ class Module:
         return next((f for f in PUBLIC.get(name, ()) if f.startswith(f"{begins}.")), name) if begins else name
 
     def typed(self, node):
-        return ast.unparse(Types(self.full).visit(node))
+        return ast.unparse(Types(self.full).visit(deepcopy(node)))
 
     def unparsed(self, about, bound=False):
         "Parameters as a signature has them, without `self`."
         if isinstance(about, list):
             return ", ".join(f"{n.target.id}: {self.typed(n.annotation)}" + (f" = {ast.unparse(short(n.value))}" if n.value else "") for n in about)
+        about = deepcopy(about)
         if bound:
             (about.posonlyargs or about.args).pop(0)
         for a in every_arg(about):
@@ -185,7 +188,7 @@ class Module:
     def parameters(self, node, about):
         "The comments beside parameters, fields and what is returned, as a field list."
         every = every_arg(about) if isinstance(about, ast.arguments) else about or []
-        said = {(a.arg if isinstance(a, ast.arg) else a.target.id): (a.end_lineno, self.comments.get(getattr(a, "end_lineno"))) for a in every}
+        said = {(a.arg if isinstance(a, ast.arg) else a.target.id): (a.end_lineno, self.comments.get(a.end_lineno)) for a in every}
         once = [line for line, _ in said.values()]
         lines = [f":param {name}: {prose(comment)}" for name, (line, comment) in said.items() if comment and once.count(line) == 1 and line != node.lineno]
         returns = getattr(node, "returns", None)
@@ -221,7 +224,7 @@ def fields(node):
 
 def short(value):
     "A default as a signature shows it."
-    return value if len(text := ast.unparse(value)) <= 40 and "for" not in text else ast.Name("...")
+    return value if len(text := ast.unparse(value)) <= 40 and " for " not in text else ast.Name("...")
 
 
 class Types(ast.NodeTransformer):
@@ -278,12 +281,9 @@ def folder_page(folder, title, says):
     "The page of a folder of notebooks, which lists them and its folders."
     inner = [path for path in sorted(folder.iterdir()) if path.name[0] not in "._"]
     entries = [f"{p.name}/index" if p.is_dir() else p.stem for p in inner if p.is_dir() or p.suffix == ".ipynb"]
-    lists = []
-    for path in inner:
-        if path.is_dir():
-            lists += [f"\n## [{bare(path)}]({path.name}/index.md)\n", listed(sorted(path.glob("*.ipynb")), folder) + "\n"]
-        elif path.suffix == ".ipynb":
-            lists.append(listed([path], folder))
+    lists = [listed([p for p in inner if p.suffix == ".ipynb"], folder)]
+    for path in filter(Path.is_dir, inner):
+        lists += [f"\n## [{bare(path)}]({path.name}/index.md)\n", listed(sorted(path.glob("*.ipynb")), folder)]
     return f"# {title}\n\n{says}\n\n" + "\n".join(lists) + "\n\n" + toctree(entries, ":hidden:")
 
 
@@ -293,14 +293,15 @@ def bare(path):
 
 GALLERY = """# Gallery
 
-Each figure is a notebook that draws runs and checks what a paper claims of them. `gradnb figures` makes them all, and `figures/index.html` shows
-them with their claims.
+Each figure is a notebook that draws runs and checks what a paper claims of them. `gradnb figures` makes them all, and `figures/index.html` shows them with their claims.
 
 {made}
 
 {figures}
 
 {tree}"""
+MADE = '<a href="../gallery/index.html">The gallery</a> as it was drawn for this site, and <a href="../gallery/claims.html">every claim</a>: {says}.\n\n<div class="pictures">{pictures}</div>\n\nThe notebooks:'
+PICTURE = '<a href="../gallery/{at}/{at}.html"><img src="../gallery/{at}/{at}.png" alt="" loading="lazy"><span>{title}<br><small>{says}</small></span></a>'
 UNMADE = """The pictures of this page are made by
 
 ```sh
@@ -308,23 +309,35 @@ gradnb figures
 python .ci/site.py
 ```
 
-The first trains what is missing and takes about half an hour on two cores (`--size smoke`: a few minutes, and too small for most claims);
-the second builds this site again, with them."""
+The first trains what is missing and takes about half an hour on two cores (`--size smoke`: a few minutes, and too short for most claims); the second builds this site again, with them. The notebooks:"""
+REFERENCE = """# Reference
+
+Every public name, package by package, with its signature and the notebook that explains it; <a href="../genindex.html">all of them from A to Z</a>.
+
+"""
 EXPLORERS = """# Explorers
 
-In JupyterLab an explorer shows runs while they go on. What it shows can be saved as a page that needs neither a server nor Python; these are such pages, alive.
+In JupyterLab an explorer shows runs while they go on. What it shows can be saved as a page that needs neither a server nor Python: here is one, alive; move its slider, or drag over a panel.
+
+<iframe class="explorer" src="../pages/run_explorer.html" title="Run explorer"></iframe>
 
 {pages}
-
-The notebooks that made them:
-
-{notebooks}
 
 {tree}"""
 
 
+def gallery(figures):
+    "What the page of the gallery says of the figures that are made."
+    from gradnb.show.gallery import figures_in, verdict
+    if not (figures / "index.html").exists():
+        return UNMADE
+    found = figures_in(figures)
+    pictures = "".join(PICTURE.format(at=quote(name), title=escape(made["title"]), says=escape(verdict(claims))) for name, (made, claims) in found.items())
+    return MADE.format(says=verdict([c for _, claims in found.values() for c in claims]), pictures=pictures)
+
+
 def stage(source, figures, explorers):
-    "Write what Sphinx reads."
+    "Write what Sphinx reads; returns what was there and is not a page any more."
     from gradnb import _NAMES
     from gradnb.ground.house import ROOMS, folder
     written = set()
@@ -335,24 +348,28 @@ def stage(source, figures, explorers):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, "utf-8")
     packages = modules()
-    HANDED.update(full for place, handed in _NAMES.items() for name in handed for full in PUBLIC.get(name, ()) if f"{full}.".startswith(f"gradnb.{place}."))
-    names = {full.rpartition(".")[2]: full for full in HANDED} | {m.name: m.name for members in packages.values() for m in members} | {package: package for package in packages}
+    HANDED.update(full for place, handed in _NAMES.items() for name in handed for full in PUBLIC.get(name, ())
+                  if full.startswith(f"gradnb.{place}."))
+    names = {full.rpartition(".")[2]: full for full in HANDED}
+    names |= {name: name for package, members in packages.items() for name in (package, *(m.name for m in members))}
     for path in notebooks():
         if path != NBS / "index.ipynb":
             write(path.relative_to(NBS), staged(path, names))
     shutil.copytree(NBS / "images", source / "images", dirs_exist_ok=True)
     for package, members in packages.items():
         write(f"api/{package}.md", reference(package, members))
-    write("api/index.md", "# Reference\n\nEvery public name, package by package, with its signature and the notebook that explains it.\n\n" + toctree(sorted(packages), ":maxdepth: 1"))
+    write("api/index.md", REFERENCE + toctree(sorted(packages), ":maxdepth: 1"))
     for room, about in ROOMS.items():
         write(f"{folder(room)}/index.md", folder_page(NBS / folder(room), room, about.says))
         for inner in (p for p in (NBS / folder(room)).rglob("*") if p.is_dir() and p.name[0] not in "._"):
             write(inner.relative_to(NBS) / "index.md", folder_page(inner, bare(inner), ""))
     write("essays/index.md", folder_page(NBS / "essays", "From elsewhere to gradnb", "Longer questions on one page each, and what one's calls of other libraries are here."))
     write("figures/index.md", GALLERY.format(figures=listed(sorted((NBS / "figures").glob("*.ipynb")), NBS / "figures"), tree=toctree(["*"], ":hidden:", ":glob:"),
-          made='<a href="../gallery/index.html">The gallery</a> as it was drawn for this site.' if figures else UNMADE))
-    pages = "\n".join(f'- <a href="../pages/{p.name}">{heading(NBS / "explore" / p.with_suffix(".ipynb").name)[0]}</a>' for p in explorers)
-    write("explore/index.md", EXPLORERS.format(pages=pages, notebooks=listed(sorted((NBS / "explore").glob("*.ipynb")), NBS / "explore"), tree=toctree(["*"], ":hidden:", ":glob:")))
+          made=gallery(figures)))
+    def live(page):
+        title, question = heading(NBS / "explore" / f"{page.stem}.ipynb")
+        return f'- <a href="../pages/{page.name}">{title.removesuffix(" by hand")}</a>: {question} [Its notebook]({page.stem}.ipynb)'
+    write("explore/index.md", EXPLORERS.format(pages="\n".join(map(live, explorers)), tree=toctree(["*"], ":hidden:", ":glob:")))
     for file in ("CHANGELOG", "SECURITY"):
         write(f"{file.lower()}.md", (ROOT / f"{file}.md").read_text("utf-8"))
     home = json.loads(staged(NBS / "index.ipynb", names))
@@ -361,9 +378,10 @@ def stage(source, figures, explorers):
                       toctree(["api/index", "changelog", "security"], ":hidden:", ":caption: More")])
     home["cells"].append(dict(cell_type="markdown", id="pages", metadata={}, source=tree))
     write("index.ipynb", json.dumps(home, ensure_ascii=False))
-    for path in {p for p in source.rglob("*.*") if p.is_file()} - written:
-        if path.parent != source / "images":
-            path.unlink()
+    gone = {p for p in source.rglob("*.*") if p.is_file() and p.parent != source / "images"} - written
+    for path in gone:
+        path.unlink()
+    return [path.relative_to(source) for path in gone]
 
 
 # --- explorers --------------------------------------------------------------------------------------------------------
@@ -441,14 +459,16 @@ def build(out, figures, jobs):
     except ImportError as error:
         sys.exit(f"The site is built by Sphinx, and {error.name} is not installed: pip install -e '.[site]'.")
     source, html = out / "source", out / "html"
-    made = (figures / "index.html").exists()
     for folder in ("pages", "gallery"):
         shutil.rmtree(html / folder, ignore_errors=True)
     pages = explorer_pages(out / "explorers")
-    stage(source, made, pages)
-    rc = sphinx(["-q", "-W", "--keep-going", "-j", str(jobs), "-b", "html", "-c", str(SPHINX), "-d", str(out / "doctrees"), str(source), str(html)])
+    for path in stage(source, figures, pages):
+        (html / path).with_suffix(".html").unlink(missing_ok=True)
+    made = (html / "searchindex.js").stat().st_mtime if (html / "searchindex.js").exists() else 0
+    afresh = ["-E", "-a"] if max(p.stat().st_mtime for p in SPHINX.rglob("*.*")) > made else []         # Sphinx does not look at its own set-up
+    rc = sphinx([*afresh, "-q", "-W", "--keep-going", "-j", str(jobs), "-b", "html", "-c", str(SPHINX), "-d", str(out / "doctrees"), str(source), str(html)])
     shutil.copytree(out / "explorers", html / "pages")
-    if made:
+    if (figures / "index.html").exists():
         shutil.copytree(figures, html / "gallery", ignore=shutil.ignore_patterns(".*", "*.failed.ipynb"))
     (html / ".nojekyll").touch()
     return rc
@@ -466,7 +486,8 @@ def main():
         parser.error("either nothing, or: check DIR")
     html, rc = (Path(args.check[1]), 0) if args.check else (args.out / "html", build(args.out.resolve(), args.figures, args.jobs))
     wrong = broken_links(html)
-    print("\n".join(wrong))
+    for line in wrong:
+        print(line)
     if rc or wrong:
         sys.exit(f"The site is in {html}, and something is wrong with it: {len(wrong)} links, and what Sphinx says above." if rc else f"{len(wrong)} links of the site in {html} are broken.")
     print(f"{len(list(html.rglob('*.html')))} pages, every link in them good: {html / 'index.html'}")

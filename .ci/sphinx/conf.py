@@ -26,6 +26,7 @@ nitpick_ignore_regex = [("py:class", ".*")]              # types of other librar
 suppress_warnings = ["misc.highlighting_failure"]        # code with an ellipsis
 copybutton_exclude = ".linenos, .gp, .go"
 
+smartquotes = False                                      # -- is no dash in a command
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = [str(HERE / "static")]
@@ -35,12 +36,14 @@ html_math_renderer = "mathml"
 html_theme_options = dict(footer_icons=[], navigation_with_keys=True, light_css_variables={"font-stack": "system-ui, sans-serif"})
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 
+TRANSPOSE = '<mi mathvariant="normal" style="font-family: sans-serif">T</mi>'      # ⊤ floats where there is no font for mathematics
+
 
 def equation(display):
     "A visitor that writes a node of TeX as MathML."
     def visit(self, node):
         number = f'<span class="eqno">({node["number"]})</span>' if node.get("number") else ""
-        mathml = convert(node.astext(), display=display).replace("<mo>&#x022A4;</mo>", "<mi>&#x022A4;</mi>")      # a transpose does not stretch
+        mathml = convert(node.astext(), display=display).replace("<mo>&#x022A4;</mo>", TRANSPOSE)
         self.body.append(f'<div class="math">{mathml}{number}</div>' if display == "block" else mathml)
         raise nodes.SkipNode
     return visit
