@@ -32,6 +32,7 @@ _NAMES = {
     "move.rules.kfac": ["KFAC"],
     "move.rules.fromtorch": ["FromTorch"],
     "move.rules.schedule": ["Scheduled", "Piecewise", "Cosine"],
+    "move.rules.units": ["PerSharpness"],
     "move.rules.groups": ["Groups"],
     "move.rules.sign": ["Signum", "Lion"],
     "move.rules.muon": ["Muon"],

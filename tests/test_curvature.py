@@ -5,9 +5,11 @@ import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from gradnb import Dataset, Problem, Quadratic, Stream, build_model, load_dataset, sharpness
+from gradnb import GD, PROBES, Dataset, Descent, MiniBatch, Probe, Problem, Quadratic, Stream, build_model, load_dataset, sharpness, train
 from gradnb.bench.harness import peak_bytes
 from gradnb.linalg.spectra import diagonal_block, spectrum, xtrace
+from gradnb.linalg.trace import hutchinson
+from gradnb.measure.noise.spread import Spread, grad_variance
 from test_problem import FAMILIES, draw, family
 
 F64 = torch.float64
@@ -202,6 +204,36 @@ def test_a_problem_of_some_parameters_is_a_block_of_the_whole():
     with pytest.raises(ValueError, match="no parameter 'layer9'"): problem.only("layer9")
 
 
+# --- the gradient in the top eigenspace ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("of, tol", [("full", .1), ("full", 1e-4), ("batch", 1e-2)])
+def test_shares_and_overlaps_of_the_top_space_are_within_their_intervals(of, tol):
+    "Against NumPy's eigenvectors of the dense Hessian at the same weights, with searches from sloppy to sharp."
+    import numpy as np
+    problem = Problem(build_model("fc-tanh:width=4,depth=1", data := load_dataset("digits-60")).double(), "ce", data)
+    probe = PROBES.build(f"subspace:k=4,every=5,of={of},tol={tol}")
+    thetas = Probe("thetas", 5, lambda view: dict(value=view.theta, grad=view.grad))
+    trace, kept = (train(problem, Descent(GD(.3), MiniBatch(10)), 10, [probe, thetas])[1][name] for name in (probe.name, "thetas"))
+    last = None
+    for i in range(len(trace)):
+        theta = torch.as_tensor(kept.values[i])
+        H = problem.hvp(theta, torch.eye(problem.p, dtype=torch.float64)).numpy()
+        V = np.linalg.eigh(H)[1][:, -4:]
+        g = problem.grad_and_loss(theta)[0].numpy() if of == "full" else np.asarray(kept.columns["grad"][i])
+        share = np.square(V.T @ g).sum() / np.square(g).sum()
+        assert trace.columns["low"][i] - 1e-9 <= share <= trace.columns["high"][i] + 1e-9
+        if last is not None: assert trace.columns["overlap_low"][i] - 1e-9 <= np.square(last.T @ V).sum() / 4 <= trace.columns["overlap_high"][i] + 1e-9
+        last = V
+    assert np.isnan(trace.columns["overlap"][0]) and (tol > 1e-3 or (trace.columns["high"] - trace.columns["low"]).max() < .05)
+
+
+def test_a_space_without_a_gap_is_not_known():
+    "The second and third eigenvalue are one: which two directions are the top ones has no answer."
+    from gradnb.measure.probes.subspace import top_space
+    bowl = Quadratic(torch.diag(torch.tensor([4., 1, 1, .1], dtype=torch.float64)), torch.zeros(2, 4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+    assert top_space(sharpness(bowl.at(), k=3, vectors=True), 2).slack == 1. and top_space(sharpness(bowl.at(), k=3, vectors=True), 1).slack < 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("k, memory, most", [(1, None, 17), (1, 10, 11), (5, None, 34)])      # chunks in float64 add one
 def test_a_search_of_a_large_network_holds_what_it_says(k, memory, most):
@@ -236,3 +268,15 @@ def scipys_top():
     point = wide()
     values = eigsh(LinearOperator((point.problem.p,) * 2, hvp, dtype="float64"), k=5, which="LA", tol=1e-4, return_eigenvectors=False)
     return torch.tensor(sorted(values.tolist(), reverse=True), dtype=F64)
+
+
+def test_measures_of_one_layer_hold_nothing_of_the_others():
+    "Half a copy of the whole is less than any vector (p,)."
+    whole = wide(150).problem
+    layer = whole.only("2")
+    point = layer.at()
+    point.hvp(point.grad)
+    spread = lambda: grad_variance(Spread.at(layer, layer.theta0))
+    spread()
+    for work in (lambda: layer.at().grad, lambda: point.hvp(point.grad), lambda: hutchinson(point.hvp, layer.p, 4), lambda: spectrum(point.hvp, layer.p, 2, 4), spread):
+        assert peak_bytes(work) < whole.theta0.nbytes / 2

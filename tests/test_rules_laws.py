@@ -31,6 +31,7 @@ from gradnb.move.rules.muon import Muon
 from gradnb.move.rules.prodigy import Prodigy
 from gradnb.move.rules.rmsprop import RMSProp
 from gradnb.move.rules.schedule import Cosine, Scheduled
+from gradnb.move.rules.units import PerSharpness
 from gradnb.move.rules.schedulefree import ScheduleFreeAdamW, ScheduleFreeSGD
 from gradnb.move.rules.shampoo import Shampoo
 from gradnb.move.rules.sign import Lion, Signum
@@ -41,7 +42,7 @@ from gradnb.move.steppers import Descent, trajectory
 OURS = [LAMB(.01), LAMB.cybertronai(.01, weight_decay=.1), LAMB.timm(.01), LAMB.pytorch_optimizer(.01, weight_decay=.1),
         LAMB(.01, adapt="matrices", weight_decay=.1), LAMB(.01, decay="l2", weight_decay=.1, ratio_high=1., grad_averaging=False),
         LARS(5.), LARS.paper(5., nesterov=True), LARS.timm(.1), LARS.pytorch_optimizer(5.), AutomaticGradientDescent(vectors=True),
-        AutomaticGradientDescent(10., 3, True), Scheduled(LAMB.nvlamb(.01), Cosine(10, warmup=2)), Scheduled(LARS(5.), Cosine(10)),
+        PerSharpness(GD(.5)), AutomaticGradientDescent(10., 3, True), Scheduled(LAMB.nvlamb(.01), Cosine(10, warmup=2)), Scheduled(LARS(5.), Cosine(10)),
         Groups((("*", LAMB(.01)),)), Signum(.01, weight_decay=.1), Lion(.01, weight_decay=.1),
         ScheduleFreeSGD(.1, weight_decay=.1, warmup=2), ScheduleFreeAdamW(.01, r=1., weight_decay=.1), Scheduled(ScheduleFreeAdamW(.01), Cosine(10)),
         AdEMAMix(.01, warmup=2, weight_decay=.1), Prodigy(d0=.01), Prodigy(d0=.01, weight_decay=.1, bias_correction=True, safeguard=True),
@@ -293,3 +294,20 @@ def test_a_stored_tensor_keeps_its_layout(t):
     back, = unflatten(node, kept)
     assert torch.equal(back, t) and all(v.is_contiguous() for v in kept.values())
     if t.permute(sorted(range(t.ndim), key=lambda d: -t.stride(d))).is_contiguous(): assert back.stride() == t.stride()
+
+
+@pytest.mark.parametrize("c", [.3, .7, 1.6])
+def test_a_rate_in_units_of_the_edge_is_that_rate(c, tmp_path):
+    "The run is the one at the learning rate that LAPACK's largest eigenvalue gives, resumed or not; its probes know the threshold."
+    from gradnb import Problem, Spec, Store, build_model, load_dataset, train
+    problem = Problem(build_model("fc-tanh:width=4,depth=1", data := load_dataset("digits-60")).double(), "mse", data)
+    top = float(torch.linalg.eigvalsh(problem.hvp(problem.theta0, torch.eye(problem.p, dtype=torch.float64)))[-1])
+    stepper = Descent(PerSharpness(GD(c), tol=1e-10))
+    state, traces = train(problem, stepper, 12, ["directional_sharpness:every=6"])
+    plain = train(problem, Descent(GD(2 * c / top)), 12)[0]
+    torch.testing.assert_close(state.theta, plain.theta, rtol=1e-8, atol=1e-9)
+    assert traces["directional_sharpness"].columns["threshold"] == pytest.approx([top / c] * 3, rel=1e-9)
+    half = train(problem, stepper, 5)[0]
+    assert torch.equal(train(problem, stepper, 12, state=half)[0].theta, state.theta)
+    spec = Spec("digits-60", "fc-tanh:width=4", "mse", PerSharpness(GD(c)), 3)
+    assert Spec.from_json(spec.to_json()) == spec and Store(tmp_path).run(spec).manifest["status"] == "finished"

@@ -115,9 +115,10 @@ def later(
     return field(default=default, metadata={"since": since, "before": before[0] if before else default})
 
 # %% ../../nbs/01_ground/08_roles.ipynb #rate
-def learning_rate(stepper: Stepper, step: int) -> float | None:
-    "The learning rate of the step from here; None where there is none."
+def learning_rate(stepper: Stepper, step: int, state=None) -> float | None:
+    "The learning rate of the step from here; None where there is none, or none is known without the rule's state."
     rule = getattr(stepper, "rule", stepper)      # a flow has one of its own
+    if hasattr(rule, "acting"): return rule.acting(state).lr if state is not None else None
     return getattr(rule.at(step) if hasattr(rule, "at") else rule, "lr", None)
 
 # %% ../../nbs/01_ground/08_roles.ipynb #average

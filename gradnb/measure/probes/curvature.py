@@ -59,7 +59,7 @@ def update_radius_probe(
 # %% ../../../nbs/07_measure/09_probes/05_curvature.ipynb #step
 def two_over(view: View) -> float:
     "2/η at this step; of a rule without a learning rate η is 1."
-    lr = learning_rate(view.stepper, view.step)
+    lr = learning_rate(view.stepper, view.step, view.state.rule)
     return 2. if lr is None else 2 / lr if lr else float("inf")
 
 @PROBES.add("directional_sharpness")

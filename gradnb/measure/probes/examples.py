@@ -65,7 +65,7 @@ def batch_tests_probe(
         batch = some_examples(view, examples)
         spread = Spread.at(view.problem, view.theta, batch, turned=intervals)
         found = dict(norm=norm_test(spread), inner_product=inner_product_test(spread), orthogonality=orthogonality_test(spread),
-                     cabs=cabs(spread, _losses(view, batch), lr) if (lr := learning_rate(view.stepper, view.step)) else Estimate.normal(nan, nan))
+                     cabs=cabs(spread, _losses(view, batch), lr) if (lr := learning_rate(view.stepper, view.step, view.state.rule)) else Estimate.normal(nan, nan))
         return {f"{k}{end}": v for k, e in found.items() for end, v in (("", e.value), ("_stderr", e.stderr))}
     return Probe("batch_tests", every, measure)
 
