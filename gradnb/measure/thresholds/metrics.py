@@ -62,7 +62,7 @@ def metric_of(
     name = f"torch.{rule.cls.__name__}" if hasattr(rule, "cls") else type(rule).__name__
     if name not in METRICS:
         raise TypeError(f"{name} has no metric (known: {', '.join(sorted(METRICS))}); file one with METRICS.add({name!r}), "
-                        "or measure update_radius, which takes any rule.")
+                        "measure update_radius, which takes any rule, or generalized_sharpness where the steps are normalized (signs, Muon).")
     edge, inverse, shift = METRICS[name](rule, ahead, layout.named(state.theta), layout.named(state.grad))
     flat = lambda by_block, rest: layout.join(
         torch.as_tensor(by_block.get(n, rest), dtype=state.theta.dtype, device=state.theta.device).expand(s)
