@@ -53,6 +53,7 @@ _NAMES = {
     "measure.curvature": ["sharpness"],
     "measure.thresholds.metrics": ["METRICS", "preconditioned_sharpness", "threshold"],
     "measure.thresholds.updates": ["update_radius"],
+    "measure.thresholds.norms": ["generalized_sharpness"],
     "measure.thresholds.directions": ["batch_sharpness", "critical_sharpness", "directional_sharpness", "interaction_sharpness", "sam_edge"],
     "measure.flatness.centre": ["MEASURES", "measure_flatness"],
     "measure.flatness.reparametrise": ["TRANSFORMS"],

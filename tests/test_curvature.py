@@ -8,6 +8,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from gradnb import GD, PROBES, Dataset, Descent, MiniBatch, Probe, Problem, Quadratic, Stream, build_model, load_dataset, sharpness, train
 from gradnb.bench.harness import peak_bytes
 from gradnb.linalg.spectra import diagonal_block, spectrum, xtrace
+from gradnb.linalg.trace import hutchinson
+from gradnb.measure.noise.spread import Spread, grad_variance
 from test_problem import FAMILIES, draw, family
 
 F64 = torch.float64
@@ -266,3 +268,15 @@ def scipys_top():
     point = wide()
     values = eigsh(LinearOperator((point.problem.p,) * 2, hvp, dtype="float64"), k=5, which="LA", tol=1e-4, return_eigenvectors=False)
     return torch.tensor(sorted(values.tolist(), reverse=True), dtype=F64)
+
+
+def test_measures_of_one_layer_hold_nothing_of_the_others():
+    "Half a copy of the whole is less than any vector (p,)."
+    whole = wide(150).problem
+    layer = whole.only("2")
+    point = layer.at()
+    point.hvp(point.grad)
+    spread = lambda: grad_variance(Spread.at(layer, layer.theta0))
+    spread()
+    for work in (lambda: layer.at().grad, lambda: point.hvp(point.grad), lambda: hutchinson(point.hvp, layer.p, 4), lambda: spectrum(point.hvp, layer.p, 2, 4), spread):
+        assert peak_bytes(work) < whole.theta0.nbytes / 2

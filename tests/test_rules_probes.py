@@ -86,8 +86,11 @@ def test_probes_at_the_average(rule, problem):
         assert traces["averaged_train"].columns["loss"][k // 4] == pytest.approx(problem.loss(x).item(), rel=1e-12)
         assert traces["averaged_sharpness"].columns["value"][k // 4] == pytest.approx(gradnb.sharpness(problem, x, tol=1e-9).values[0].item(), rel=1e-6)
     assert traces["averaged_train"].columns["loss"][-1] != traces["train"].columns["loss"][-1]
-    check_probe(PROBES.build("averaged:probe=[sharpness:every=5]"), problem, stepper)
     with pytest.raises(TypeError, match="GD keeps no average"): train(problem, Descent(GD(.1)), 1, names[-1:], progress=False)
+
+
+@pytest.mark.slow
+def test_laws_at_the_average(problem): check_probe(PROBES.build("averaged:probe=[sharpness:every=5]"), problem, Descent(ScheduleFreeSGD(.3), MiniBatch(16)))
 
 
 def test_what_is_not_there(problem):

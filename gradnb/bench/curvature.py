@@ -149,5 +149,5 @@ def rows(
     with one_thread():
         prices = list(product_rows(large, repeats))
         yield from prices
-        stages = zip(("before the edge", "at the edge"), along(few, lr, (edge_steps * 2 // 5, edge_steps)), (2, 5))
-        for stage, thetas, one in stages: yield from tracked_rows(few, lr, thetas, stage, {1: (one, 12), 5: (9, 26)}, prices[0].ratio)
+        stages = zip(("before the edge", "at the edge"), along(few, lr, (edge_steps * 2 // 5, edge_steps)))
+        for stage, thetas in stages: yield from tracked_rows(few, lr, thetas, stage, {1: (10, 25), 5: (20, 40)}, prices[0].ratio)

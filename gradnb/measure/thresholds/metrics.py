@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'threshold', 'Metric', 'refuse_flow', 'metric_of', 'gd_metric', 'momentum_metric', 'adam_inverse',
            'adam_metric', 'rmsprop_metric', 'decays', 'lamb_metric', 'lars_metric', 'agd_metric', 'kfac_metric',
+           'shampoo_metric', 'soap_metric', 'prodigy_metric', 'free_threshold', 'free_sgd_metric', 'free_adamw_metric',
            'torch_state', 'by_rate', 'settings', 'bent', 'torch_sgd_metric', 'torch_adam_metric', 'torch_nadam_metric',
            'torch_rmsprop_metric', 'torch_adagrad_metric', 'Preconditioned', 'preconditioned_sharpness']
 
@@ -141,6 +142,37 @@ def kfac_metric(rule, state, blocks, grads):
         size = rule.lr ** 2 * sum((m * grads[n]).sum() for n, m in rule.precondition(state, grads).items())
         shrink = (rule.clip / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt().clamp_max(1.)
     return threshold(rule.lr, rule.beta), lambda v: {n: shrink ** .5 * m for n, m in rule.precondition(halves, v).items()}, {}
+
+# %% ../../../nbs/07_measure/04_thresholds/01_metrics.ipynb #newer
+@METRICS.add("Shampoo")
+def shampoo_metric(rule, state, blocks, grads):
+    return threshold(rule.lr, rule.beta, rule.nesterov, decay=rule.lr * rule.weight_decay), rule.root(state, grads), {}
+
+@METRICS.add("SOAP")
+def soap_metric(rule, state, blocks, grads):
+    taken, k = rule.lr * rule.weight_decay, state.step - 1
+    return threshold(rule.rate(k) * (1 - taken) if k else 0., rule.beta1, weight=1 - rule.beta1, decay=taken), rule.root(state, grads), {}
+
+@METRICS.add("Prodigy")
+def prodigy_metric(rule, state, blocks, grads):
+    d, k = float(state.d), state.step
+    rate = rule.lr * d * ((1 - rule.beta2 ** k) ** .5 / (1 - rule.beta1 ** k) if rule.bias_correction else 1.)
+    inverse = {n: d * p for n, p in adam_inverse(state.exp_avg_sq, 1, 1, d * rule.eps).items()}
+    return threshold(rate, rule.beta1, weight=1 - rule.beta1, decay=rate * rule.weight_decay), inverse, {}
+
+def free_threshold(rule, state) -> float:
+    weight = state.step ** rule.r * state.lr_max ** rule.power
+    pace = rule.pace(state._replace(step=state.step - 1, weight_sum=state.weight_sum - weight))
+    size = pace.lr * (2 - pace.c - 2 * rule.beta * (1 - pace.c))
+    return 2 * (2 - pace.c) / size if size > 0 else float("inf")
+
+@METRICS.add("ScheduleFreeSGD")
+def free_sgd_metric(rule, state, blocks, grads): return free_threshold(rule, state), {}, {n: rule.weight_decay for n in blocks}
+
+@METRICS.add("ScheduleFreeAdamW")
+def free_adamw_metric(rule, state, blocks, grads):
+    inverse = adam_inverse(state.exp_avg_sq, 1 - rule.beta2 ** state.step, 1, rule.eps)
+    return free_threshold(rule, state), inverse, {n: rule.weight_decay / p for n, p in inverse.items()}
 
 # %% ../../../nbs/07_measure/04_thresholds/01_metrics.ipynb #torch
 def torch_state(state, blocks, *shared: str) -> tuple[dict, Callable]:

@@ -113,7 +113,7 @@ class UpdateMap:
         tangents = forward_mode(self.step, self.x, dx) if self.exact else None
         if tangents is None or self.products < 2:
             differences, doubt = central_differences(self.step, self.x, dx)
-            if tangents is None or apart(differences, tangents) > 1e-4 + 10 * doubt:
+            if tangents is None or not apart(differences, tangents) <= 1e-4 + 10 * doubt:        # not a number where eigenvalues are equal
                 tangents, self.exact, self.doubt = differences, False, max(self.doubt, doubt)
         self.products += 1
         return tangents

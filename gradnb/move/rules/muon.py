@@ -82,6 +82,10 @@ class Muon(InPlace):
                                  'of their own: Groups((("matrix", Muon(0.02)), ("*", Adam(0.001)))), in words groups:matrix=[muon:lr=.02],*=adam.')
         return MuonState({n: torch.zeros_like(b) for n, b in blocks.items()})
 
+    def units(self, blocks: dict[str, Tensor]) -> dict[str, float]:
+        "How many η long a step of each block is, in the spectral norm."
+        return {n: SCALES[self.scale](*b.flatten(1).shape) for n, b in blocks.items()}
+
     def factor(self, M: Tensor) -> Tensor:
         "The polar factor of matrices (…, m, n), as it is found here."
         if self.precision == "bfloat16": M = M.bfloat16()

@@ -99,11 +99,13 @@ class Shampoo(InPlace):
         grafted = self.graft in ("adagrad", "rmsprop")
         return ShampooState(0, room(), room(), zeros(), zeros() if grafted else {n: b.new_zeros(()) for n, b in blocks.items()})
 
-    def length(self, g: list[Tensor], v: list[Tensor]) -> list[Tensor]:
-        "The steps whose lengths are taken; `v` is moved on."
+    def ratios(self, steps: list[Tensor], g: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+        "What makes each step as long as that of the rule which it is grafted to."
+        return [a.norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny) for a, b in zip(self.grafted(g, v), steps)]
+
+    def grafted(self, g: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+        "The steps whose lengths are taken."
         if self.graft == "sgd": return g
-        if self.graft == "rmsprop" : torch._foreach_mul_(v, self.beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - self.beta2 if self.graft == "rmsprop" and self.beta2 < 1 else 1.)
         root = torch._foreach_sqrt(v)
         torch._foreach_add_(root, 1e-10)
         return torch._foreach_div(g, root)
@@ -120,14 +122,26 @@ class Shampoo(InPlace):
             if anew:
                 for A, root in zip(squares(f, dims), roots): root.copy_(inverse_root(A, 2 * len(dims), self.eps))
             steps.append(turned(shaped, roots).to(b.dtype).reshape(b.shape))
-        if self.graft != "none":
-            sizes = [a.norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny) for a, b in zip(self.length(g, v), steps)]
-            torch._foreach_mul_(steps, sizes)
+        if self.graft in ("adagrad", "rmsprop"):
+            mean = self.graft == "rmsprop" and self.beta2 < 1
+            if mean: torch._foreach_mul_(v, self.beta2)
+            torch._foreach_addcmul_(v, g, g, 1 - self.beta2 if mean else 1.)
+        if self.graft != "none": torch._foreach_mul_(steps, self.ratios(steps, g, v))
         velocity = ops.mul(velocity, self.beta)
         torch._foreach_add_(velocity, steps)
         if self.weight_decay: torch._foreach_mul_(w, 1 - self.lr * self.weight_decay)
         if self.nesterov: torch._foreach_add_(steps, velocity, alpha=self.beta)
         torch._foreach_add_(w, steps if self.nesterov else velocity, alpha=-self.lr)
         return ShampooState(state.step + 1, *(dict(zip(blocks, t)) for t in (F, P, velocity, v)))
+
+    def root(self, state: ShampooState, grads: dict[str, Tensor]):
+        "v → P^{-1/2}v by block, where a step is −ηP⁻¹ times a gradient, the factors and the lengths being what they are."
+        halves, sizes = {}, {}
+        for n, g in grads.items():
+            roots = squares(state.roots[n], sides(g))
+            whole = turned(g.reshape(sides(g)).to(roots[0].dtype), roots).to(g.dtype).reshape(g.shape)
+            halves[n] = [(Q * e.clamp_min(0).sqrt()) @ Q.mT for e, Q in map(torch.linalg.eigh, roots)]
+            sizes[n] = 1. if self.graft == "none" else self.ratios([whole], [g], [state.squares[n]])[0].sqrt()
+        return lambda v: {n: sizes[n] * turned(t.reshape(sides(t)).to(halves[n][0].dtype), halves[n]).to(t.dtype).reshape(t.shape) for n, t in v.items()}
 
 def sides(b: Tensor) -> list[int]: return list(b.shape) or [1]

@@ -88,15 +88,26 @@ class SOAP(InPlace):
                 second.copy_(second.index_select(i, order) if second.ndim else second)
         return SOAPState(k + 1, *(dict(zip(blocks, t)) for t in (F, Q, m, v)))
 
+    def turn(self, t: Tensor, q: Tensor, back: bool = False) -> Tensor:
+        "A tensor in the bases of its block, or out of them."
+        return turned(t.reshape(t.shape or (1,)).to(q.dtype), squares(q, self.sides(t)), back).to(t.dtype).reshape(t.shape)
+
+    def rate(self, k: int) -> float:
+        "η with the biases of both moments in it, at the k-th move."
+        return self.lr * ((1 - self.beta2 ** k) ** .5 / (1 - self.beta1 ** k) if self.bias_correction else 1.)
+
+    def root(self, state: SOAPState, grads: dict[str, Tensor]):
+        "v → P^{-1/2}v by block, where a step is −η times P⁻¹ times the first moment, V and the bases being what they are."
+        size = {n: (v.sqrt() + self.eps).rsqrt() for n, v in state.exp_avg_sq.items()}
+        return lambda v: {n: self.turn(self.turn(t, state.bases[n]) * size[n], state.bases[n], True) for n, t in v.items()}
+
     def go(self, w, g, Q, m, v, k: int, ops):
         "A step of Adam in the bases; returns both moments."
-        turn = lambda t, q, back=False: turned(t.reshape(t.shape or (1,)).to(q.dtype), squares(q, self.sides(t)), back).to(t.dtype).reshape(t.shape)
-        there = [turn(t, q) for t, q in zip(g, Q)]
+        turn, there = self.turn, [self.turn(t, q) for t, q in zip(g, Q)]
         m, v = ops.lerp(m, g, 1 - self.beta1), ops.lerp(v, torch._foreach_mul(there, there), 1 - self.beta2)
         root = torch._foreach_sqrt(v)
         torch._foreach_add_(root, self.eps)
         steps = [turn(turn(t, q) / r, q, True) for t, q, r in zip(m, Q, root)]
-        size = self.lr * ((1 - self.beta2 ** k) ** .5 / (1 - self.beta1 ** k) if self.bias_correction else 1.)
-        torch._foreach_add_(w, steps, alpha=-size)
+        torch._foreach_add_(w, steps, alpha=-self.rate(k))
         if self.weight_decay: torch._foreach_mul_(w, 1 - self.lr * self.weight_decay)
         return m, v
