@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-from gradnb import (GD, LAMB, Adam, AutomaticGradientDescent, CentralFlow, Descent, FromTorch, GradientFlow, Groups, MiniBatch, Momentum,
+from gradnb import (GD, LAMB, Adam, AutomaticGradientDescent, CentralFlow, Descent, FromTorch, GradientFlow, Groups, MiniBatch, Momentum, ScheduleFreeSGD,
                     Problem, Spec, Store, Stream, build_model, load_dataset, optim, train)
 from gradnb.measure.flatness.centre import MEASURES, Centre
 from gradnb.measure.probes.view import PROBES
@@ -180,16 +180,17 @@ def test_estimators(estimator):
 
 
 ARGUMENTS = {"spectrum": "draws=2,steps=12", "tail_index": "draws=80,surrogates=3", "noise_norms": "draws=80", "batch_tests": "examples=20",
-             "original_index": "size=10", "flatness": "measure=sam", "rule": "field=velocity"}
+             "original_index": "size=10", "flatness": "measure=sam", "rule": "field=velocity", "subspace": "k=2,tol=0.001", "averaged": "probe=[grad_norm:every=2]"}
 STEPPERS = {"agd": Descent(AutomaticGradientDescent(vectors=True), MiniBatch(10)), "trust_ratio": Descent(LAMB(), MiniBatch(10)),
-            "clusters": Descent(Momentum(.1), ESTIMATORS.build("gradientclustering:size=10")), "flow": GradientFlow(.1)}
+            "clusters": Descent(Momentum(.1), ESTIMATORS.build("gradientclustering:size=10")), "flow": GradientFlow(.1),
+            "averaged": Descent(ScheduleFreeSGD(.1), MiniBatch(10))}
 
 
 @pytest.mark.parametrize("probe", list(PROBES))
 def test_probes(probe):
     def work(where):
         stepper = STEPPERS.get(probe, Descent(Momentum(.1), MiniBatch(10)))
-        state, traces = train(problem(where), stepper, 4, [PROBES.build(f"{probe}:every=2,{ARGUMENTS.get(probe, '')}")], progress=False)
+        state, traces = train(problem(where), stepper, 4, [PROBES.build(f"{probe}:{'every=2,' * (probe != 'averaged')}{ARGUMENTS.get(probe, '')}")], progress=False)
         assert len(traces) == 2
         return state.theta, numbers(traces)
     same(work, 1e-6)

@@ -81,7 +81,7 @@ def noise_scales_probe(
     """The noise scale of each layer (McCandlish et al. 2018; Gray et al. 2024), in examples; columns value, stderr, low, high, variance and norm_sq of
     all of them together, and of each layer its name, name_low and name_high.
 
-    Two gradients of each of the examples, at 3 copies of θ; of some parameters in one copy and theirs, without the gradients of the others' weights.
+    Two gradients of each of the examples, at 5 copies of θ; of some parameters in one copy and theirs, without the gradients of the others' weights.
     Where only means of batches are known, in what weighs them: examples, or tokens.
     """
     check_number("probe 'noise_scales'", "examples", examples, 0, whole=True)
