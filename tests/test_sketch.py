@@ -115,8 +115,10 @@ def test_a_sketch_of_other_strides_gives_the_same_bits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("memory", [10, 15])
-def test_a_budget_of_memory_is_kept_and_the_bound_holds(memory, dtype):
+def test_a_budget_of_memory_is_kept_and_the_bound_holds(memory, dtype, request):
     "What lives while a product is made is counted by the garbage collector; the rest of the budget is the product's."
+    gc.freeze()                                      # what other tests have left need not be looked through
+    request.addfinalizer(gc.unfreeze)
     held, sketch = [], None
     def live():
         seen = {}
