@@ -21,6 +21,7 @@ from ..move.estimators.minibatch import MiniBatch
 from ..models import build_model
 from ..measure.probes.view import PROBES, View
 from ..problem import Problem
+from ..problem.graphs import fields
 from ..move.rules.gd import GD
 from ..move.steppers import Descent, trajectory
 from ..ground.streams import Stream
@@ -45,14 +46,13 @@ def peak_extra(
     work: Callable[[], object],
 ) -> float | None:              # MB; None where the system does not tell
     "Largest memory that a piece of work added to the process."
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     gc.collect()
-    try: reset.write_text("5")                          # the high-water mark falls to what is in use
+    try: Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is in use
     except OSError: return None
-    of = lambda name: next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name)) / 1024
-    before = of("VmRSS:")
+    of = lambda name: fields(Path("/"), "proc/self/status")[name] / 1024
+    before = of("VmRSS")
     work()
-    return of("VmHWM:") - before
+    return of("VmHWM") - before
 
 # %% ../../nbs/10_bench/05_tail.ipynb #speed
 def speed_rows(

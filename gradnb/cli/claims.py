@@ -24,20 +24,19 @@ def claims(args) -> int:
     from pathlib import Path
     from gradnb.ground.display import printed
     from gradnb.ground.registry import unknown
-    from gradnb.show.claims import aligned, as_json
+    from gradnb.show.claims import aligned, as_json, interval, measurement
     from gradnb.show.figures import find_figures
-    from gradnb.show.gallery import all_rows, claims_in, figures_in, status
+    from gradnb.show.gallery import all_rows, figures_in, status
     known, made = find_figures(args.folder), figures_in(Path(args.out))
     for name in args.names:
         if name not in known and name not in made: raise unknown("figure", name, known)
     chosen = args.names or [*(known if args.folder else dict.fromkeys([*known, *made]))]
+    kept = {name: (about, [c for c in some if args.status in (None, status(c))]) for name, (about, some) in made.items() if name in chosen}
     if args.json:
-        kept = {name: (about, [c for c in some if args.status in (None, status(c))]) for name, (about, some) in made.items() if name in chosen}
         print(as_json(all_rows(kept)), end="")
         return 0
-    frame = claims_in(args.out)
-    frame = frame[frame.figure.isin(chosen) & (frame.status == args.status if args.status else True)]
-    rows = [(r.status, r.figure, r.expected, r.measured, f"{r.seconds:,.0f} s", r.drawn[:16], f"{r.text} [{r.source}]") for r in frame.itertuples()]
+    rows = [(status(c), name, interval(c.expected), measurement(c.measured), f"{about['seconds']:,.0f} s", about["drawn"][:16], f"{c.text} [{c.source}]")
+            for name, (about, some) in kept.items() for c in some]
     print(printed(aligned([("", "figure", "expected", "measured", "took", "drawn", "claim [source]"), *rows]), lines=True))
     if waiting := [name for name in chosen if name not in made]: print(f"\nnot made yet: {', '.join(waiting)}")
     return 0

@@ -30,6 +30,7 @@ from ..ground.commit import commit
 from ..ground.display import printed
 from ..ground.registry import unknown
 from ..ground.roles import check_number
+from ..problem.graphs import fields
 from ..runs import Run, Spec, Store
 from ..runs.spec import usable
 from ..runs.store import is_done
@@ -245,8 +246,7 @@ def run_figures(
 def peak_memory() -> int:      # bytes
     "The most that this process, or one that it has waited for, ever held in memory."
     mine, others = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    if (status := Path("/proc/self/status")).exists():            # Linux counts in `mine` what the process held that started this one
-        mine = next((int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")), mine)
+    mine = fields(Path("/"), "proc/self/status").get("VmHWM", mine)      # Linux counts in `mine` what the process held that started this one
     return max(mine, others) * (1 if sys.platform == "darwin" else 1024)      # of this unit a Mac's and Linux' manuals differ
 
 def filled(
