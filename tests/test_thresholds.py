@@ -435,6 +435,14 @@ def test_the_probe_of_a_norm():
     g = problem.layout.named(problem.grad_and_loss(problem.theta0)[0])
     size = sum((b.shape[0] / b.shape[1]) ** .5 * torch.linalg.svdvals(b).sum().item() for b in g.values())
     assert rows["spectral"]["dual"][0] == pytest.approx(size) and rows["spectral"]["threshold"][0] == pytest.approx(2 * size / .02)
+    @dataclass(frozen=True)
+    class Own(Rule):
+        lr: float
+        norm = "linf"
+        def step(self, state, blocks, grads): return {n: b - self.lr * grads[n].sign() for n, b in blocks.items()}, state
+    for rule in (Own(.02), Signum(.02, 0.)):
+        found = train(problem, Descent(rule), 2, "generalized_sharpness:every=2", progress=False)[1]["linf_sharpness"].columns
+        assert found["threshold"][0] == pytest.approx(2 * sum(b.abs().sum().item() for b in g.values()) / .02)
     with pytest.raises(ValueError, match="Did you mean 'linf'"): PROBES.build("generalized_sharpness:norm=lnf")
     with pytest.raises(TypeError, match="takes a point, problem.at"): generalized_sharpness(problem, "linf")
 

@@ -61,6 +61,7 @@ class Muon(InPlace):
     precision: str = "own"      # of the polar factor: that of the block and float32 at least, or "bfloat16"
     eps: float = 1e-7           # the least norm of M that is divided by
     takes_complex = False
+    norm = "spectral"           # in which this is normalized steepest descent, without momentum and decay
 
     def __post_init__(self):
         for name, high in (("lr", float("inf")), ("beta", 1), ("weight_decay", float("inf")), ("eps", float("inf"))): check_range(self, name, 0, high)

@@ -34,6 +34,7 @@ class Signum(Signs):
     lr: float = 1e-3            # η, how far each coordinate moves
     beta: float = 0.9           # β, decay of the mean, in [0, 1)
     weight_decay: float = 0.    # λ, decoupled
+    norm = "linf"               # in which this is normalized steepest descent, without mean and decay
 
     def __post_init__(self):
         for name, high in (("lr", float("inf")), ("beta", 1), ("weight_decay", float("inf"))): check_range(self, name, 0, high)
