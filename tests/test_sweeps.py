@@ -9,6 +9,7 @@ import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from math import inf, log
 from pathlib import Path
 from random import Random
 from threading import Thread
@@ -23,6 +24,7 @@ from gradnb.ground.processes import safe_children
 from gradnb.runs.sweeps.engines import Pool, plugins
 from gradnb.runs.sweeps.grid import grid
 from gradnb.runs.sweeps.many import sweep
+from gradnb.runs.sweeps.tuning import tuned
 
 SPEC = Spec("digits-100", "fc-tanh:width=6", "mse", GD(0.05), 20, probes=("train:every=10",))
 
@@ -481,3 +483,88 @@ def test_a_failed_run_is_an_exit_status(tmp_path, capsys):
                           ("seed=0 --engine slrum", "Did you mean 'slurm'"), ("sede=1", "Did you mean 'seed'")):
         assert main([*line, *flags.split()]) == 2
         assert remedy in capsys.readouterr().err
+
+
+# --- tuning -------------------------------------------------------------------------------------------------------
+
+SHORT = Spec("linear-4-2", "deeplinear:depth=1", "mse", GD(.05), 1)
+
+def away(field, best): return lambda run: log(run.spec.fields[field] / best) ** 2
+
+@pytest.mark.parametrize("best", [.05, .013, 2.4, .0004])
+def test_a_grid_extends_itself_until_the_best_is_inside(tmp_path, best):
+    "A criterion whose minimum is known: it is found to within a grid's step, with as many values for everyone."
+    found = tuned(SHORT, by=away("rule.lr", best), seeds=(-1, -2), budget=10, store=tmp_path)
+    assert found.flag == "" and len(found.values) == 10 and found.runs == 20 and abs(log(found.best / best)) < log(10) / 4
+    assert found.spec == replace(SHORT, rule=GD(found.best)) and found.best == min(found.values, key=lambda v: log(v / best) ** 2)
+    outside = sum(not .05 / 10.01 < v < .05 * 10.01 for v in found.values)
+    assert found.extensions == outside and (outside > 0) == (not .005 < best < .5)
+
+
+@pytest.mark.parametrize("best, side, at", [(1e9, "upper", -1), (1e-9, "lower", 0)])
+def test_a_best_that_is_not_reached_is_flagged(tmp_path, best, side, at):
+    found = tuned(SHORT, by=away("rule.lr", best), seeds=(5, 6), values=3, budget=6, factor=2., store=tmp_path)
+    assert found.best == found.values[at] and found.extensions == 3 and f"{side} end" in found.flag and "6 values" in found.flag
+    assert found.values == tuple(float(f"{.05 * 2.**k:.4g}") for k in (range(-4, 2) if side == "lower" else range(-1, 5)))
+
+
+def test_the_best_rate_of_a_white_quadratic_is_one(tmp_path):
+    "XᵀX = n: the error is multiplied by 1 − η in every step, and grows without bound for η > 2."
+    spec = Spec("linear-20-4", "deeplinear:depth=1", "mse", GD(1e-2), 60, seed=3)
+    found = tuned(spec, by="final_loss:share=0.01", seeds=(0, 1), values=3, budget=7, factor=10., store=tmp_path)
+    assert found.flag == "" and found.best == 1. and found.frame.set_index("rule.lr").value[10.] == inf and "inside" in str(found)
+
+
+def test_nothing_is_tuned_twice(tmp_path):
+    def idle(jobs, worker):
+        assert jobs == []
+        return iter(())
+    once = tuned(SHORT, seeds=(-1, -2), values=3, budget=5, store=tmp_path)
+    assert tuned(SHORT, "rule__lr", seeds=(-1, -2), values=3, budget=5, store=tmp_path, engine=idle) == once
+    more = tuned(SHORT, seeds=(-1, -2), values=3, budget=7, store=tmp_path)
+    assert set(once.values) < set(more.values) and len(list(tmp_path.glob("[0-9a-f]*"))) == more.runs
+
+
+def test_whole_numbers_and_bounds_end_a_grid(tmp_path):
+    few = tuned(replace(SHORT, dataset="linear-8-2", estimator=MiniBatch(4)), "estimator.size", away("estimator.size", .01), (1, 2), 3, 9, 2., tmp_path)
+    assert few.values == (1, 2, 4, 8) and few.best == 1 and "may be no other" in few.flag
+    near = tuned(replace(SHORT, rule=Momentum(.1, .5)), "rule.beta", lambda run: -run.spec.rule.beta, (1, 2), 3, 6, 1.5, tmp_path)
+    assert near.best == .75 and max(near.values) < 1 and "may be no other" in near.flag
+
+
+def test_what_cannot_be_told_apart_or_is_nowhere_finite_is_said(tmp_path):
+    same = tuned(SHORT, by=lambda run: 1., seeds=(1, 2), values=3, store=tmp_path)
+    assert same.best == .05 and "makes no difference" in same.flag
+    never = tuned(replace(SHORT, loss_goal=1e-9), by="steps_to_goal", seeds=(1, 2), values=3, budget=5, store=tmp_path)
+    assert never.best is None and never.spec is None and "finite" in never.flag and never.score.value == inf
+    assert len([v for v in never.values if v < .05]) == len([v for v in never.values if v > .05]) == 2
+    lost = tuned(replace(SHORT, rule=GD(1e30), steps=9), seeds=(1, 2), values=3, budget=5, store=tmp_path)
+    assert lost.best is None and lost.extensions == 2 and max(lost.values) < 1e31
+
+
+def test_criteria_by_name(tmp_path):
+    spec = replace(SPEC, steps=40, probes=("train:every=40",))
+    by_loss, by_accuracy = (tuned(spec, by=by, seeds=(1, 2), values=3, budget=3, store=tmp_path) for by in
+                            ("at_end", "at_end:probe=train,column=accuracy,most=true"))
+    runs = [Store(tmp_path).run(replace(spec, rule=GD(v), seed=s)) for v in by_loss.values for s in (1, 2)]
+    for found, column, sign in ((by_loss, "loss", 1), (by_accuracy, "accuracy", -1)):
+        ends = [sign * float(r.trace("train").columns[column][-1]) for r in runs]
+        assert [s.value for s in found.scores] == pytest.approx([(a + b) / 2 for a, b in zip(ends[::2], ends[1::2])])
+    goal = tuned(replace(spec, loss_goal=.3, goal_every=1), by="steps_to_goal", seeds=(1, 2), values=3, store=tmp_path)
+    fast = Store(tmp_path).run(replace(goal.spec, seed=1))
+    assert fast.status == "goal" and float(fast.trace("train").columns["loss"][-1]) < .3 and goal.score.value <= 40
+
+
+@pytest.mark.parametrize("spec, more, says", [
+    (SHORT, dict(seeds=(1,)), "two seeds"), (SHORT, dict(seeds=(1, 1)), "two seeds"), (SHORT, dict(seeds=(0, 1)), "seed 0 is the one that counts"),
+    (SHORT, dict(over="rule.learning_rate"), "rule.lr"), (replace(SHORT, rule=Scheduled(GD(.1), Piecewise(((5, .5),)))), {}, "rule.rule.lr"),
+    (replace(SHORT, rule=GD(0.)), {}, "positive"), (SHORT, dict(over="steps"), "no hyperparameter"), (SHORT, dict(over="seed"), "no hyperparameter|positive"), (SHORT, dict(values=4), "odd"),
+    (SHORT, dict(budget=4), "budget"), (SHORT, dict(factor=1.), "factor"), (SHORT, dict(by="final"), "final_loss"), (SHORT, dict(by="at_end:probe=test"), "test:every"),
+    (SHORT, dict(by="steps_to_goal"), "loss_goal"), (SHORT, dict(by="final_loss:share=2"), "share")])
+def test_what_cannot_be_tuned_is_refused_before_any_run(tmp_path, spec, more, says):
+    with pytest.raises(ValueError, match=says): tuned(spec, store=tmp_path, **more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_while_tuning_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match="tuning rule.lr: run .* is failed: .*width"): tuned(replace(SPEC, model="fc-tanh:width=0"), store=tmp_path)
