@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
+from ...data.sources import held
 from ...ground.estimate import Estimate
 from ...ground.roles import Rule
 from ...measure.noise.comparing import Counted
@@ -128,6 +129,7 @@ def target(
     if (task.loss_goal is None) == (task.acc_goal is None): raise ValueError(f"task {name!r} needs one target: give its spec loss_goal=… or acc_goal=…, and not both.")
     return (task.loss_goal, "at_end") if task.acc_goal is None else (-task.acc_goal, "at_end:probe=train,column=accuracy,most=true")
 
+@held()
 def compare(
     tasks: Spec | dict[str, Spec],   # by name: its loss_goal or acc_goal is the target, its steps the longest horizon; its rule is not used
     rules: dict[str, Rule],          # by name, each with the learning rate where tuning begins
