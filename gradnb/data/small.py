@@ -109,11 +109,11 @@ def copying(root: Path, n: int = 1000, words: int = 4, length: int = 8) -> Raw:
 
 # %% ../../nbs/03_data/04_small.ipynb #zipf
 @SOURCES.add("zipf")
-def zipf(root: Path, n: int = 500, classes: int = 64, features: int = 600, seed: int = 0) -> Raw:
-    "Uniform inputs (n, features) in [0, 1], and labels of which class k = 1, 2, … has a share ∝ 1/k, test = train."
-    for name, v in (("n", n), ("classes", classes), ("features", features)):
+def zipf(root: Path, n: int = 500, k: int = 64, features: int = 600, seed: int = 0) -> Raw:
+    "Uniform inputs (n, features) in [0, 1], and labels of `k` classes whose shares are ∝ 1, 1/2, …, 1/k, test = train."
+    for name, v in (("n", n), ("k", k), ("features", features)):
         if not isinstance(v, int) or isinstance(v, bool) or v < 1: raise ValueError(f"zipf: {name} must be a whole number of at least 1, got {v!r}.")
-    share = np.cumsum(1 / np.arange(1, classes + 1))
+    share = np.cumsum(1 / np.arange(1, k + 1))
     y = torch.from_numpy(np.searchsorted(share / share[-1], (np.arange(n) + .5) / n))
     x = torch.rand(n, features, generator=torch.Generator().manual_seed(int(seed) % 2**63))
-    return Raw(x, y, x, y, classes)
+    return Raw(x, y, x, y, k)
