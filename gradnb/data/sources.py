@@ -101,8 +101,8 @@ def load_dataset(
 ) -> Dataset:                                 # float32 (an npz of floats: as stored) or tokens, on the CPU
     "A data set by its name, scaled by its whole training set and then cut. Raises ValueError, RuntimeError, OSError."
     source, fields, options, take = read_name(name)
-    kept, key = _held, (name, data_root(root).absolute())
-    if kept is not None and key in kept: return kept[key]
+    kept, asked = _held, (name, data_root(root).absolute())
+    if kept is not None and asked in kept: return kept[asked]
     common = {k: options.pop(k, None) for k in ("classes", "test", "scale", "crop", "flip")}
     own = [k for k in signature(source).parameters if k != "root" and k not in fields]
     for key in options:
@@ -128,5 +128,5 @@ def load_dataset(
     x, x_test = standardise(raw.x[train], scale), standardise(raw.x_test[test], scale)
     vary = CropFlip(scale, common["crop"] or 0, bool(common["flip"])) if common["crop"] or common["flip"] else None
     found = Dataset(x, raw.y[train], x_test, raw.y_test[test], classes or raw.classes, name, raw.words, vary)
-    if kept is not None: kept[key] = found
+    if kept is not None: kept[asked] = found
     return found

@@ -221,10 +221,11 @@ def pairs_of(steps: dict, table: pd.DataFrame, level: float) -> pd.DataFrame:
         rows.append(dict(task=task, first=a, second=b, ratio=found.ratio.value, low=found.ratio.low, high=found.ratio.high) | {k: getattr(found, k) for k in ("effect", "wins", "losses", "p", "test", "factor")})
     corrected = holm([r["p"] for r in rows])
     for r, p in zip(rows, corrected):
-        n = len(steps[r["task"], r["first"]])
+        n, (a, b) = len(steps[r["task"], r["first"]]), ([one.steps for one in steps[r["task"], r[k]]] for k in ("first", "second"))
+        r["factor"] = pair(a, b, 1 - (1 - level) / len(rows)).factor
         r |= dict(holm=p, told=bool(p < 1 - level))
         flags = [f"{w} is flagged" for w in (r["first"], r["second"]) if flagged[r["task"], w]]
         if not r["told"] and 2 * .5**n * len(rows) >= 1 - level and r["test"] == "sign": flags.append(f"{n} seeds are too few for a sign test of {len(rows)} pairs to tell anything")
-        elif not r["told"]: flags.append(f"{n} seeds are too few to tell" + (f" factors below {r['factor']:.2g}, uncorrected" if isfinite(r["factor"]) else ""))
+        elif not r["told"]: flags.append(f"{n} seeds are too few to tell" + (f" factors below {r['factor']:.2g} among {len(rows)} pairs" if isfinite(r["factor"]) else ""))
         r["flag"] = "; ".join(flags)
     return pd.DataFrame(rows)
