@@ -174,7 +174,7 @@ def test_face_of_kfac(ekfac):
 
 
 @pytest.mark.parametrize("estimator", ["asam:rho=.05,size=10", "sam:rho=.05,size=10", "dropexamples:size=10", "fullbatch", "gradientclustering:size=10",
-                                       "importancesampling:size=10", "onlineclustering:size=10", "stratified:size=10", "svrg:size=10,every=5"])
+                                       "importancesampling:size=10", "onlineclustering:size=10", "stratified:size=10", "svrg:size=10,every=5", "projected:k=2,size=10,every=3"])
 def test_estimators(estimator):
     same(lambda where: train(problem(where), Descent(GD(.1), ESTIMATORS.build(estimator)), 8, progress=False)[0].theta)
 
