@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from gradnb import Descent, Problem, Rule, Stream
-from gradnb.data import Dataset
+from gradnb.data import Dataset, load_dataset
+from gradnb.measure.curvature import sharpness
+from gradnb.models import build_model
 from gradnb.move.estimators.minibatch import MiniBatch
 from gradnb.move.estimators.sam import ASAM, SAM
 from gradnb.measure.probes.view import PROBES, View
@@ -410,6 +412,27 @@ def test_no_direction_of_the_ball_is_sharper_than_the_bound(norm):
         assert d @ H @ d <= found.low * (1 + 1e-9)
     assert found.low * (1 - 1e-9) <= again.low <= found.high and again.products < found.products
     close(generalized_sharpness(problem.at(problem.theta0), norm).low, found.low, 1e-12)
+    later = generalized_sharpness(problem.at(problem.theta0 * 1.01), norm, warm=found)
+    H, dense = dense_hessian(problem, problem.theta0 * 1.01), generalized_sharpness(problem.at(problem.theta0 * 1.01), norm, starts=8, tol=1e-5)
+    close(later.direction @ H @ later.direction, later.low, 1e-9)
+    assert dense.low <= later.high * (1 + 1e-9) and later.low >= .95 * dense.low and later.products <= .7 * found.products
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_look_at_a_norm_costs_three_of_sharpness(norm):
+    "In products, the first and those along a run; the bounds of every look hold each other."
+    digits = load_dataset("digits-200").to(dtype=DOUBLE)
+    problem = Problem(build_model("fc-tanh:width=20,depth=2", digits), "mse", digits)
+    warm, sketch, spent = None, None, []
+    for state in islice(trajectory(problem, Descent(Signum(1e-3, 0.))), 0, 61, 20):
+        point = problem.at(state.theta)
+        eigs = sharpness(point, warm=sketch)
+        found = generalized_sharpness(point, norm, warm=warm)
+        assert found.low <= found.high * (1 + 1e-12) and found.low >= eigs.values[0].item() * .99
+        spent.append((found.products, eigs.matvecs))
+        warm, sketch = found, eigs.sketch
+    assert spent[0][0] <= 5 * spent[0][1], spent
+    assert sum(a for a, _ in spent[1:]) <= (3.5 if norm == "spectral" else 3) * sum(b for _, b in spent[1:]), spent
 
 
 @pytest.mark.parametrize("seed", range(5))
