@@ -96,7 +96,7 @@ class Generalized(NamedTuple):
     weight: int          # which W gave the bound
     sketch: Sketch       # of the search for its eigenvalue
 
-WEIGHTS = (inf, 0.), (.1, .2), (.001, .2)      # floor and share of the left side: the identity, what is made of Hd, and that where it is nearly best
+WEIGHTS = (inf, 0.), (.1, .2), (.01, .2)      # floor and share of the left side: the identity, what is made of Hd, and that where it is nearly best
 
 def generalized_sharpness(
     point: Point,                           # where: problem.at(theta)
