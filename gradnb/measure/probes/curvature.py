@@ -108,7 +108,7 @@ def generalized_sharpness_probe(
         found = generalized_sharpness(view.point, norm, units, starts, tol, warm=view.memory.get("found"), stream=view.stream)
         view.memory["found"], dual = found, dual_norm(view.point, norm, units)
         plain = own and not any(getattr(rule, name, 0) for name in ("beta", "weight_decay")) and descends_all(view.stepper)
-        return dict(low=found.low, high=found.high, products=found.products, dual=dual, threshold=two_over(view) * dual if plain else nan)
+        return dict(low=found.low, high=found.high, products=found.products, dual=dual, threshold=two_over(view) * (dual if getattr(rule, "normalized", True) else 1.) if plain else nan)
     return Probe(f"{norm}_sharpness", every, measure)
 
 # %% ../../../nbs/07_measure/09_probes/05_curvature.ipynb #batch
