@@ -73,6 +73,7 @@ _NAMES = {
     "runs.sweeps.grid": ["grid"],
     "runs.sweeps.many": ["results", "sweep"],
     "runs.sweeps.tuning": ["tuned"],
+    "runs.sweeps.comparison": ["compare"],
     "runs.exports": ["export_runs"],
     "runs.originals": ["import_runs"],
     "show.claims": ["Claim", "claim", "save_claims", "load_claims"],

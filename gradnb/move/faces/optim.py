@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GD', 'Momentum', 'Adam', 'RMSProp', 'SteepestDescent', 'LAMB', 'LARS', 'Signum', 'Lion', 'Muon', 'AdEMAMix',
            'Prodigy', 'Shampoo', 'SOAP', 'ScheduleFreeSGD', 'ScheduleFreeAdamW', 'AutomaticGradientDescent', 'KFAC',
-           'to_torch', 'from_torch', 'values', 'advance', 'state_like', 'Face', 'Call', 'pieces', 'keep', 'role',
-           'real', 'face', 'by_role']
+           'to_torch', 'from_torch', 'values', 'advance', 'state_like', 'Face', 'Call', 'keep', 'role', 'real', 'face',
+           'by_role']
 
 # %% ../../../nbs/06_move/05_faces/02_optim.ipynb #imports
 import inspect
@@ -21,7 +21,7 @@ from ...ground.registry import unknown
 from ...ground.roles import Rule
 from . import kfac
 from ..rules import adam, ademamix, agd, gd, lamb, lars, momentum, muon, prodigy, rmsprop, schedulefree, shampoo, sign, soap, steepest
-from ..rules.inplace import OVER
+from ..rules.inplace import OVER, over, pieces
 
 # %% ../../../nbs/06_move/05_faces/02_optim.ipynb #words
 def to_torch(
@@ -60,9 +60,7 @@ def advance(
 ):                               # the next state
     "One step of a rule, in place."
     if hasattr(rule, "update"): return rule.update(state, blocks, grads, total, OVER)
-    moved, state = rule.step(state, blocks, grads)
-    torch._foreach_copy_(list(blocks.values()), [moved[n] for n in blocks])
-    return state
+    return over(rule, state, blocks, grads)
 
 def state_like(
     rule: Rule,
@@ -197,22 +195,6 @@ class Call(NamedTuple):
     grads: dict[Any, Tensor]     # real views, or their negatives
     held: tuple[dict, ...]       # where the state of each is kept
     device: torch.device
-
-def pieces(
-    members: list,            # (name, parameter, …) of one device and dtype
-    foreach: bool | None,     # all at once, one by one, or None
-    entries: int = 2 ** 18,   # of all parameters together, at most, unless one alone has more
-):                            # members in their order, some at a time
-    "What goes into one call."
-    if foreach or foreach is None and members[0][1].device.type != "cpu": yield members; return
-    piece, size = [], 0
-    for member in members:
-        if piece and (foreach is False or size + member[1].numel() > entries):
-            yield piece
-            piece, size = [], 0
-        piece.append(member)
-        size += member[1].numel()
-    yield piece
 
 def keep(
     held,        # the optimizer's state of each parameter
