@@ -8,12 +8,13 @@ import threading
 import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from math import inf, log
+from dataclasses import dataclass, replace
+from math import exp, inf, log
 from pathlib import Path
 from random import Random
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -21,9 +22,14 @@ from hypothesis import given, settings, strategies as st
 from gradnb import GD, Adam, FromTorch, FullBatch, Groups, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
 from gradnb.cli import main
 from gradnb.ground.processes import safe_children
+from gradnb.ground.roles import Rule, kind
+from gradnb.move.estimators.sam import SAM
+from gradnb.move.rules.agd import AutomaticGradientDescent
 from gradnb.runs.sweeps.engines import Pool, plugins
 from gradnb.runs.sweeps.grid import grid
+from gradnb.runs.sweeps.comparison import compare, costs, reached
 from gradnb.runs.sweeps.many import sweep
+from gradnb.runs.sweeps.pairs import holm, pair
 from gradnb.runs.sweeps.tuning import tuned
 
 SPEC = Spec("digits-100", "fc-tanh:width=6", "mse", GD(0.05), 20, probes=("train:every=10",))
@@ -568,3 +574,90 @@ def test_what_cannot_be_tuned_is_refused_before_any_run(tmp_path, spec, more, sa
 
 def test_a_run_that_fails_while_tuning_is_named(tmp_path):
     with pytest.raises(RuntimeError, match="tuning rule.lr: run .* is failed: .*width"): tuned(replace(SPEC, model="fc-tanh:width=0"), store=tmp_path)
+
+
+# --- comparisons --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("p, wanted", [([.01, .04, .03, .005], [.03, .06, .06, .02]), ([.2, .0001, .6, .03, .03], [.4, .0005, .6, .12, .12]), ([.5, .9], [1., 1.]), ([.04], [.04]), ([], [])])
+def test_holm_is_that_of_statsmodels(p, wanted): assert holm(p) == pytest.approx(wanted)      # multipletests(p, method="holm"), 0.14
+
+
+def test_a_pair_is_scipys_tests_of_logarithms():
+    from scipy.stats import binomtest, ttest_rel
+    random = np.random.default_rng(0)
+    for n in (2, 3, 8, 30):
+        a, b = np.exp(random.normal(5, 1, n)), np.exp(random.normal(4.7, 1, n))
+        found, known = pair(a, b, .9), ttest_rel(np.log(a), np.log(b))
+        interval = known.confidence_interval(.9)
+        assert found.test == "t" and found.p == pytest.approx(known.pvalue) and (log(found.ratio.low), log(found.ratio.high)) == pytest.approx(interval)
+        assert found.factor == pytest.approx(exp((interval.high - interval.low) / 2)) and (found.wins, found.losses) == ((a < b).sum(), (a > b).sum())
+        b[0] = inf
+        assert pair(a, b).test == "sign" and pair(a, b).p == pytest.approx(binomtest(pair(a, b).wins, n).pvalue)
+    assert pair([1., inf], [inf, inf]).p == pair([2., 2.], [2., 2.]).p == 1.
+    with pytest.raises(ValueError, match="positive"): pair([0., 1.], [1., 2.])
+    with pytest.raises(ValueError, match="seeds"): pair([1.], [2.])
+
+
+@pytest.mark.parametrize("ends, steps, early, chance", [
+    ([4., 3., 1.], 200 * 2**.5, False, False), ([4., 2., 1.], 200., False, False), ([2., 1., 1.], 100., True, False), ([4., 4., 3.], inf, False, False),
+    ([1., 3., 1.], 200 * 2**.5, False, True), ([4., 1., 3.], inf, False, True), ([inf, inf, 1.], 400., False, False), ([4., 0., 0.], 100 * 2**.5, False, False)])
+def test_when_a_target_was_reached(ends, steps, early, chance):
+    found = reached([100, 200, 400], ends, 2.)
+    assert found.steps == pytest.approx(steps) and (found.early, found.chance) == (early, chance)
+
+
+@kind
+@dataclass(frozen=True)
+class EverySecond(Rule):
+    "Gradient descent that rests in every second step."
+    lr: float
+    def init(self, blocks, roles): return 0
+    def step(self, state, blocks, grads): return ({k: v - self.lr * grads[k] if state % 2 == 0 else v for k, v in blocks.items()}, state + 1)
+
+
+WHITE = Spec("linear-30-6", "deeplinear:depth=2,width=6", "mse", GD(.1), 64, loss_goal=.1)
+
+def test_a_rule_that_rests_half_of_the_time_needs_twice_the_steps(tmp_path):
+    "At 2T it is where gradient descent is at T, with all examples and the same factor in every other step."
+    how = dict(seeds=(3, 4), horizons=(1 / 4, 1 / 2, 1.), budget=3, rounds=2, store=tmp_path)
+    found = compare({"white": WHITE}, {"whole": GD(.3), "half": EverySecond(.3), "again": GD(.3)}, **how)
+    rows = {(r.first, r.second): r for r in found.pairs.itertuples()}
+    half, same = rows["whole", "half"], rows["whole", "again"]
+    assert .44 < half.ratio < .56 and half.wins == 2
+    assert same.ratio == 1. and not same.told and same.p == same.holm == 1. and "too few" in same.flag
+    for r in found.table.itertuples():
+        assert r.examples == pytest.approx(30 * r.steps) and r.low <= r.steps <= r.high and len(r.by_seed) == 2 and r.seconds > 0
+    for T in (16, 64):      # every end is a run that one can make alone
+        spec = found.specs["white", "whole", T]
+        run = Store(tmp_path / "alone").run(replace(spec, seed=4))
+        value = found.ends.query(f"rule == 'whole' and horizon == {T} and seed == 4")["value"].item()
+        assert spec.steps == T and spec.rule.schedule(T) == 0 and value == run.trace("train").columns["loss"][-1]
+    def idle(jobs, worker):
+        assert jobs == []
+        return iter(())
+    again = compare({"white": WHITE}, {"whole": GD(.3), "half": EverySecond(.3), "again": GD(.3)}, engine=idle, **how)
+    assert again.ends.equals(found.ends) and again.pairs.equals(found.pairs)
+
+
+def test_what_could_mislead_is_flagged(tmp_path):
+    task = replace(WHITE, steps=8, model="deeplinear:depth=1", loss_goal=1.)
+    found = compare(task, {"far": GD(1e-6), "own": AutomaticGradientDescent(), "good": GD(1.)}, (0, 1), (.5, 1.), budget=3, rounds=2, store=tmp_path)
+    table, pairs = found.table.set_index("rule"), found.pairs.set_index(["first", "second"])
+    for rule, says in (("far", "upper end"), ("far", "2 of 2 seeds miss"), ("own", "no learning rate"), ("good", "meet it at the shortest")): assert says in table.flag[rule]
+    assert "too few for a sign test" in pairs.flag["far", "good"] and "far is flagged" in pairs.flag["far", "good"] and not pairs.told.any()
+    assert table.low["good"] == 0 and table.steps["far"] == inf and table.lr["own"] == () and "!" in str(found)
+
+
+def test_gradients_of_a_step_are_counted():
+    spec = Spec("digits-100", "fc-tanh:width=4", "mse", GD(.1), 10, MiniBatch(20))
+    found = costs({"one": spec, "two": replace(spec, estimator=SAM(.05, MiniBatch(20))), "all": replace(spec, estimator=FullBatch())}, 2, 3)
+    assert [c.examples for c in found.values()] == [20, 40, 100] and all(0 < c.seconds.value for c in found.values())
+
+
+@pytest.mark.parametrize("task, rules, more, says", [
+    (WHITE, {"a": GD(.1)}, {}, "two rules"), (WHITE, {"a": GD(.1), "b": "adam"}, {}, "two rules"), (replace(WHITE, loss_goal=None), {}, {}, "loss_goal"),
+    (replace(WHITE, dataset="digits", acc_goal=.9), {}, {}, "not both"), (WHITE, {}, dict(seeds=(0,)), "two seeds"), (WHITE, {}, dict(seeds=(-1, 0)), "none that tunes"),
+    (WHITE, {}, dict(horizons=(1.,)), "between horizons"), (replace(WHITE, steps=1), {}, {}, "between horizons"), (WHITE, {}, dict(horizons=(.5, 2.)), "parts of")])
+def test_what_cannot_be_compared_is_refused_before_any_run(tmp_path, task, rules, more, says):
+    with pytest.raises(ValueError, match=says): compare(task, rules or {"a": GD(.1), "b": Adam()}, store=tmp_path, **more)
+    assert not list(tmp_path.iterdir())
