@@ -37,6 +37,8 @@ from gradnb.measure.tail.stable import stable_sample
 from gradnb.measure.tail.verdict import profile_change
 from gradnb.measure.thresholds.directions import ratio_of_means
 from gradnb.measure.trajectories import Projection, first_crossing, projected_distance
+from gradnb.runs.sweeps.comparison import geometric_mean, spread_times
+from gradnb.runs.sweeps.pairs import pair
 from gradnb.show.claims import batch_means
 
 F64 = torch.float64
@@ -326,6 +328,22 @@ CLAIMS += [Claim(f"measure: tail_index, {m}, Pareto {a}, {n} draws", power(a, n)
 CLAIMS += [Claim(f"measure: tail_index, hill, its own power law, Student {nu}", student_t(nu, 2000), index("hill"), own_power(nu), .93) for nu in (1, 3)]
 CLAIMS += [Claim(f"measure: profile_change, stable {a}, {n} draws", stable(a, n), lambda x, s: profile_change(x), lambda x: 0., .93) for a in (1.2, 2.) for n in (400, 4000)]
 
+def raced(noise, n):
+    "Steps of two rules on n seeds, which differ more than the rules."
+    def draw(s):
+        gen = np.random.default_rng(s.generator().initial_seed())
+        shared = gen.normal(5, 1, n)
+        return [np.exp(shared + noise(gen, n)) for _ in range(2)]
+    return draw
+
+gumbel, exponential = lambda gen, n: gen.gumbel(0, .2, n), lambda gen, n: gen.exponential(.3, n)
+CLAIMS += [Claim(f"runs: pair, {n} seeds, {name} noise", raced(noise, n), lambda x, s: pair(*x).ratio, lambda x: 1., .93)
+           for n in (3, 5) for name, noise in (("Gumbel", gumbel), ("exponential", exponential))]
+CLAIMS += [Claim("runs: geometric_mean of 5, Gumbel", lambda s: np.exp(gumbel(np.random.default_rng(s.generator().initial_seed()), 5)), lambda x, s: geometric_mean(x),
+                 lambda x: np.exp(.2 * np.euler_gamma), .93),
+           Claim("runs: spread_times, 5 and 5", lambda s: (normal(s / "a", 5), normal(s / "b", 5)),
+                 lambda x, s: spread_times(geometric_mean((.3 * x[0]).exp().numpy()), Estimate.mean(2 + .2 * x[1])), lambda x: 2., .93)]
+
 
 # --- nothing is left out ----------------------------------------------------------------------------------------
 
@@ -347,7 +365,8 @@ COUNTED = {      # what states an error → the claims that count it
     **{f"measure.tail.methods.{m}": f"tail_index, {m}" for m in ("mle", "mcculloch", "logmoment", "ecf", "mohammadi22")},
     "measure.tail.methods.inverse": "tail_index, hill", "measure.tail.methods.LogQuantile.of": "tail_index, mcculloch",
     **{f"measure.tail.estimators.{f}": "tail_index, " for f in ("estimate_index", "tail_index", "compare_records", "compare_tails", "m_profile", "k_plot")},
-    "measure.tail.noise.noise_index": "tail_index, mohammadi", "measure.tail.verdict.profile_change": "profile_change", "show.plots.tail.profile_frame": "tail_index, "}
+    "measure.tail.noise.noise_index": "tail_index, mohammadi", "measure.tail.verdict.profile_change": "profile_change", "show.plots.tail.profile_frame": "tail_index, ",
+    "runs.sweeps.comparison.geometric_mean": "geometric_mean", "runs.sweeps.comparison.spread_times": "spread_times"}
 CONVERTS = "the numbers that it is given, in other units or under another name"
 SEARCHED = "a bracket of a search, not of chance: tests/test_flatness.py holds it against exact values"
 UNCOUNTED = {    # and why others are not

@@ -305,7 +305,7 @@ def test_backpack_finds_the_same_variances(conv):
     other, close = network(conv, dtype=torch.float32), dict(rtol=1e-3, atol=1e-6)               # without their hooks
     moments = Moments.at(other, other.theta0)
     torch.testing.assert_close(coordinate_variance(moments).value * (n - 1) / n, variance, **close)
-    torch.testing.assert_close(moments.second.sum(0), squares, **close)
+    torch.testing.assert_close(moments.whole[1] * moments.unit**2, squares, **close)
     exact = exact_variance(other, other.theta0, MiniBatch(1, replace=True)).variance.value
     assert exact == pytest.approx(variance.sum().item(), rel=1e-4)
     torch.testing.assert_close(torch.cat([io.sq_norms() for io in other.layer_io(other.theta0)]), norms, **close)

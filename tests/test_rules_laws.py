@@ -1,18 +1,23 @@
 "LAMB, LARS and automatic gradient descent keep every law, with every estimator here, and are parts of a spec."
+import os
+import signal
 from collections import deque
-from copy import copy
-from dataclasses import replace
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise, product
 
+import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
 
-from gradnb import optim
+from gradnb import Dataset, optim, train
+from gradnb.bench.harness import peak_bytes
 from gradnb.data import load_dataset
 from gradnb.move.estimators.minibatch import FullBatch, MiniBatch
 from gradnb.move.estimators.sam import SAM
-from gradnb.runs.laws import check_rule, check_stepper, stored
+from gradnb.measure.probes.view import every, probe
+from gradnb.runs.laws import check_rule, check_stepper, same, stored
 from gradnb.models import build_model
 from gradnb.problem import Problem
 from gradnb.ground.roles import RULES
@@ -36,7 +41,9 @@ from gradnb.move.rules.schedulefree import ScheduleFreeAdamW, ScheduleFreeSGD
 from gradnb.move.rules.shampoo import Shampoo
 from gradnb.move.rules.sign import Lion, Signum
 from gradnb.move.rules.soap import SOAP
+from gradnb.move.rules.steepest import SteepestDescent
 from gradnb.runs import Spec, Store
+from gradnb.runs.record import terminable
 from gradnb.move.steppers import Descent, trajectory
 
 OURS = [LAMB(.01), LAMB.cybertronai(.01, weight_decay=.1), LAMB.timm(.01), LAMB.pytorch_optimizer(.01, weight_decay=.1),
@@ -46,7 +53,8 @@ OURS = [LAMB(.01), LAMB.cybertronai(.01, weight_decay=.1), LAMB.timm(.01), LAMB.
         Groups((("*", LAMB(.01)),)), Signum(.01, weight_decay=.1), Lion(.01, weight_decay=.1),
         ScheduleFreeSGD(.1, weight_decay=.1, warmup=2), ScheduleFreeAdamW(.01, r=1., weight_decay=.1), Scheduled(ScheduleFreeAdamW(.01), Cosine(10)),
         AdEMAMix(.01, warmup=2, weight_decay=.1), Prodigy(d0=.01), Prodigy(d0=.01, weight_decay=.1, bias_correction=True, safeguard=True),
-        Shampoo(.1, eps=.01), Shampoo(.1, .9, .9, eps=.01, every=2, graft="rmsprop", nesterov=True, weight_decay=.1), Shampoo(.1, graft="adagrad"), SOAP(.01, every=2), SOAP(.01, vectors=True, largest=5)]
+        Shampoo(.1, eps=.01), Shampoo(.1, .9, .9, eps=.01, every=2, graft="rmsprop", nesterov=True, weight_decay=.1), Shampoo(.1, graft="adagrad"), SOAP(.01, every=2), SOAP(.01, vectors=True, largest=5),
+        SteepestDescent(.01), SteepestDescent(.01, "spectral"), SteepestDescent(.01, "l2", True)]
 PARTED = Groups((("matrix", Scheduled(LAMB.timm(.01), Cosine(20))), ("fc1.*", FromTorch(torch.optim.AdamW, lr=.01)), ("vector", GD(.1))))
 
 
@@ -120,6 +128,75 @@ def test_a_stored_run_goes_on_bit_for_bit(rule, tmp_path, monkeypatch):
         Store(tmp_path / "b").run(spec, progress=False)
     monkeypatch.undo()
     assert torch.equal(whole, Store(tmp_path / "b").run(spec, progress=False).theta)
+
+
+ALL = [*OURS, Groups((("matrix", Muon(.02)), ("*", Adam(.01)))), GD(.1), Momentum(.1, nesterov=True), Adam(.01), RMSProp(.01), PARTED]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    from gradnb.move.rules import inplace
+    monkeypatch.setattr(inplace.pieces, "__defaults__", (200,))       # entries that one call may take: every block is a piece
+
+
+@pytest.mark.parametrize("rule", ALL, ids=repr)
+def test_a_run_that_is_written_over_is_the_trajectory(problem, rule, few):
+    "Against states that nothing writes over; the one that a run goes on from stays."
+    descent = Descent(rule, MiniBatch(16))
+    states = list(islice(trajectory(problem, descent), 6))
+    assert same(train(problem, descent, 5, progress=False)[0], states[5])
+    middle = states[2]._replace(rule=deepcopy(states[2].rule))
+    assert same(train(problem, descent, 5, state=states[2], progress=False)[0], states[5]) and same(states[2].rule, middle.rule)
+
+
+def test_what_others_hold_is_not_written_over(problem, few):
+    "A probe that keeps a state, returns arrays of it or looks again later; an estimator that keeps θ; somebody's own record."
+    class Keeping(MiniBatch):
+        def estimate(self, state, problem, theta, batch):
+            thetas.append(theta)
+            views.append(problem.layout.named(theta)["fc1.weight"])
+            return super().estimate(state, problem, theta, batch)
+
+    class Record:
+        def append(self, *row): pass
+        def checkpoint(self, state, memory, last=False): shown.append(state)
+
+    thetas, views, shown, kept = [], [], [], []
+    look = probe(every(2), "moment")(lambda view: kept.append(view.state) or view.state.rule.exp_avg["fc1.weight"])
+    states = list(islice(trajectory(problem, Descent(Adam(.01), MiniBatch(16))), 7))
+    for record in None, Record():
+        for held in thetas, views, kept: held.clear()
+        _, traces = train(problem, Descent(Adam(.01), Keeping(16)), 6, look, record=record, progress=False)
+        assert all(torch.equal(a, s.theta) for a, s in zip(thetas, states, strict=True))
+        assert all(torch.equal(a, problem.layout.named(s.theta)["fc1.weight"]) for a, s in zip(views, states, strict=True))
+        assert all(same(a, s) for a, s in zip(kept, states[::2], strict=True))
+        rows = [next(iter(traces["moment"].arrays[k].values())) for k in (0, 2, 4, 6)]
+        assert all(np.array_equal(row, s.rule.exp_avg["fc1.weight"].numpy()) for row, s in zip(rows, states[::2], strict=True))
+    assert all(same(a, s) for a, s in zip(shown, [*states, states[-1]], strict=True))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_between_two_arrays_waits(problem, number, few):
+    @dataclass(frozen=True)
+    class Struck(Adam):
+        apart = True
+        def update(self, state, blocks, grads, total, ops):
+            if state.step == 3: os.kill(os.getpid(), number)
+            return super().update(state, blocks, grads, total, ops)
+
+    states = list(islice(trajectory(problem, Descent(Adam(.01), MiniBatch(16))), 8))
+    with terminable(), pytest.warns(RuntimeWarning, match="interrupted at step 4"):
+        state, traces = train(problem, Descent(Struck(.01), MiniBatch(16)), 7, progress=False)
+    assert len(traces["loss"]) == 4 and state.step == 4 and torch.equal(state.theta, states[4].theta) and same(state.rule, states[4].rule)
+    assert same(train(problem, Descent(Adam(.01), MiniBatch(16)), 7, state=state, progress=False)[0], states[7])
+
+
+def test_a_run_holds_its_parameters_two_moments_and_a_gradient():
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 400), torch.randn(4, 400)
+    problem = Problem(torch.nn.Sequential(*[torch.nn.Linear(400, 400) for _ in range(8)]), "mse", Dataset(x, y, x, y))
+    held = lambda rule: peak_bytes(lambda: train(problem, Descent(rule), 3, progress=False)) / problem.theta0.nbytes
+    assert held(Adam(1e-3)) < 5.1 and held(GD(1e-4)) < 3.1      # the gradient once by blocks as it comes, once in a vector
 
 
 def test_words():

@@ -43,7 +43,8 @@ def wait_for_rows(run, rows, process):
 def whole(tmp_path_factory): return Store(tmp_path_factory.mktemp("whole")).run(SPEC, progress=False)
 
 
-@pytest.mark.parametrize("how, interval", [(signal.SIGKILL, 0.05), (signal.SIGKILL, 1e9), (signal.SIGTERM, 0.2), (signal.SIGINT, 1e9)])
+@pytest.mark.parametrize("how, interval", [(signal.SIGKILL, 0.05), (signal.SIGINT, 1e9),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [(signal.SIGKILL, 1e9), (signal.SIGTERM, 0.2)])])
 def test_a_killed_run_resumes_bitwise(tmp_path, whole, how, interval):
     run, process = Run(tmp_path / SPEC.hash), child(tmp_path, interval=interval)
     for rows in (40, 150):

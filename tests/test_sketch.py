@@ -81,19 +81,18 @@ def test_no_sketch_unless_asked_for():
 
 @pytest.mark.parametrize("which", [1, 4, 30, 150])
 @pytest.mark.parametrize("rate", [0.005, 0.02])
-def test_a_decoupled_direction_that_overtakes_is_seen(which, rate):
+@pytest.mark.parametrize("seed", [1000, *(pytest.param(s, marks=pytest.mark.slow) for s in (3000, 5000))])
+def test_a_decoupled_direction_that_overtakes_is_seen(which, rate, seed):
     "The old top vector stays an exact eigenvector; the gradient holds a little of everything, drawn anew for each look."
-    late = []
-    for seed in (1000, 3000, 5000):
-        values = torch.cat([torch.tensor([1., .9, .85, .8, .75]), torch.linspace(.6, -.05, 195)]).double()
-        sketch = None
-        for t in range(60):
-            values[which] += rate
-            bowl = Quadratic(torch.diag(values))
-            e = sharpness(bowl, draw(200, seed=seed + t) / values.abs().clamp_min(.05), warm=sketch)
-            if e.values[0] / values.max() < 1 - 1e-3: late.append(t)
-            sketch = e.sketch
-    assert len(late) <= 3 * 2 and 59 not in late, late       # two looks each, near the crossing, where the two hardly differ
+    late, sketch = [], None
+    values = torch.cat([torch.tensor([1., .9, .85, .8, .75]), torch.linspace(.6, -.05, 195)]).double()
+    for t in range(60):
+        values[which] += rate
+        bowl = Quadratic(torch.diag(values))
+        e = sharpness(bowl, draw(200, seed=seed + t) / values.abs().clamp_min(.05), warm=sketch)
+        if e.values[0] / values.max() < 1 - 1e-3: late.append(t)
+        sketch = e.sketch
+    assert len(late) <= 2 and 59 not in late, late           # near the crossing, where the two hardly differ
 
 
 def test_more_pairs_than_the_sketch_holds():

@@ -8,11 +8,13 @@ import threading
 import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import exp, inf, log
 from pathlib import Path
 from random import Random
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -20,9 +22,15 @@ from hypothesis import given, settings, strategies as st
 from gradnb import GD, Adam, FromTorch, FullBatch, Groups, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
 from gradnb.cli import main
 from gradnb.ground.processes import safe_children
+from gradnb.ground.roles import Rule, kind
+from gradnb.move.estimators.sam import SAM
+from gradnb.move.rules.agd import AutomaticGradientDescent
 from gradnb.runs.sweeps.engines import Pool, plugins
 from gradnb.runs.sweeps.grid import grid
+from gradnb.runs.sweeps.comparison import compare, costs, reached
 from gradnb.runs.sweeps.many import sweep
+from gradnb.runs.sweeps.pairs import holm, pair
+from gradnb.runs.sweeps.tuning import tuned
 
 SPEC = Spec("digits-100", "fc-tanh:width=6", "mse", GD(0.05), 20, probes=("train:every=10",))
 
@@ -481,3 +489,175 @@ def test_a_failed_run_is_an_exit_status(tmp_path, capsys):
                           ("seed=0 --engine slrum", "Did you mean 'slurm'"), ("sede=1", "Did you mean 'seed'")):
         assert main([*line, *flags.split()]) == 2
         assert remedy in capsys.readouterr().err
+
+
+# --- tuning -------------------------------------------------------------------------------------------------------
+
+SHORT = Spec("linear-4-2", "deeplinear:depth=1", "mse", GD(.05), 1)
+
+def away(field, best): return lambda run: log(run.spec.fields[field] / best) ** 2
+
+@pytest.mark.parametrize("best", [.05, .013, 2.4, .0004])
+def test_a_grid_extends_itself_until_the_best_is_inside(tmp_path, best):
+    "A criterion whose minimum is known: it is found to within a grid's step, with as many values for everyone."
+    found = tuned(SHORT, by=away("rule.lr", best), seeds=(-1, -2), budget=10, store=tmp_path)
+    assert found.flag == "" and len(found.values) == 10 and found.runs == 20 and abs(log(found.best / best)) < log(10) / 4
+    assert found.spec == replace(SHORT, rule=GD(found.best)) and found.best == min(found.values, key=lambda v: log(v / best) ** 2)
+    outside = sum(not .05 / 10.01 < v < .05 * 10.01 for v in found.values)
+    assert found.extensions == outside and (outside > 0) == (not .005 < best < .5)
+
+
+@pytest.mark.parametrize("best, side, at", [(1e9, "upper", -1), (1e-9, "lower", 0)])
+def test_a_best_that_is_not_reached_is_flagged(tmp_path, best, side, at):
+    found = tuned(SHORT, by=away("rule.lr", best), seeds=(5, 6), values=3, budget=6, factor=2., store=tmp_path)
+    assert found.best == found.values[at] and found.extensions == 3 and f"{side} end" in found.flag and "6 values" in found.flag
+    assert found.values == tuple(float(f"{.05 * 2.**k:.4g}") for k in (range(-4, 2) if side == "lower" else range(-1, 5)))
+
+
+def test_the_best_rate_of_a_white_quadratic_is_one(tmp_path):
+    "XᵀX = n: the error is multiplied by 1 − η in every step, and grows without bound for η > 2."
+    spec = Spec("linear-20-4", "deeplinear:depth=1", "mse", GD(1e-2), 60, seed=3)
+    found = tuned(spec, by="final_loss:share=0.01", seeds=(0, 1), values=3, budget=7, factor=10., store=tmp_path)
+    assert found.flag == "" and found.best == 1. and found.frame.set_index("rule.lr").value[10.] == inf and "inside" in str(found)
+
+
+def test_nothing_is_tuned_twice(tmp_path):
+    def idle(jobs, worker):
+        assert jobs == []
+        return iter(())
+    once = tuned(SHORT, seeds=(-1, -2), values=3, budget=5, store=tmp_path)
+    assert tuned(SHORT, "rule__lr", seeds=(-1, -2), values=3, budget=5, store=tmp_path, engine=idle) == once
+    more = tuned(SHORT, seeds=(-1, -2), values=3, budget=7, store=tmp_path)
+    assert set(once.values) < set(more.values) and len(list(tmp_path.glob("[0-9a-f]*"))) == more.runs
+
+
+def test_whole_numbers_and_bounds_end_a_grid(tmp_path):
+    few = tuned(replace(SHORT, dataset="linear-8-2", estimator=MiniBatch(4)), "estimator.size", away("estimator.size", .01), (1, 2), 3, 9, 2., tmp_path)
+    assert few.values == (1, 2, 4, 8) and few.best == 1 and "may be no other" in few.flag
+    near = tuned(replace(SHORT, rule=Momentum(.1, .5)), "rule.beta", lambda run: -run.spec.rule.beta, (1, 2), 3, 6, 1.5, tmp_path)
+    assert near.best == .75 and max(near.values) < 1 and "may be no other" in near.flag
+
+
+def test_what_cannot_be_told_apart_or_is_nowhere_finite_is_said(tmp_path):
+    same = tuned(SHORT, by=lambda run: 1., seeds=(1, 2), values=3, store=tmp_path)
+    assert same.best == .05 and "makes no difference" in same.flag
+    never = tuned(replace(SHORT, loss_goal=1e-9), by="steps_to_goal", seeds=(1, 2), values=3, budget=5, store=tmp_path)
+    assert never.best is None and never.spec is None and "finite" in never.flag and never.score.value == inf
+    assert len([v for v in never.values if v < .05]) == len([v for v in never.values if v > .05]) == 2
+    lost = tuned(replace(SHORT, rule=GD(1e30), steps=9), seeds=(1, 2), values=3, budget=5, store=tmp_path)
+    assert lost.best is None and lost.extensions == 2 and max(lost.values) < 1e31
+
+
+def test_criteria_by_name(tmp_path):
+    spec = replace(SPEC, steps=40, probes=("train:every=40",))
+    by_loss, by_accuracy = (tuned(spec, by=by, seeds=(1, 2), values=3, budget=3, store=tmp_path) for by in
+                            ("at_end", "at_end:probe=train,column=accuracy,most=true"))
+    runs = [Store(tmp_path).run(replace(spec, rule=GD(v), seed=s)) for v in by_loss.values for s in (1, 2)]
+    for found, column, sign in ((by_loss, "loss", 1), (by_accuracy, "accuracy", -1)):
+        ends = [sign * float(r.trace("train").columns[column][-1]) for r in runs]
+        assert [s.value for s in found.scores] == pytest.approx([(a + b) / 2 for a, b in zip(ends[::2], ends[1::2])])
+    goal = tuned(replace(spec, loss_goal=.3, goal_every=1), by="steps_to_goal", seeds=(1, 2), values=3, store=tmp_path)
+    fast = Store(tmp_path).run(replace(goal.spec, seed=1))
+    assert fast.status == "goal" and float(fast.trace("train").columns["loss"][-1]) < .3 and goal.score.value <= 40
+
+
+@pytest.mark.parametrize("spec, more, says", [
+    (SHORT, dict(seeds=(1,)), "two seeds"), (SHORT, dict(seeds=(1, 1)), "two seeds"), (SHORT, dict(seeds=(0, 1)), "seed 0 is the one that counts"),
+    (SHORT, dict(over="rule.learning_rate"), "rule.lr"), (replace(SHORT, rule=Scheduled(GD(.1), Piecewise(((5, .5),)))), {}, "rule.rule.lr"),
+    (replace(SHORT, rule=GD(0.)), {}, "positive"), (SHORT, dict(over="steps"), "no hyperparameter"), (SHORT, dict(over="seed"), "no hyperparameter|positive"), (SHORT, dict(values=4), "odd"),
+    (SHORT, dict(budget=4), "budget"), (SHORT, dict(factor=1.), "factor"), (SHORT, dict(by="final"), "final_loss"), (SHORT, dict(by="at_end:probe=test"), "test:every"),
+    (SHORT, dict(by="steps_to_goal"), "loss_goal"), (SHORT, dict(by="final_loss:share=2"), "share")])
+def test_what_cannot_be_tuned_is_refused_before_any_run(tmp_path, spec, more, says):
+    with pytest.raises(ValueError, match=says): tuned(spec, store=tmp_path, **more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_while_tuning_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match="tuning rule.lr: run .* is failed: .*width"): tuned(replace(SPEC, model="fc-tanh:width=0"), store=tmp_path)
+
+
+# --- comparisons --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("p, wanted", [([.01, .04, .03, .005], [.03, .06, .06, .02]), ([.2, .0001, .6, .03, .03], [.4, .0005, .6, .12, .12]), ([.5, .9], [1., 1.]), ([.04], [.04]), ([], [])])
+def test_holm_is_that_of_statsmodels(p, wanted): assert holm(p) == pytest.approx(wanted)      # multipletests(p, method="holm"), 0.14
+
+
+def test_a_pair_is_scipys_tests_of_logarithms():
+    from scipy.stats import binomtest, ttest_rel
+    random = np.random.default_rng(0)
+    for n in (2, 3, 8, 30):
+        a, b = np.exp(random.normal(5, 1, n)), np.exp(random.normal(4.7, 1, n))
+        found, known = pair(a, b, .9), ttest_rel(np.log(a), np.log(b))
+        interval = known.confidence_interval(.9)
+        assert found.test == "t" and found.p == pytest.approx(known.pvalue) and (log(found.ratio.low), log(found.ratio.high)) == pytest.approx(interval)
+        assert found.factor == pytest.approx(exp((interval.high - interval.low) / 2)) and (found.wins, found.losses) == ((a < b).sum(), (a > b).sum())
+        b[0] = inf
+        assert pair(a, b).test == "sign" and pair(a, b).p == pytest.approx(binomtest(pair(a, b).wins, n).pvalue)
+    assert pair([1., inf], [inf, inf]).p == pair([2., 2.], [2., 2.]).p == 1.
+    with pytest.raises(ValueError, match="positive"): pair([0., 1.], [1., 2.])
+    with pytest.raises(ValueError, match="seeds"): pair([1.], [2.])
+
+
+@pytest.mark.parametrize("ends, steps, early, chance", [
+    ([4., 3., 1.], 200 * 2**.5, False, False), ([4., 2., 1.], 200., False, False), ([2., 1., 1.], 100., True, False), ([4., 4., 3.], inf, False, False),
+    ([1., 3., 1.], 200 * 2**.5, False, True), ([4., 1., 3.], inf, False, True), ([inf, inf, 1.], 400., False, False), ([4., 0., 0.], 100 * 2**.5, False, False)])
+def test_when_a_target_was_reached(ends, steps, early, chance):
+    found = reached([100, 200, 400], ends, 2.)
+    assert found.steps == pytest.approx(steps) and (found.early, found.chance) == (early, chance)
+
+
+@kind
+@dataclass(frozen=True)
+class EverySecond(Rule):
+    "Gradient descent that rests in every second step."
+    lr: float
+    def init(self, blocks, roles): return 0
+    def step(self, state, blocks, grads): return ({k: v - self.lr * grads[k] if state % 2 == 0 else v for k, v in blocks.items()}, state + 1)
+
+
+WHITE = Spec("linear-30-6", "deeplinear:depth=2,width=6", "mse", GD(.1), 64, loss_goal=.1)
+
+def test_a_rule_that_rests_half_of_the_time_needs_twice_the_steps(tmp_path):
+    "At 2T it is where gradient descent is at T, with all examples and the same factor in every other step."
+    how = dict(seeds=(3, 4), horizons=(1 / 4, 1 / 2, 1.), budget=3, rounds=2, store=tmp_path)
+    found = compare({"white": WHITE}, {"whole": GD(.3), "half": EverySecond(.3), "again": GD(.3)}, **how)
+    rows = {(r.first, r.second): r for r in found.pairs.itertuples()}
+    half, same = rows["whole", "half"], rows["whole", "again"]
+    assert .44 < half.ratio < .56 and half.wins == 2
+    assert same.ratio == 1. and not same.told and same.p == same.holm == 1. and "too few" in same.flag
+    for r in found.table.itertuples():
+        assert r.examples == pytest.approx(30 * r.steps) and r.low <= r.steps <= r.high and len(r.by_seed) == 2 and r.seconds > 0
+    for T in (16, 64):      # every end is a run that one can make alone
+        spec = found.specs["white", "whole", T]
+        run = Store(tmp_path / "alone").run(replace(spec, seed=4))
+        value = found.ends.query(f"rule == 'whole' and horizon == {T} and seed == 4")["value"].item()
+        assert spec.steps == T and spec.rule.schedule(T) == 0 and value == run.trace("train").columns["loss"][-1]
+    def idle(jobs, worker):
+        assert jobs == []
+        return iter(())
+    again = compare({"white": WHITE}, {"whole": GD(.3), "half": EverySecond(.3), "again": GD(.3)}, engine=idle, **how)
+    assert again.ends.equals(found.ends) and again.pairs.equals(found.pairs)
+
+
+def test_what_could_mislead_is_flagged(tmp_path):
+    task = replace(WHITE, steps=8, model="deeplinear:depth=1", loss_goal=1.)
+    found = compare(task, {"far": GD(1e-6), "own": AutomaticGradientDescent(), "good": GD(1.)}, (0, 1), (.5, 1.), budget=3, rounds=2, store=tmp_path)
+    table, pairs = found.table.set_index("rule"), found.pairs.set_index(["first", "second"])
+    for rule, says in (("far", "upper end"), ("far", "2 of 2 seeds miss"), ("own", "no learning rate"), ("good", "meet it at the shortest")): assert says in table.flag[rule]
+    assert "too few for a sign test" in pairs.flag["far", "good"] and "far is flagged" in pairs.flag["far", "good"] and not pairs.told.any()
+    assert table.low["good"] == 0 and table.steps["far"] == inf and table.lr["own"] == () and "!" in str(found)
+
+
+def test_gradients_of_a_step_are_counted():
+    spec = Spec("digits-100", "fc-tanh:width=4", "mse", GD(.1), 10, MiniBatch(20))
+    found = costs({"one": spec, "two": replace(spec, estimator=SAM(.05, MiniBatch(20))), "all": replace(spec, estimator=FullBatch())}, 2, 3)
+    assert [c.examples for c in found.values()] == [20, 40, 100] and all(0 < c.seconds.value for c in found.values())
+
+
+@pytest.mark.parametrize("task, rules, more, says", [
+    (WHITE, {"a": GD(.1)}, {}, "two rules"), (WHITE, {"a": GD(.1), "b": "adam"}, {}, "two rules"), (replace(WHITE, loss_goal=None), {}, {}, "loss_goal"),
+    (replace(WHITE, dataset="digits", acc_goal=.9), {}, {}, "not both"), (WHITE, {}, dict(seeds=(0,)), "two seeds"), (WHITE, {}, dict(seeds=(-1, 0)), "none that tunes"),
+    (WHITE, {}, dict(horizons=(1.,)), "between horizons"), (replace(WHITE, steps=1), {}, {}, "between horizons"), (WHITE, {}, dict(horizons=(.5, 2.)), "parts of")])
+def test_what_cannot_be_compared_is_refused_before_any_run(tmp_path, task, rules, more, says):
+    with pytest.raises(ValueError, match=says): compare(task, rules or {"a": GD(.1), "b": Adam()}, store=tmp_path, **more)
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ import warnings
 from importlib.metadata import version
 from ..ground.display import printed
 from .claims import add_claims, add_new_figure
+from .compare import add_compare
 from .figures import add_bench, add_figures
 from .flow import add_flow
 from .measure import add_measure
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
                                      epilog="`gradnb COMMAND --help` explains each.")
     parser.add_argument("--version", action="version", version=f"gradnb {version('gradnb')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_train, add_flow, add_sweep, add_measure, add_runs, add_figures, add_claims, add_new_figure, add_bench, add_names): add(commands)
+    for add in (add_train, add_flow, add_sweep, add_compare, add_measure, add_runs, add_figures, add_claims, add_new_figure, add_bench, add_names): add(commands)
     for stream in (sys.stdout, sys.stderr):       # a terminal that has no ≥ is no reason to fail
         if hasattr(stream, "reconfigure") and "utf" not in (stream.encoding or "").lower(): stream.reconfigure(errors="gradnb")
     args = parser.parse_args(argv)

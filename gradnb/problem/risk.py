@@ -312,12 +312,12 @@ class Risk:
         "∇L(θ) and L(θ), on a batch or on all examples."
         refuse_inference()
         blocks = {k: b.requires_grad_() for k, b in self.layout.named(self.check(theta).detach().contiguous()).items()}
-        total, value = None, theta.new_zeros(())
+        value = theta.new_zeros(())
         for chunk in self.chunks(batch):
             with torch.enable_grad(): loss = self.piece(blocks, *chunk)
-            g = self.layout.join(torch.autograd.grad(loss, list(blocks.values()), materialize_grads=True))
-            total, value = g if total is None else total.add_(g), value + loss.detach()
-        return self.reduce(torch.zeros_like(theta) if total is None else total, value)
+            torch.autograd.backward(loss, inputs=list(blocks.values()))        # a block at a time, in the place of what the graph gives up
+            value = value + loss.detach()
+        return self.reduce(self.layout.join(torch.zeros_like(b) if b.grad is None else b.grad for b in blocks.values()), value)
 
     def settle(self, theta: Tensor, buffers: dict[str, Tensor], batch=None) -> dict[str, Tensor]:
         "The running statistics after a batch, given those before it: one forward pass, where there are any."

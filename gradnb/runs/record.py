@@ -37,6 +37,8 @@ def terminable():
 # %% ../../nbs/08_runs/05_record.ipynb #record
 class Recorder:
     "Writes one run: rows as they come, and a checkpoint every so many seconds."
+    holds = False       # does it hold on to a state that it was shown?
+
     def __init__(self,
         path: Path,               # the run's folder
         interval: float = 60.,    # seconds between checkpoints

@@ -122,6 +122,7 @@ def averaged(
 ) -> Probe:
     "A probe at the average that the run's rule answers with. Raises TypeError where it keeps none."
     if isinstance(probe, str): probe = PROBES.build(probe.removeprefix("[").removesuffix("]"))
+    if not isinstance(probe, Probe): raise TypeError(f"averaged looks by a probe, probe=[sharpness], got probe={probe!r:.60}.")
     def there(view):
         at = view.state._replace(theta=average(view.problem, view.stepper, view.state))
         return view.stepper.prepare(view.problem, at, Stream() / "averaged" / view.step)

@@ -37,6 +37,8 @@ class Adam(InPlace):
         zeros = lambda: {k: torch.zeros_like(b) for k, b in blocks.items()}
         return AdamState(0, zeros(), zeros())
 
+    apart = True
+
     def update(self, state, blocks, grads, total, ops):
         k = state.step + 1
         w, g, m, v = columns(blocks, blocks, grads, state.exp_avg, state.exp_avg_sq)

@@ -49,6 +49,8 @@ class AdEMAMix(InPlace):
         zeros = lambda: {k: torch.zeros_like(b) for k, b in blocks.items()}
         return AdEMAMixState(0, zeros(), zeros(), zeros())
 
+    apart = True
+
     def update(self, state, blocks, grads, total, ops):
         k = state.step + 1
         alpha, beta3 = self.slow(k)

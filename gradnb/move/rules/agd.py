@@ -58,6 +58,8 @@ class AutomaticGradientDescent(InPlace):
         sizes = [torch.linalg.vector_norm(g, dim=dims).sum() * scale for scale, dims, g in layers]
         return sum(sizes, state.G.new_zeros(())), len(sizes)
 
+    apart = True
+
     def update(self, state, blocks, grads, total, ops):
         if not total[1]:
             raise ValueError(f"automatic gradient descent steps by its matrices' gradients, but there are only vectors: {list(blocks)}.")

@@ -9,6 +9,7 @@ __all__ = ['GroupsState', 'Groups', 'groups']
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
+from .inplace import over
 from ...ground.roles import KINDS, RULES, Rule
 
 # %% ../../../nbs/06_move/02_rules/12_groups.ipynb #groups
@@ -50,6 +51,10 @@ class Groups(Rule):
             moved |= new
             states.append(inner)
         return {n: moved[n] for n in blocks}, GroupsState(state.member, tuple(states))
+
+    def over(self, state, blocks, grads):
+        some = lambda tensors, i: {n: t for n, t in tensors.items() if state.member[n] == i}
+        return GroupsState(state.member, tuple(over(rule, inner, some(blocks, i), some(grads, i)) for i, ((_, rule), inner) in enumerate(zip(self.rules, state.states))))
 
 KINDS["Groups"] = Groups      # part of stored runs
 

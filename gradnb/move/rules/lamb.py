@@ -82,6 +82,8 @@ class LAMB(InPlace):
     def tally(self, state, blocks, grads):
         return () if self.max_grad_norm is None else (torch.stack(torch._foreach_norm(list(grads.values()))).square().sum(),)
 
+    apart = True
+
     def update(self, state, blocks, grads, total, ops):
         k, wd = state.step + 1, self.weight_decay
         w, g, m, v = columns(blocks, blocks, grads, state.exp_avg, state.exp_avg_sq)

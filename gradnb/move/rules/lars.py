@@ -58,6 +58,8 @@ class LARS(InPlace):
         zeros = lambda *shape: {n: b.new_zeros(*shape or (b.shape,)) for n, b in blocks.items()}
         return LARSState(zeros(), zeros(()), zeros(()), zeros(()))
 
+    apart = True
+
     def update(self, state, blocks, grads, total, ops):
         wd, (w, g, v) = self.weight_decay, columns(blocks, blocks, grads, state.velocity)
         decays = [self.adapt != "matrices" or b.ndim > 1 for b in w]

@@ -35,6 +35,8 @@ class Momentum(InPlace):
 
     def init(self, blocks, roles): return MomentumState({k: torch.zeros_like(b) for k, b in blocks.items()})
 
+    apart = True
+
     def update(self, state, blocks, grads, total, ops):
         w, g, v = columns(blocks, blocks, grads, state.velocity)
         v = ops.mul(v, self.beta)

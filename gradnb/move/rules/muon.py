@@ -93,6 +93,8 @@ class Muon(InPlace):
         elif M.dtype.itemsize < 4: M = M.float()
         return polar_factor(M) if self.polar == "svd" else newton_schulz(M, ODD[self.polar], self.steps, self.eps)
 
+    apart = False     # those of one shape are multiplied together
+
     def update(self, state, blocks, grads, total, ops):
         w, g, m = columns(blocks, blocks, grads, state.momentum)
         m = ops.lerp(m, g, 1 - self.beta)

@@ -70,6 +70,8 @@ class Prodigy(InPlace):
         r, s = self.learnt(state, blocks, grads)
         return sum(r.values()), sum(t.abs().sum(dtype=torch.float64) for t in s)
 
+    apart = True
+
     def update(self, state, blocks, grads, total, ops):
         rate, *_ = self.rates(state)
         r, s = self.learnt(state, blocks, grads, ops)

@@ -9,6 +9,7 @@ __all__ = ['Piecewise', 'Cosine', 'ScheduledState', 'Scheduled']
 from dataclasses import dataclass, replace
 from math import cos, inf, pi
 from typing import Any, NamedTuple
+from .inplace import over
 from ...ground.roles import KINDS, Rule, check_range, kind
 
 # %% ../../../nbs/06_move/02_rules/07_schedule.ipynb #schedules
@@ -74,5 +75,7 @@ class Scheduled(Rule):
     def step(self, state, blocks, grads):
         blocks, inner = self.at(state.step).step(state.inner, blocks, grads)
         return blocks, ScheduledState(state.step + 1, inner)
+
+    def over(self, state, blocks, grads): return ScheduledState(state.step + 1, over(self.at(state.step), state.inner, blocks, grads))
 
 KINDS["Scheduled"] = Scheduled      # part of stored runs, but made of objects: it has no word on the command line

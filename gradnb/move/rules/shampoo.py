@@ -110,6 +110,8 @@ class Shampoo(InPlace):
         torch._foreach_add_(root, 1e-10)
         return torch._foreach_div(g, root)
 
+    apart = True
+
     def update(self, state, blocks, grads, total, ops):
         w, g, F, P, velocity, v = columns(blocks, blocks, grads, state.factors, state.roots, state.velocity, state.squares)
         shapes, v, anew, steps = [sides(b) for b in g], ops.mul(v, 1.), state.step % self.every == 0, []

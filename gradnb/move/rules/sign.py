@@ -39,6 +39,8 @@ class Signum(Signs):
     def __post_init__(self):
         for name, high in (("lr", float("inf")), ("beta", 1), ("weight_decay", float("inf"))): check_range(self, name, 0, high)
 
+    apart = True
+
     def update(self, state, blocks, grads, total, ops):
         w, g, m = columns(blocks, blocks, grads, state.exp_avg)
         m = ops.lerp(m, g, 1 - self.beta)
@@ -57,6 +59,8 @@ class Lion(Signs):
 
     def __post_init__(self):
         for name, high in (("lr", float("inf")), ("beta1", 1), ("beta2", 1), ("weight_decay", float("inf"))): check_range(self, name, 0, high)
+
+    apart = True
 
     def update(self, state, blocks, grads, total, ops):
         w, g, m = columns(blocks, blocks, grads, state.exp_avg)

@@ -72,6 +72,8 @@ class SOAP(InPlace):
         zeros = lambda: {n: torch.zeros_like(b) for n, b in blocks.items()}
         return SOAPState(0, room(), room(), zeros(), zeros())
 
+    apart = True
+
     def update(self, state, blocks, grads, total, ops):
         k, decay = state.step, self.beta2 if self.decay is None else self.decay
         w, g, F, Q, m, v = columns(blocks, blocks, grads, state.factors, state.bases, state.exp_avg, state.exp_avg_sq)

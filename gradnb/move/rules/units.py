@@ -9,6 +9,7 @@ __all__ = ['UnitState', 'PerSharpness']
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 import torch
+from .inplace import over
 from ...ground.roles import KINDS, Rule, check_range
 from ...linalg.krylov import lanczos
 
@@ -49,5 +50,7 @@ class PerSharpness(Rule):
     def step(self, state, blocks, grads):
         blocks, inner = self.acting(state).step(state.inner, blocks, grads)
         return blocks, state._replace(inner=inner)
+
+    def over(self, state, blocks, grads): return state._replace(inner=over(self.acting(state), state.inner, blocks, grads))
 
 KINDS["PerSharpness"] = PerSharpness      # part of stored runs, but made of an object: it has no word on the command line
