@@ -13,7 +13,7 @@ from ...ground.roles import Batch, check_number
 from ...ground.streams import Stream
 from ...linalg.trace import frobenius
 from .curvature import two_over
-from .view import PROBES, Probe, View, descends_all
+from .view import PROBES, Probe, View
 from ...problem import Point
 
 # %% ../../../nbs/07_measure/09_probes/13_stability.ipynb #alignment
