@@ -22,6 +22,7 @@ _NAMES = {
     "move.estimators.importance": ["ImportanceSampling"],
     "move.estimators.dropping": ["DropExamples"],
     "move.estimators.sam": ["SAM", "ASAM"],
+    "move.estimators.projected": ["Projected"],
     "move.rules.gd": ["GD"],
     "move.rules.momentum": ["Momentum"],
     "move.rules.adam": ["Adam"],

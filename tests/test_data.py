@@ -225,6 +225,8 @@ def test_offline_says_what_is_there_and_what_should_be(name, wanted, tmp_path, m
     with pytest.raises(RuntimeError) as e: load_dataset(name, tmp_path)
     assert all(s in str(e.value) for s in (wanted, "holds something.txt", "no network", "'digits' needs no download"))
     assert [f.name for f in tmp_path.iterdir()] == ["something.txt"]
+    (tmp_path / "mine.npz").touch()
+    with pytest.raises(RuntimeError, match="mine.npz is called 'npz:mine.npz'"): load_dataset(name, tmp_path)
 
 
 def test_short_files_are_not_taken_for_mnist(tmp_path, monkeypatch):

@@ -48,7 +48,8 @@ def contents(
     if not folder.is_dir(): return f"There is no folder {folder}."
     names = sorted(f.name + "/" * f.is_dir() for f in folder.iterdir())
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f"{folder} holds {', '.join(names[:12]) or 'nothing'}{more}."
+    arrays = next((f" {n} is called 'npz:{n}'." for n in names if n.endswith(".npz")), "")
+    return f"{folder} holds {', '.join(names[:12]) or 'nothing'}{more}.{arrays}"
 
 # %% ../../nbs/03_data/03_sources.ipynb #name
 def read_name(
