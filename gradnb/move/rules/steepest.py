@@ -22,7 +22,7 @@ class SteepestDescent(InPlace):
     lr: float                   # η, times ‖∇L‖_* the length of a step; the length itself where it is normalized
     norm: str = "linf"          # or "spectral", "l2", of each block
     normalized: bool = False    # leave ‖∇L‖_* out
-    takes_complex = False
+    takes_complex, apart = False, True
 
     def __post_init__(self):
         check_range(self, "lr", 0, inf)
