@@ -174,13 +174,14 @@ def test_face_of_kfac(ekfac):
 
 
 @pytest.mark.parametrize("estimator", ["asam:rho=.05,size=10", "sam:rho=.05,size=10", "dropexamples:size=10", "fullbatch", "gradientclustering:size=10",
-                                       "importancesampling:size=10", "onlineclustering:size=10", "stratified:size=10", "svrg:size=10,every=5"])
+                                       "importancesampling:size=10", "onlineclustering:size=10", "stratified:size=10", "svrg:size=10,every=5", "projected:k=2,size=10,every=3"])
 def test_estimators(estimator):
     same(lambda where: train(problem(where), Descent(GD(.1), ESTIMATORS.build(estimator)), 8, progress=False)[0].theta)
 
 
 ARGUMENTS = {"spectrum": "draws=2,steps=12", "tail_index": "draws=80,surrogates=3", "noise_norms": "draws=80", "batch_tests": "examples=20",
-             "original_index": "size=10", "flatness": "measure=sam", "rule": "field=velocity", "subspace": "k=2,tol=0.001", "averaged": "probe=[grad_norm:every=2]"}
+             "original_index": "size=10", "flatness": "measure=sam", "rule": "field=velocity", "subspace": "k=2,tol=0.001", "averaged": "probe=[grad_norm:every=2]",
+             "batch_sharpness": "draws=8", "interaction_sharpness": "draws=8"}
 STEPPERS = {"agd": Descent(AutomaticGradientDescent(vectors=True), MiniBatch(10)), "trust_ratio": Descent(LAMB(), MiniBatch(10)),
             "clusters": Descent(Momentum(.1), ESTIMATORS.build("gradientclustering:size=10")), "flow": GradientFlow(.1),
             "averaged": Descent(ScheduleFreeSGD(.1), MiniBatch(10))}

@@ -25,6 +25,7 @@ from gradnb import Quadratic, Stream, sharpness
 from gradnb.ground.estimate import Estimate
 from gradnb.linalg import Eigs, hutchinson, lanczos, lobpcg, power_iteration
 from gradnb.linalg.spectra import spectrum, xtrace
+from gradnb.linalg.trace import frobenius
 from gradnb.measure.noise.batchsize import cabs, inner_product_test, norm_test, orthogonality_test
 from gradnb.measure.noise.comparing import bias_check
 from gradnb.measure.noise.coordinates import coordinate_normalized_variance, coordinate_variance, gsnr, stopping_evidence, tic_diagonal, tic_trace
@@ -178,6 +179,7 @@ for name, (values, products) in TRACES.items():
         Claim(f"linalg: trace, hutchinson, {name}", rotated(values), lambda A, s: hutchinson(A.__matmul__, len(A), 32, s, F64), torch.trace, .93),
         Claim(f"linalg: ‖A‖², spectrum, {name}", rotated(values),
               lambda A, s: spectrum(A.__matmul__, len(A), 8, 30, s, F64).trace(torch.square), lambda A: A.square().sum(), .93),
+        Claim(f"linalg: ‖A‖_F, frobenius, {name}", rotated(values), lambda A, s: frobenius(A.__matmul__, len(A), 32, s, F64), torch.linalg.matrix_norm, .93),
         Claim(f"linalg: density at a place, {name}", rotated(values),
               lambda A, s: (d := spectrum(A.__matmul__, len(A), 8, 40, s, F64).density([.3], .1)) and (d.low, d.high),
               lambda A: blurred(A, torch.tensor([.3], dtype=F64), .1), .93)]
@@ -350,12 +352,12 @@ COUNTED = {      # what states an error → the claims that count it
     "linalg.krylov.lanczos": "eigenvalues, cold", "linalg.krylov.certify": "eigenvalues, cold", "linalg.basis.Basis.eigs": "eigenvalues, cold",
     "linalg.basis.open_pairs": "eigenvalues, cold", "linalg.iterations.lobpcg": "eigenvalues, lobpcg", "linalg.iterations.power_iteration": "largest magnitude",
     "linalg.spectra.xtrace": "xtrace", "linalg.spectra.Spectrum.trace": "‖A‖², spectrum", "linalg.spectra.Spectrum.density": "density at a place",
-    "linalg.trace.hutchinson": "hutchinson", "measure.curvature.sharpness": "eigenvalues, sharpness", "measure.tail.sketch.TailSketch.tail_index": "tail_index, mohammadi",
+    "linalg.trace.hutchinson": "hutchinson", "linalg.trace.frobenius": "‖A‖_F, frobenius", "measure.curvature.sharpness": "eigenvalues, sharpness", "measure.tail.sketch.TailSketch.tail_index": "tail_index, mohammadi",
     "measure.thresholds.metrics.preconditioned_sharpness": "eigenvalues, sharpness", "measure.noise.batchsize.radius": "inner_product_test",
     "measure.noise.spread.jackknife": "grad_variance", "measure.noise.coordinates.over_groups": "tic_diagonal", "measure.noise.coordinates.means_over_parameters": "gsnr",
     "measure.trajectories.projected_distance": "projected_distance", "measure.trajectories.first_crossing": "first_crossing", "show.claims.batch_means": "batch_means",
     "measure.thresholds.directions.ratio_of_means": "ratio_of_means", "measure.thresholds.directions.batch_sharpness": "mean of 5",
-    "measure.flatness.centre.Centre.estimate": "mean of 5", "measure.flatness.norms.lambda_max": "eigenvalues, sharpness",
+    "measure.flatness.centre.Centre.estimate": "mean of 5", "measure.probes.stability.noise_curvature": "mean of 5", "measure.flatness.norms.lambda_max": "eigenvalues, sharpness",
     **{f"measure.flatness.{f}": "mean of 5" for f in ("directions.average_sharpness", "norms.trace", "norms.frobenius", "norms.relative_flatness")},
     **{f"measure.noise.{room}.{name}": name for room, names in {"spread": ("grad_variance", "grad_norm_sq", "signal_to_noise", "normalized_variance", "noise_scale",
         "noise_scale_of_pairs"), "batchsize": ("norm_test", "inner_product_test", "orthogonality_test", "cabs"), "comparing": ("bias_check",),

@@ -234,6 +234,29 @@ def test_a_space_without_a_gap_is_not_known():
     assert top_space(sharpness(bowl.at(), k=3, vectors=True), 2).slack == 1. and top_space(sharpness(bowl.at(), k=3, vectors=True), 1).slack < 1e-3
 
 
+# --- linear stability -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("products, replace", [(48, False), (48, True), (1000, False)])
+def test_the_frobenius_probe_holds_against_the_dense_hessian_and_all_gradients(products, replace):
+    "Against torch's Hessian by columns, and the covariance of the gradients of all examples; the mean after a step of the quadratic model, over pairs of examples."
+    problem = Problem(build_model("fc-tanh:width=6,depth=1", data := load_dataset("digits-40")).double(), "mse", data)
+    probe = PROBES.build(f"frobenius:every=4,products={products}")
+    thetas = Probe("thetas", 4, lambda view: view.theta)
+    trace, kept = (train(problem, Descent(GD(lr := .05), MiniBatch(2, replace)), 8, [probe, thetas])[1][name] for name in ("frobenius", "thetas"))
+    for i in range(2):
+        theta = torch.as_tensor(kept.values[i])
+        H = problem.hvp(theta, torch.eye(problem.p, dtype=torch.float64))
+        assert trace.columns["low"][i] - 1e-9 <= H.norm() <= trace.columns["high"][i] + 1e-9
+        if products > problem.p: assert trace.values[i] == pytest.approx(H.norm().item(), rel=1e-9)
+        G, L = problem.example_grads(theta), problem.loss(theta).item()
+        model = lambda d: d @ G.mean(0) + d @ H @ d / 2
+        pairs = [(i, j) for i in range(40) for j in range(40) if replace or i != j]
+        steps = -lr * (G[[i for i, _ in pairs]] + G[[j for _, j in pairs]]) / 2
+        rise = (steps @ G.mean(0) + ((steps @ H) * steps).sum(1) / 2).mean() - model(-lr * G.mean(0))
+        assert trace.columns["alignment_low"][i] * .999 <= trace.columns["alignment"][i] <= trace.columns["alignment_high"][i] * 1.001
+        assert rise.item() == pytest.approx(L * (trace.values[i] / trace.columns["threshold"][i])**2, rel=1e-6)      # L (‖H‖/bound)² is η²/2B Tr ΣH
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("k, memory, most", [(1, None, 17), (1, 10, 11), (5, None, 34)])      # chunks in float64 add one
 def test_a_search_of_a_large_network_holds_what_it_says(k, memory, most):

@@ -20,6 +20,7 @@ from gradnb.show.explorers.landscape import LandscapeExplorer
 from gradnb.runs import Run
 from gradnb.runs.live import Live
 from gradnb.runs.trajectory import changed_stepper
+from gradnb.show.explorers.lines import trace_lines
 from gradnb.show.explorers.live import LiveExplorer
 from gradnb.show.explorers.tail import TailExplorer
 from gradnb.move.flows.central import CentralFlow
@@ -35,6 +36,7 @@ from gradnb.move.rules.momentum import Momentum
 from gradnb.move.rules.schedule import Piecewise, Scheduled
 from gradnb.move.steppers import Descent
 from gradnb.ground.streams import Stream
+from gradnb.ground.traces import Trace
 from gradnb.runs.training import train
 
 STEPPERS = {
@@ -291,3 +293,24 @@ def test_tail_controls_answer_at_once(noise):
     kept = dict(e._cache)
     e.figure(method="hill", m=4)
     assert e._cache == kept
+
+
+def test_divergence_names_its_trajectory(problem):
+    "Of two trajectories one leaves the numbers; what is said names that one, and the other goes on."
+    explorer = LiveExplorer(problem, Descent(GD(.1)), seed=3)
+    explorer.widget
+    (calm,), wild = explorer.trajectories, explorer.fork(lr=1e30)
+    explorer.advance(20)
+    said = explorer._canvas.message
+    explorer.close()
+    assert wild in said and calm not in said.replace(wild, "") and explorer.trajectories[calm].step == 20
+
+
+def test_smooth_keeps_bands():
+    "Under a mean the raw values stay, with their bands: the ends that were measured, to the bit."
+    steps, value = np.arange(50), np.random.default_rng(0).normal(size=50)
+    trace = Trace("noise", steps, {"value": value, "low": value - 2, "high": value + 3})
+    raw, mean = trace_lines(trace, "value", "a", half=5.)
+    assert raw.faint and (raw.low == value - 2).all() and (raw.high == value + 3).all()
+    weights = .5 ** ((steps[-1] - steps) / 5)
+    assert mean.label == "mean" and np.isclose(mean.y[-1], np.average(value, weights=weights), rtol=1e-12)

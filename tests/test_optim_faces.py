@@ -30,7 +30,8 @@ CASES = [("GD", dict(lr=.1)), ("Momentum", dict(lr=.05, nesterov=True)), ("Adam"
          ("LARS.paper", dict(lr=5.)), ("LARS.timm", dict(lr=.1)), ("LARS.pytorch_optimizer", dict(lr=5.)),
          ("AutomaticGradientDescent", dict(vectors=True)), ("Signum", dict(weight_decay=.1)), ("Lion", {}), ("Muon", dict(lr=.05)), ("Muon.torch", {}),
          ("ScheduleFreeSGD", dict(lr=.1, warmup=3)), ("ScheduleFreeAdamW", dict(weight_decay=.1)), ("AdEMAMix", dict(warmup=5)), ("Prodigy", dict(d0=.01)),
-         ("Shampoo", dict(eps=.01, beta=.9, every=3)), ("Shampoo", dict(graft="rmsprop", beta2=.9)), ("SOAP", dict(every=3))]
+         ("Shampoo", dict(eps=.01, beta=.9, every=3)), ("Shampoo", dict(graft="rmsprop", beta2=.9)), ("SOAP", dict(every=3)),
+         ("SteepestDescent", dict(lr=.01)), ("SteepestDescent", dict(lr=.01, norm="spectral"))]
 
 
 def build(name, **hyper):

@@ -82,6 +82,7 @@ FACES = [
          wrong=dict(lr=-1., momentum=1., graft="no"), supports_complex=False),
     info(optim.SOAP, dict(lr=.01, weight_decay=0.), dict(lr=.01, betas=(.5, .9), every=2, vectors=True, weight_decay=.1), dict(lr=torch.tensor(.01)), schedulers=(decay, cycle),
          wrong=dict(lr=NAN, betas=(1., .9)), supports_complex=False),
+    info(optim.SteepestDescent, dict(lr=.001), dict(lr=.001, norm="spectral"), dict(lr=.01, norm="l2", normalized=True), dict(lr=torch.tensor(.001)), wrong=dict(lr=-1., norm="l1"), supports_complex=False),
     info(optim.LAMB, dict(lr=.01), dict(lr=.01, weight_decay=.1, max_grad_norm=.1, adapt="decayed"), dict(lr=torch.tensor(.01)),
          dict(lr=.01, weight_decay=.1, decay="outside", bias_correction="first", norm_high=10.),
          dict(lr=.01, weight_decay=.1, decay="l2", bias_correction="none", ratio_high=1., grad_averaging=False),
@@ -216,7 +217,7 @@ class Faces(TestCase):
 
     @optims(FACES)
     def test_one_parameter_without_gradient_counts_its_own_steps(self, device, dtype, optim_info):
-        if optim_info.optim_cls in (optim.AutomaticGradientDescent, optim.Prodigy): return       # there all blocks know each other
+        if optim_info.optim_cls in (optim.AutomaticGradientDescent, optim.Prodigy, optim.SteepestDescent): return       # there all blocks know each other
         for cls, hyper in every(optim_info, device):
             if hyper.get("max_grad_norm"): continue                             # and here
             params, late = weights(device), copies(weights(device)[2:3])

@@ -357,3 +357,26 @@ def test_muon_moves_blocks_of_one_shape_together_and_each_as_if_alone():
         for n in blocks:
             alone, _ = rule.step(rule.init({n: blocks[n]}, {}), {n: blocks[n]}, {n: grads[n]})
             assert torch.allclose(out[n], alone[n], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("norm", ["linf", "spectral", "l2"])
+def test_steepest_descent_against_numpy(norm, normalized):
+    "Thirty steps along drawn gradients."
+    import numpy as np
+    from gradnb.move.rules.steepest import SteepestDescent
+    gen = torch.Generator().manual_seed(0)
+    blocks = {n: torch.randn(s, generator=gen, dtype=torch.float64) for n, s in (("w", (5, 3)), ("c", (4, 3, 2, 2)), ("b", (4,)), ("s", ()))}
+    rule, theirs, state = SteepestDescent(.01, norm, normalized), {n: b.numpy().copy() for n, b in blocks.items()}, ()
+    def far(g):
+        if norm == "linf": return np.sign(g), np.abs(g).sum()
+        if norm == "l2" or g.ndim < 2: return g / np.sqrt((g ** 2).sum()), np.sqrt((g ** 2).sum())
+        U, S, V = np.linalg.svd(g.reshape(len(g), -1), full_matrices=False)
+        return (U @ V).reshape(g.shape), S.sum()
+    for _ in range(30):
+        grads = {n: torch.randn(b.shape, generator=gen, dtype=torch.float64) for n, b in blocks.items()}
+        blocks, state = rule.step(state, blocks, grads)
+        ways = {n: far(g.numpy()) for n, g in grads.items()}
+        size = 1. if normalized else sum(s for _, s in ways.values())
+        theirs = {n: b - .01 * size * ways[n][0] for n, b in theirs.items()}
+    for n, b in blocks.items(): assert np.abs(b.numpy() - theirs[n]).max() <= 1e-12 * max(1, np.abs(theirs[n]).max())

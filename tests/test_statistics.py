@@ -137,7 +137,7 @@ def drawn(word, problem):
 
 
 @pytest.mark.parametrize("word", ["minibatch:size=16", "svrg:size=16,every=2", "gradientclustering:size=16,k=3", "gradientclustering:size=16,k=3,sketch=64",
-    "importancesampling:size=16", "importancesampling:size=16,by=loss", "dropexamples:size=16", "onlineclustering:size=16", "sam:rho=.1", "asam:rho=.1"])
+    "importancesampling:size=16", "importancesampling:size=16,by=loss", "dropexamples:size=16", "onlineclustering:size=16", "sam:rho=.1", "asam:rho=.1", "projected:k=3,size=16"])
 @pytest.mark.parametrize("dtype, k", [(torch.float32, -100), (torch.float32, 60), (torch.float64, -800), (torch.float64, 400)])
 def test_estimators_draw_the_same_in_any_units(word, dtype, k):
     "A loss in other units: the same examples, the gradient in these units, and its variance in their squares. Inputs keep theirs."

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from gradnb import Descent, Problem, Rule, Stream
-from gradnb.data import Dataset
+from gradnb.data import Dataset, load_dataset
+from gradnb.measure.curvature import sharpness
+from gradnb.models import build_model
 from gradnb.move.estimators.minibatch import MiniBatch
 from gradnb.move.estimators.sam import ASAM, SAM
 from gradnb.measure.probes.view import PROBES, View
@@ -30,6 +32,7 @@ from gradnb.move.rules.schedulefree import ScheduleFreeAdamW, ScheduleFreeSGD
 from gradnb.move.rules.shampoo import Shampoo
 from gradnb.move.rules.sign import Signum
 from gradnb.move.rules.soap import SOAP
+from gradnb.move.rules.steepest import SteepestDescent
 from gradnb.move.steppers import trajectory
 from gradnb.measure.thresholds.directions import batch_sharpness, critical_sharpness, directional_sharpness, interaction_sharpness, ratio_of_means
 from gradnb.measure.thresholds.metrics import METRICS, Preconditioned, metric_of, preconditioned_sharpness, threshold
@@ -410,6 +413,45 @@ def test_no_direction_of_the_ball_is_sharper_than_the_bound(norm):
         assert d @ H @ d <= found.low * (1 + 1e-9)
     assert found.low * (1 - 1e-9) <= again.low <= found.high and again.products < found.products
     close(generalized_sharpness(problem.at(problem.theta0), norm).low, found.low, 1e-12)
+    later = generalized_sharpness(problem.at(problem.theta0 * 1.01), norm, warm=found)
+    H, dense = dense_hessian(problem, problem.theta0 * 1.01), generalized_sharpness(problem.at(problem.theta0 * 1.01), norm, starts=8, tol=1e-5)
+    close(later.direction @ H @ later.direction, later.low, 1e-9)
+    assert dense.low <= later.high * (1 + 1e-9) and later.low >= .95 * dense.low and later.products <= .7 * found.products
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_look_at_a_norm_costs_three_of_sharpness(norm):
+    "In products, the first and those along a run; the bounds of every look hold each other."
+    digits = load_dataset("digits-200").to(dtype=DOUBLE)
+    problem = Problem(build_model("fc-tanh:width=20,depth=2", digits), "mse", digits)
+    warm, sketch, spent = None, None, []
+    for state in islice(trajectory(problem, Descent(Signum(1e-3, 0.))), 0, 61, 20):
+        point = problem.at(state.theta)
+        eigs = sharpness(point, warm=sketch)
+        found = generalized_sharpness(point, norm, warm=warm)
+        assert found.low <= found.high * (1 + 1e-12) and found.low >= eigs.values[0].item() * .99
+        spent.append((found.products, eigs.matvecs))
+        warm, sketch = found, eigs.sketch
+    assert spent[0][0] <= 5 * spent[0][1], spent
+    assert sum(a for a, _ in spent[1:]) <= (3.5 if norm == "spectral" else 3) * sum(b for _, b in spent[1:]), spent
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_steepest_descent_below_the_threshold_lowers_a_quadratic_and_above_does_not(norm):
+    "A matrix and a vector, along 30 steps; above it the steepest direction itself goes up."
+    gen, A = torch.Generator().manual_seed(0), None
+    net = torch.nn.Linear(4, 3).double()
+    x, y = torch.randn(30, 4, generator=gen).double(), torch.randn(30, 3, generator=gen).double()
+    for p in net.parameters(): p.data = torch.randn(p.shape, generator=gen, dtype=DOUBLE)
+    problem = Problem(net, "mse", Dataset(x, y, x, y, None, "random"))
+    found = generalized_sharpness(problem.at(problem.theta0), norm, tol=1e-6, max_steps=200)
+    losses = [problem.loss(s.theta).item() for s in islice(trajectory(problem, Descent(SteepestDescent(2 / found.high, norm))), 30)]
+    assert all(b < a for a, b in zip(losses, losses[1:]))
+    least = torch.linalg.lstsq(torch.cat([x, torch.ones(30, 1, dtype=DOUBLE)], 1), y).solution
+    best = torch.cat([least[:-1].T.reshape(-1), least[-1]])
+    up = best + .1 * found.direction
+    after = next(islice(trajectory(problem, Descent(SteepestDescent(2.2 / found.low, norm)), up), 1, None)).theta
+    assert problem.loss(after) > problem.loss(up)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -443,6 +485,9 @@ def test_the_probe_of_a_norm():
     for rule in (Own(.02), Signum(.02, 0.)):
         found = train(problem, Descent(rule), 2, "generalized_sharpness:every=2", progress=False)[1]["linf_sharpness"].columns
         assert found["threshold"][0] == pytest.approx(2 * sum(b.abs().sum().item() for b in g.values()) / .02)
+    for name in NORMS:
+        found = train(problem, Descent(SteepestDescent(.001, name)), 2, f"generalized_sharpness:every=2,norm={name}", progress=False)[1][f"{name}_sharpness"].columns
+        assert found["threshold"][0] == pytest.approx(2000)
     with pytest.raises(ValueError, match="Did you mean 'linf'"): PROBES.build("generalized_sharpness:norm=lnf")
     with pytest.raises(TypeError, match="takes a point, problem.at"): generalized_sharpness(problem, "linf")
 

@@ -93,7 +93,7 @@ def critical_sharpness_probe(
 def generalized_sharpness_probe(
     norm: str = "linf",      # or "spectral", "l2": of each block, the largest of them all
     every: int = 10,         # steps between measurements
-    starts: int = 4,         # of the first ascent; later ones begin at the last direction
+    starts: int = 2,         # of the first ascent; later ones begin at the last direction
     tol: float = 1e-3,       # relative gain at which an ascent rests
 ) -> Probe:
     "max dᵀHd over the unit ball of a norm, between two bounds; columns low, high, products, dual (of ∇L), threshold (nan where no theory gives one)."
@@ -105,10 +105,10 @@ def generalized_sharpness_probe(
         if hasattr(rule, "schedule"): rule = rule.at(view.step)
         own = getattr(rule, "norm", None) == norm
         units = rule.units(view.problem.layout.named(view.theta)) if own and hasattr(rule, "units") else None
-        found = generalized_sharpness(view.point, norm, units, starts, tol, warm=view.memory.get("direction"), stream=view.stream)
-        view.memory["direction"], dual = found.direction, dual_norm(view.point, norm, units)
+        found = generalized_sharpness(view.point, norm, units, starts, tol, warm=view.memory.get("found"), stream=view.stream)
+        view.memory["found"], dual = found, dual_norm(view.point, norm, units)
         plain = own and not any(getattr(rule, name, 0) for name in ("beta", "weight_decay")) and descends_all(view.stepper)
-        return dict(low=found.low, high=found.high, products=found.products, dual=dual, threshold=two_over(view) * dual if plain else nan)
+        return dict(low=found.low, high=found.high, products=found.products, dual=dual, threshold=two_over(view) * (dual if getattr(rule, "normalized", True) else 1.) if plain else nan)
     return Probe(f"{norm}_sharpness", every, measure)
 
 # %% ../../../nbs/07_measure/09_probes/05_curvature.ipynb #batch
