@@ -602,3 +602,24 @@ def test_npz_of_tokens(tmp_path):
     assert (data.words, data.classes, data.y.shape) == (5, 5, (4, 3)) and np.array_equal(data.x, x)
     data = load(tmp_path, "-2", x_train=x, y_train=np.array([0, 1, 1, 0]), x_test=x, y_test=np.array([0, 0, 1, 1]))
     assert (data.words, data.classes, data.y.tolist()) == (5, 2, [0, 1])
+
+
+def test_inside_held_a_data_set_is_read_once(tmp_path, monkeypatch):
+    from gradnb.data.sources import held
+    np.savez(tmp_path / "a.npz", x_train=np.ones((4, 2), np.float32), y_train=np.zeros(4, np.int64), x_test=np.ones((2, 2), np.float32), y_test=np.zeros(2, np.int64))
+    monkeypatch.setenv("GRADNB_DATA", str(tmp_path))
+    with held():
+        first = load_dataset("npz:a.npz")
+        with held(): assert load_dataset("npz:a.npz") is first
+        assert load_dataset("npz:a.npz-2") is not first and load_dataset("npz:a.npz") is first
+    assert load_dataset("npz:a.npz") is not first
+
+
+def test_zipfs_shares():
+    "Largest remainders are off by less than one example; classes= keeps the first of them."
+    d, shares = load_dataset("zipf:n=1000,k=20,features=3"), 1 / np.arange(1, 21)
+    counts = torch.bincount(d.y, minlength=20).numpy()
+    assert counts.sum() == 1000 and np.abs(counts - 1000 * shares / shares.sum()).max() <= 1 and (np.diff(counts) <= 0).all()
+    assert d.x.shape == (1000, 3) and 0 <= d.x.min() and d.x.max() <= 1 and not torch.equal(d.x, load_dataset("zipf:n=1000,k=20,features=3,seed=1").x)
+    assert load_dataset("zipf:k=20,classes=5").y.max() == 4
+    with pytest.raises(ValueError, match="zipf: k"): load_dataset("zipf:k=0")

@@ -365,7 +365,7 @@ def test_a_figure_of_any_size_is_made_fit_for_print(seed):
 
 
 @pytest.mark.parametrize("name", ["keskar_protocol", "gradient_flow", "lamb_anatomy", "what_was_published", "landscape", "optimizers_compared", "spectrum",
-                                  *(pytest.param(name, marks=pytest.mark.slow) for name in ("catapult", "edge_of_norms", "top_subspace", "linear_stability", "bulk_learns"))])
+                                  *(pytest.param(name, marks=pytest.mark.slow) for name in ("catapult", "edge_of_norms", "top_subspace", "linear_stability", "bulk_learns", "rare_classes", "steps_to_target"))])
 def test_shipped_figures_are_fit_for_print(name, monkeypatch):
     "The figure of a smoke test, as its notebook leaves it."
     monkeypatch.setattr("IPython.display.display", lambda *a: None)
@@ -378,6 +378,17 @@ def test_shipped_figures_are_fit_for_print(name, monkeypatch):
 
 
 # --- claims -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_claims_of_a_smoke_test_are_numbers(monkeypatch):
+    "Two pairs of runs have an interval: every claim is computed, and none is judged."
+    monkeypatch.setattr("IPython.display.display", lambda *a: None)
+    space = {"__name__": "__main__"}
+    for cell in nbformat.read(find_figures()["large_batch_sharpness"], as_version=4).cells:
+        if cell.cell_type == "code": exec(compile(cell.source, cell.id, "exec"), space)
+    plt.close("all")
+    assert space["claims"] and all(math.isfinite(c.measured.value) and not c.judged and "too short" in c.note for c in space["claims"])
+
 
 @pytest.mark.parametrize("value, low, high, holds", [
     (1., 1., 1., True), (1., 1., 2., True), (2., 1., 2., True), (1 - 1e-12, 1., 2., False), (2 + 1e-12, 1., 2., False),

@@ -1,4 +1,4 @@
-"Data parallelism: ranks agree to the bit, with one process to rounding; from the command line into a store, and resumed."
+"Data parallelism: ranks agree to the bit, with one process to rounding; from the command line into a store, and resumed. Sharded parameters: what one process says, and the right values."
 import subprocess
 import sys
 import textwrap
@@ -46,6 +46,63 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
+CUT = textwrap.dedent("""
+    import sys, torch
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from gradnb import sharpness
+    from gradnb.problem.parallel import rank, together
+    from gradnb.problem.sharded import Sharded
+
+    def build(dtype=torch.float64):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7), nn.Dropout(.1).eval(), nn.Linear(7, 3)).to(dtype)
+
+    def examples():
+        torch.manual_seed(1)
+        return torch.randn(16, 5, dtype=torch.float64), torch.randint(3, (16,))
+
+    def fsdp(net, mesh):
+        for layer in (net[0], net[4], net): fully_shard(layer, mesh=mesh)
+        return net
+
+    def tensor_parallel(net, mesh):
+        cut = {"0.weight": Shard(0), "0.bias": Shard(0), "4.weight": Shard(1)}
+        for name, p in list(net.named_parameters()):
+            owner, _, own = name.rpartition(".")
+            setattr(net.get_submodule(owner), own, nn.Parameter(distribute_tensor(p.detach(), mesh, [cut.get(name, Replicate())])))
+        return net
+
+    def measured(net, loss, k, tol, every=True):
+        held, random = {n: (p.to_local().clone(), p.grad) for n, p in net.named_parameters()}, torch.get_rng_state()
+        problem = Sharded(net, loss)
+        whole = lambda v: torch.cat([t.full_tensor().reshape(-1) for t in problem.named(v).values()])
+        line = lambda p: distribute_tensor(torch.linspace(-1, 1, p.numel(), dtype=p.dtype).view(p.shape), p.device_mesh, p.placements)
+        v = torch.cat([s.of(line(s.param)) * s.unit for s in problem.shards])
+        found, grad = sharpness(problem, k=k, tol=tol), problem.grad
+        again, low = (sharpness(problem, k=k, tol=tol, warm=found.sketch), sharpness(problem, which="smallest", tol=tol)) if every else (found, None)
+        assert all(torch.equal(p.to_local(), held[n][0]) and p.grad is held[n][1] for n, p in net.named_parameters()) and torch.equal(random, torch.get_rng_state())
+        return dict(p=problem.p, loss=problem.loss, grad=whole(grad), norm=problem.length(grad), product=whole(problem.hvp(v)), far=whole(v), off=problem.error(),
+                    sizes=problem.sizes, vector=whole(found.vectors[:, 0]), **{f"{n} {i}": getattr(f, i) for n, f in dict(cold=found, warm=again, low=low).items() if f for i in ("values", "errors", "residuals", "converged")})
+
+    if __name__ == "__main__":
+        with together():
+            (mine, n), out, every = rank(), {}, sys.argv[2] == "all"
+            mesh, (x, y) = init_device_mesh("cpu", (n,)), examples()
+            ce = lambda x, y: lambda model: nn.functional.cross_entropy(model(x), y)
+            own = [t.chunk(n)[mine] for t in (x, y)]
+            out["fsdp"] = measured(fsdp(build(), mesh), ce(*own), 2 if every else 1, 1e-5 if every else 1e-2, every)
+            if every:
+                whole = distribute_tensor(x, mesh, [Replicate()])
+                out["tensors"] = measured(tensor_parallel(build(), mesh), lambda model: nn.functional.cross_entropy(model(whole).full_tensor(), y), 2, 1e-5)
+                out["single"] = measured(fsdp(build(torch.float32), mesh), ce(own[0].float(), own[1]), 2, 1e-3)
+            if every and n == 4: out["hybrid"] = measured(fsdp(build(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("again", "cut"))), ce(*own), 2, 1e-5)
+            torch.save(out, f"{sys.argv[1]}/{mine}.pt")
+""")
+
+
 def torchrun(*command, n=2):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *map(str, command)],
                           capture_output=True, text=True, timeout=300)
@@ -89,3 +146,40 @@ def test_without_gpus_the_number_is_asked_for(capsys):
     from gradnb.cli import main
     if torch.cuda.is_available(): pytest.skip("there are GPUs, so there is a default")
     assert main(["train", "--distribute", "--steps", "1"]) == 2 and "--distribute 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n, which", [(2, "one"), pytest.param(2, "all", marks=pytest.mark.slow), pytest.param(4, "all", marks=pytest.mark.slow)])
+def test_sharded_parameters_are_those_of_one_process(n, which, tmp_path):
+    "FSDP, tensors cut by hand, and FSDP whose shards are held twice; shards that do not divide, and empty ones. Against the dense Hessian of the module itself."
+    (tmp_path / "cut.py").write_text(CUT)
+    torchrun(tmp_path / "cut.py", tmp_path, which, n=n)
+    made = {"__name__": "cut"}
+    exec(CUT, made)
+    net, (x, y) = made["build"](), made["examples"]()
+    names, shapes, sizes = zip(*((k, p.shape, p.numel()) for k, p in net.named_parameters()))
+    theta = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+    def loss(t): return torch.nn.functional.cross_entropy(torch.func.functional_call(net, {k: b.view(s) for k, s, b in zip(names, shapes, t.split(sizes))}, x), y)
+    grad, H = torch.func.grad(loss)(theta), torch.autograd.functional.hessian(loss, theta)
+    exact = torch.linalg.eigvalsh(H).flip(0)
+    ranks = [torch.load(tmp_path / f"{k}.pt", weights_only=True) for k in range(n)]
+    for rank in ranks:
+        for kind, got in rank.items():
+            single = kind == "single"
+            close = lambda a, b, double, tol=1e-12: torch.testing.assert_close(a.double(), b, rtol=1e-5 if single else double, atol=1e-5 if single else tol)
+            assert got["p"] == len(theta) and torch.equal(got["cold values"], ranks[0][kind]["cold values"])
+            close(got["loss"], loss(theta), 1e-12)
+            close(got["grad"], grad, 1e-10)
+            assert got["norm"] == pytest.approx(float(grad.norm()), rel=1e-6)
+            assert (got["product"].double() - H @ got["far"].double()).norm() <= got["off"] * got["far"].norm() and got["off"] < (3e-2 if single else 1e-6)
+            for how in "cold", "warm": assert ((got[f"{how} values"] - exact[:len(got[f"{how} values"])]).abs() <= got[f"{how} errors"]).all() and got[f"{how} converged"]
+            if "low values" in got: assert abs(got["low values"] - exact[-1]) <= got["low errors"]
+            v = got["vector"].double()
+            assert v.norm() == pytest.approx(1, abs=1e-5) and (H @ v - got["cold values"][0] * v).norm() <= got["cold residuals"][0]
+    for kind in ranks[0] if which == "all" else ():
+        if kind in ("fsdp", "single"): assert sum(sum(r[kind]["sizes"]) for r in ranks) == len(theta)
+
+
+def test_what_cannot_be_sharded_says_so():
+    from gradnb.problem.sharded import Sharded
+    with pytest.raises(TypeError, match="'weight' is a plain tensor"): Sharded(torch.nn.Linear(2, 2), lambda model: 0.)
+    with pytest.raises(ValueError, match="no trainable parameters"): Sharded(torch.nn.Tanh(), lambda model: 0.)

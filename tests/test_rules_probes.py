@@ -140,3 +140,38 @@ def test_noise_scale_of_every_layer_by_plain_backward_passes(kind):
             noise, signal = (sum(x) for x in zip(*(parts(g) for name, g in grads.items() if name.rpartition(".")[0] == layer)))
             assert row[layer] == pytest.approx(size * noise / signal if signal > 0 else np.inf, rel=1e-6)
             assert row[f"{layer}_low"] < row[layer] <= row[f"{layer}_high"]
+
+
+# --- loss by class ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("data, net, options", [
+    ("zipf:n=60,k=6,features=9", "deeplinear:depth=1", ""), ("digits-100:test=50", "fc-tanh:width=6", "split=test"), ("zipf:n=60,k=6,features=9", "deeplinear:depth=1", "groups=3"),
+    ("sorting:n=12", "gpt:width=8,layers=1,heads=2,dropout=0.0", ""), ("digits-50", "fc-bn-relu:width=6", "")])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_loss_by_class_is_that_of_a_mask(data, net, options, chunk):
+    "torch's cross-entropy of the examples of one class, or of one group, after the other."
+    if chunk and "bn" in net: return
+    d, module = load_dataset(data), build_model(net, load_dataset(data))
+    problem = Problem(module, "ce", d, chunk)
+    state, traces = train(problem, Descent(GD(.2)), 2, [f"class_loss:every=2,{options}".rstrip(",")], progress=False)
+    found, = (t.values[-1] for name, t in traces.items() if name.startswith("class_loss"))
+    x, y = (d.x_test, d.y_test) if "test" in options else (d.x, d.y)
+    with torch.no_grad(): out = problem.outputs(state.theta, x)
+    out, y, seen = out[y >= 0], y[y >= 0], d.y[d.y >= 0]
+    each = nn.functional.cross_entropy(out, y, reduction="none")
+    counts = torch.bincount(seen, minlength=d.classes).tolist()
+    members = [[c] for c in range(d.classes)]
+    if "groups" in options:                           # classes have 25, 12, 8, 6, 5, 4 examples: middles at 12.5, 31, 41, 48, 53.5, 58 of 60
+        assert counts == sorted(counts, reverse=True)
+        middles = [sum(counts[:c]) + counts[c] / 2 for c in range(6)]
+        members = [[c for c in range(6) if 20 * g <= middles[c] < 20 * g + 20] for g in range(3)]
+    wanted = [each[torch.isin(y, torch.tensor(m))].mean() if m and torch.isin(y, torch.tensor(m)).any() else torch.nan for m in members]
+    np.testing.assert_allclose(found, torch.tensor(wanted), rtol=2e-5)
+
+
+def test_loss_by_class_needs_classes():
+    d = load_dataset("chebyshev-3-8")
+    with pytest.raises(TypeError, match="has none"): train(Problem(build_model("regression:width=3", d), "mse", d), Descent(GD(.1)), 1, ["class_loss"], progress=False)
+    for word, says in (("class_loss:groups=-1", "groups"), ("class_loss:split=valid", "split"), ("class_loss:groups=2.5", "whole")):
+        with pytest.raises(ValueError, match=says): PROBES.build(word)
+    assert PROBES.build("class_loss:groups=3").name == "class_loss of 3" and PROBES.build("class_loss").name == "class_loss"

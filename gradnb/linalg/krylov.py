@@ -11,7 +11,7 @@ from math import inf, pi, sqrt
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .basis import Basis, Eigs, Sketch, combine, inner, open_pairs, orthonormalise, start_rows, strip
+from .basis import Basis, Eigs, Sketch, combine, entries, inner, open_pairs, orthonormalise, start_rows, strip
 from ..ground.streams import Stream
 from ..ground.roles import check_given
 
@@ -45,7 +45,7 @@ def _ahead(
     i: int,                   # of which pair
 ) -> Tensor:                  # (1, p)
     "Where the search for eigenpair i goes on: its predicted vector, as far as it is not in the basis, but for old vectors' parts in it."
-    R = combine(joint.inside[i, None] @ B.F, B.R, B.like.new_zeros(1, B.p))
+    R = combine(joint.inside[i, None] @ B.F, B.R, B.like.new_zeros(1, B.width))
     return combine(joint.ahead[i, None] * joint.values[i], B.V, R, add=1)
 
 def _updated(
@@ -57,7 +57,7 @@ def _updated(
 ) -> Sketch:
     "The top of what is known now."
     inside, outside = joint.inside[:keep], joint.outside[:keep]
-    out = B.like.new_empty(len(inside), B.p, dtype=dtype) if own is None or len(own.values) < len(inside) else own.vectors.T[:len(inside)]
+    out = B.like.new_empty(len(inside), B.width, dtype=dtype) if own is None or len(own.values) < len(inside) else own.vectors.T[:len(inside)]
     vectors = combine(torch.cat([inside - outside @ B.C, outside], 1), [*B.Q, *B.V], out)
     return Sketch(joint.values[:keep], vectors.T)
 
@@ -275,7 +275,7 @@ def lanczos(
     """
     check_given("lanczos", matvec, "product")
     rows = start_rows(start, k)
-    j, p = rows.shape
+    j, p = len(rows), entries(rows)
     follow, guards = max(j, k + (j < k)), 0 if check else max(j - k, 0)
     budget, least = 200 + 20 * k if max_matvecs is None else max_matvecs, max(24, 16 + 2 * follow)
     lean, half, held, copies = memory is not None, None, 0, inf if memory is None else memory

@@ -7,10 +7,11 @@ __all__ = ['WHICH', 'FEW', 'unit', 'sharpness']
 
 # %% ../../nbs/07_measure/02_curvature.ipynb #imports
 import warnings
-from math import inf
+from math import inf, isfinite
 import torch
 from torch import Tensor
 from ..linalg import Eigs, Sketch, lanczos
+from ..linalg.basis import parted
 from ..problem.designs import NotFinite
 from ..problem.graphs import check_free
 from ..problem import Point
@@ -47,6 +48,26 @@ def _one_end(point, k, warm, stream, which, check, **options):
     return eigs._replace(values=sign * back(eigs.values), residuals=back(eigs.residuals), errors=back(eigs.errors),
                          sketch=Sketch(back(eigs.sketch.values), eigs.sketch.vectors))
 
+# %% ../../nbs/07_measure/02_curvature.ipynb #in-parts
+def _in_parts(problem, k, warm, stream, which, tol, memory, **options):
+    if which == "magnitude": raise ValueError("of sharded parameters one end is searched at a time: which is 'largest' or 'smallest'.")
+    grad, sign, sketch = problem.grad, 1 if which == "largest" else -1, None
+    if not isfinite(size := problem.length(grad)): raise NotFinite("the gradient is not finite; there is no Hessian here.")
+    noise = problem.parts.random(stream).to(grad)
+    start = noise / problem.length(noise)
+    if size: start += grad / size
+    if isinstance(warm, Sketch):
+        sketch, first = warm, warm.vectors[:, :k].to(grad.dtype, copy=True)
+        first[:, -1] += .3 * start
+        start = first
+    elif warm is not None: start = warm
+    problem.error()                                    # of nobody's search so far
+    with parted(problem.parts):
+        eigs = lanczos(lambda v: sign * problem.hvp(v), start, k, tol, stream=stream / "lanczos", sketch=sketch, keep=k + 8, memory=memory, **options)
+    off = problem.error()
+    return eigs._replace(values=sign * eigs.values, residuals=eigs.residuals + off, errors=eigs.errors + off,
+                         converged=eigs.converged and off <= tol * float(eigs.values.abs().max()))
+
 # %% ../../nbs/07_measure/02_curvature.ipynb #two-ends
 def _two_ends(point, k, warm, stream, max_matvecs, **options):
     p, half = point.problem.p, None if max_matvecs is None else max_matvecs // 2
@@ -68,7 +89,7 @@ WHICH = "largest", "smallest", "magnitude"
 FEW = 10**5    # parameters from which on copies of them are counted
 
 def sharpness(
-    problem,                        # what is measured: a Problem, or a Point of it (then theta is not given)
+    problem,                        # what is measured: a Problem, or a Point of it or a Sharded (then theta is not given)
     theta: Tensor | None = None,    # where, (p,)
     k: int = 1,                     # how many of the largest eigenvalues
     tol: float = 1e-3,              # errors allowed, relative to the largest eigenvalue
@@ -88,6 +109,10 @@ def sharpness(
     """
     if which not in WHICH: raise ValueError(f"which is {', '.join(map(repr, WHICH))}; got {which!r}.")
     check_number("sharpness", "tol", tol, 0)
+    if hasattr(problem, "parts"):
+        if theta is not None or batch is not None: raise TypeError("a sharded model is measured where it is, on the batch of its loss; leave theta and batch out.")
+        memory = (12 + 4 * k if problem.p >= FEW else None) if memory in (None, inf) else memory
+        return _in_parts(problem, k, warm, stream, which, tol, memory, max_matvecs=max_matvecs, vectors=vectors, check=check)
     if not isinstance(problem, Point): check_given("sharpness", problem, "point")
     point = problem if isinstance(problem, Point) else problem.at(theta, batch)
     if point.theta.dtype not in (torch.float32, torch.float64):

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
+from ...data.sources import held
 from ...ground.estimate import Estimate
 from ...ground.roles import Rule
 from ...measure.noise.comparing import Counted
@@ -128,6 +129,7 @@ def target(
     if (task.loss_goal is None) == (task.acc_goal is None): raise ValueError(f"task {name!r} needs one target: give its spec loss_goal=… or acc_goal=…, and not both.")
     return (task.loss_goal, "at_end") if task.acc_goal is None else (-task.acc_goal, "at_end:probe=train,column=accuracy,most=true")
 
+@held()
 def compare(
     tasks: Spec | dict[str, Spec],   # by name: its loss_goal or acc_goal is the target, its steps the longest horizon; its rule is not used
     rules: dict[str, Rule],          # by name, each with the learning rate where tuning begins
@@ -219,10 +221,11 @@ def pairs_of(steps: dict, table: pd.DataFrame, level: float) -> pd.DataFrame:
         rows.append(dict(task=task, first=a, second=b, ratio=found.ratio.value, low=found.ratio.low, high=found.ratio.high) | {k: getattr(found, k) for k in ("effect", "wins", "losses", "p", "test", "factor")})
     corrected = holm([r["p"] for r in rows])
     for r, p in zip(rows, corrected):
-        n = len(steps[r["task"], r["first"]])
+        n, (a, b) = len(steps[r["task"], r["first"]]), ([one.steps for one in steps[r["task"], r[k]]] for k in ("first", "second"))
+        r["factor"] = pair(a, b, 1 - (1 - level) / len(rows)).factor
         r |= dict(holm=p, told=bool(p < 1 - level))
         flags = [f"{w} is flagged" for w in (r["first"], r["second"]) if flagged[r["task"], w]]
         if not r["told"] and 2 * .5**n * len(rows) >= 1 - level and r["test"] == "sign": flags.append(f"{n} seeds are too few for a sign test of {len(rows)} pairs to tell anything")
-        elif not r["told"]: flags.append(f"{n} seeds are too few to tell" + (f" factors below {r['factor']:.2g}, uncorrected" if isfinite(r["factor"]) else ""))
+        elif not r["told"]: flags.append(f"{n} seeds are too few to tell" + (f" factors below {r['factor']:.2g} among {len(rows)} pairs" if isfinite(r["factor"]) else ""))
         r["flag"] = "; ".join(flags)
     return pd.DataFrame(rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
+from ...data.sources import held
 from ...ground.roles import check_number
 from .. import Run, Spec, Store
 from ..spec import usable
@@ -80,7 +81,7 @@ def sweep(
     if dry_run: return results(todo, store)
     worker = Worker(str(store.root.resolve()), device, interval, plugins(), wait)
     errors, again = {}, todo
-    with tqdm(total=len(specs), initial=len(specs) - len(todo), desc="sweep", unit="run", disable=progress is not True) as bar:
+    with tqdm(total=len(specs), initial=len(specs) - len(todo), desc="sweep", unit="run", disable=progress is not True) as bar, held():
         try:
             for _ in range(retries + 1):
                 errors, again = {}, [s for s in again if not errors or s.hash in errors]

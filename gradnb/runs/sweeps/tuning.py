@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf, isfinite, nan
 import pandas as pd
+from ...data.sources import held
 from ...ground.estimate import Estimate
 from ...ground.registry import Registry, unknown
 from ...ground.roles import check_number
@@ -116,6 +117,7 @@ def checked(
     return numbers[name]
 
 # %% ../../../nbs/08_runs/09_sweeps/07_tuning.ipynb #tuned
+@held()
 def tuned(
     spec: Spec,                     # what is tuned; its own value is where the grid begins, its seed is left for later
     over: str = "rule.lr",          # a positive number among its fields
