@@ -633,7 +633,7 @@ AGAIN = """async (times) => {
 OPEN = "import threading, ipywidgets; print(threading.active_count(), len(ipywidgets.Widget._active_widgets if hasattr(ipywidgets.Widget, '_active_widgets') else ipywidgets.widgets.widget._instances))"
 
 
-@pytest.mark.parametrize("make", ["RunExplorer(store, follow=.2)", "LiveExplorer(problem, Descent(GD(.1)))"])
+@pytest.mark.parametrize("make", [pytest.param("RunExplorer(store, follow=.2)", marks=pytest.mark.slow), "LiveExplorer(problem, Descent(GD(.1)))"])
 def test_lab_cell_run_again_closes_what_it_showed(notebook, tmp_path, make):
     "Threads and widgets do not pile up, and the trainer of an explorer that is gone stops."
     page = notebook(RUNS.replace("STORE", str(tmp_path / "runs")) + """
@@ -808,7 +808,7 @@ def turn_plane(page):
 HANDS = {"run_explorer": read_runs, "live_explorer": press_run, "tail_explorer": choose_method, "cluster_explorer": sort_clusters, "landscape_explorer": turn_plane}
 
 
-@pytest.mark.parametrize("name", HANDS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("run_explorer", "live_explorer"))) for n in HANDS])
 def test_lab_explorers_by_hand(notebook, name):
     "Up to the cell that shows the explorer."
     cells = [c for c in json.loads((Path(__file__).parents[1] / "nbs" / "explore" / f"{name}.ipynb").read_text())["cells"] if c["cell_type"] == "code"]

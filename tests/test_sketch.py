@@ -80,7 +80,7 @@ def test_no_sketch_unless_asked_for():
 
 
 @pytest.mark.parametrize("which", [1, 4, 30, 150])
-@pytest.mark.parametrize("rate", [0.005, 0.02])
+@pytest.mark.parametrize("rate", [0.005, pytest.param(0.02, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seed", [1000, *(pytest.param(s, marks=pytest.mark.slow) for s in (3000, 5000))])
 def test_a_decoupled_direction_that_overtakes_is_seen(which, rate, seed):
     "The old top vector stays an exact eigenvector; the gradient holds a little of everything, drawn anew for each look."

@@ -174,7 +174,7 @@ def lines(tmp_path_factory):
     return trace.count
 
 
-@pytest.mark.parametrize("interval", [0.0, 1e9])
+@pytest.mark.parametrize("interval", [pytest.param(0.0, marks=pytest.mark.slow), 1e9])
 def test_interrupted_at_any_line(disk, whole, lines, interval):
     assert lines > 2000
     count = 0

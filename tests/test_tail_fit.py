@@ -246,6 +246,7 @@ def test_the_verdict_names_what_is_not_stable(name, best):
     assert not v.stable and v.text.startswith("not stable: ") and "α-stable" not in v.text and f"Best of five: {best}" in v.text
 
 
+@pytest.mark.slow                   # the notebook says as much every day
 def test_the_verdict_says_stable_only_where_it_passes():
     passes = verdict(draws("stable", 12_000, "pass"), Stream(0), draws=60)
     assert passes.stable and passes.text.startswith("α-stable, as far as 12,000 draws can tell: α = 1.") and 0 in passes.profile
