@@ -366,7 +366,7 @@ COUNTED = {      # what states an error → the claims that count it
     "measure.tail.methods.inverse": "tail_index, hill", "measure.tail.methods.LogQuantile.of": "tail_index, mcculloch",
     **{f"measure.tail.estimators.{f}": "tail_index, " for f in ("estimate_index", "tail_index", "compare_records", "compare_tails", "m_profile", "k_plot")},
     "measure.tail.noise.noise_index": "tail_index, mohammadi", "measure.tail.verdict.profile_change": "profile_change", "show.plots.tail.profile_frame": "tail_index, ",
-    "runs.sweeps.comparison.geometric_mean": "geometric_mean", "runs.sweeps.comparison.spread_times": "spread_times"}
+    "runs.sweeps.comparison.geometric_mean": "geometric_mean", "runs.sweeps.pairs.antilog": "geometric_mean", "runs.sweeps.comparison.spread_times": "spread_times"}
 CONVERTS = "the numbers that it is given, in other units or under another name"
 SEARCHED = "a bracket of a search, not of chance: tests/test_flatness.py holds it against exact values"
 UNCOUNTED = {    # and why others are not

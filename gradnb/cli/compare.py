@@ -7,7 +7,7 @@ __all__ = ['add_compare', 'compare']
 
 # %% ../../nbs/11_cli/03_compare.ipynb #imports
 import sys
-from .train import add_problem, add_store, problem_from
+from .train import add_estimator, add_problem, add_store, estimator_from, problem_from
 
 # %% ../../nbs/11_cli/03_compare.ipynb #compare
 def add_compare(commands):
@@ -18,8 +18,7 @@ def add_compare(commands):
                     "line that begins with ! for whatever could mislead. The same line again goes on.",
         epilog="example: gradnb compare --rule momentum:lr=0.1 --rule adam:lr=0.001 --dataset digits --batch 32 --steps 400 --loss-goal 0.05")
     p.add_argument("--rule", action="append", required=True, metavar="NAME", help="momentum:lr=0.1, muon:lr=0.02, …: with the learning rate where tuning begins; two or more")
-    p.add_argument("--estimator", metavar="NAME", help="where gradients come from: fullbatch, minibatch:size=64 (default: fullbatch)")
-    p.add_argument("--batch", type=int, metavar="B", help="short for --estimator minibatch:size=B")
+    add_estimator(p)
     p.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds that count, from --seed on (default: %(default)s)")
     p.add_argument("--horizons", default="0.25,0.5,1", metavar="PARTS", help="of the steps, each a run of its own (default: %(default)s)")
     p.add_argument("--budget", type=int, default=5, metavar="N", help="learning rates tried at every horizon, with two other seeds each (default: %(default)s)")
@@ -30,15 +29,15 @@ def add_compare(commands):
 
 def compare(args) -> int:
     from gradnb.ground.display import as_csv, as_text, printed
-    from gradnb.ground.roles import ESTIMATORS, RULES
+    from gradnb.ground.roles import RULES
     from gradnb.runs import Spec
     from gradnb.runs.sweeps.comparison import compare as race
-    if args.batch is not None and args.estimator: raise ValueError("--batch B is short for --estimator minibatch:size=B; give one of them.")
+    estimator = estimator_from(args)
     if args.probe: raise ValueError("compare chooses its own looks; leave out --probe.")
     try: horizons = [float(v) for v in args.horizons.split(",")]
     except ValueError: raise ValueError(f"--horizons takes parts of the steps, such as 0.25,0.5,1; got {args.horizons!r}.") from None
     rules = {word: RULES.build(word) for word in args.rule}
-    task = Spec(rule=next(iter(rules.values())), estimator=ESTIMATORS.build(args.estimator or "fullbatch" if args.batch is None else f"minibatch:size={args.batch}"), **problem_from(args))
+    task = Spec(rule=next(iter(rules.values())), estimator=estimator, **problem_from(args))
     found = race({args.dataset: task}, rules, range(args.seed, args.seed + args.seeds), horizons, budget=args.budget, store=args.store, device=args.device)
     if args.csv: print(as_csv(found.table), end="")
     else: print(as_text(found.table[["rule", "steps", "low", "high", "seconds", "examples", "lr"]]) + "\n")

@@ -12,7 +12,7 @@ from ...ground.estimate import Estimate
 from ...ground.roles import Batch, check_number
 from ...ground.streams import Stream
 from ...linalg.trace import frobenius
-from .curvature import two_over
+from .curvature import plain_edge
 from .view import PROBES, Probe, View
 from ...problem import Point
 
@@ -52,10 +52,8 @@ def frobenius_probe(
     def measure(view):
         point = view.point
         norm = frobenius(point.hvp, view.problem.p, products, view.stream / "norm", view.theta.dtype, view.theta.device)
-        rule = getattr(view.stepper, "rule", None)
-        size = independent_examples(view) if type(getattr(rule, "rule", rule)).__name__ == "GD" else nan
         bends, unit = noise_curvature(point, examples, view.stream / "examples") if examples else (nan,) * 4, 2 * float(view.full_loss)
         mu = [b / unit / f**2 if unit and f else nan for b, f in zip((bends[0], *bends[2:]), (norm.value, norm.high, norm.low))]
-        bound = two_over(view) / 2 * sqrt(size / mu[0]) if mu[0] > 0 else nan if mu[0] != mu[0] else inf
+        bound = plain_edge(view) / 2 * sqrt(independent_examples(view) / mu[0]) if mu[0] > 0 else nan if mu[0] != mu[0] else inf
         return dict(value=norm.value, low=norm.low, high=norm.high, alignment=mu[0], alignment_low=mu[1], alignment_high=mu[2], threshold=bound)
     return Probe("frobenius", every, measure)

@@ -24,7 +24,7 @@ from ...move.steppers import trajectory
 from .. import Run, Spec, Store
 from ..run import DONE
 from .many import sweep
-from .pairs import holm, pair
+from .pairs import antilog, holm, pair
 from .tuning import CRITERIA, Tuned, judged, tuned
 
 # %% ../../../nbs/08_runs/09_sweeps/09_comparison.ipynb #reached
@@ -198,8 +198,7 @@ def geometric_mean(
 ) -> Estimate:                  # inf, and no interval, where one is
     "exp of the mean logarithm, with Student's interval."
     if not np.isfinite(values).all(): return Estimate(inf, nan, nan, nan)
-    logs = Estimate.mean(np.log(np.asarray(values, dtype=np.float64)), level)
-    return Estimate(exp(logs.value), exp(logs.value) * logs.stderr, exp(logs.low), exp(min(logs.high, 700.)))
+    return antilog(Estimate.mean(np.log(np.asarray(values, dtype=np.float64)), level))
 
 def spread_times(
     a: Estimate,     # positive
