@@ -502,7 +502,7 @@ def test_lab_run_explorer(notebook, tmp_path, request):
     where.fill("rule=Momentum")
     where.press("Enter")
     page.get_by_text("meets 'rule=Momentum'").wait_for()
-    assert not said.is_visible()
+    said.wait_for(state="hidden")                                          # what was wrong is a message of its own, and goes with another one
 
     in_kernel(page, "store.run(spec(Momentum(.01)), progress=False)", wait=False)       # a run comes, while the kernel is busy with it
     page.wait_for_selector("[data-panel=loss] canvas")
