@@ -441,16 +441,16 @@ def threads():
 def stopped(store, spec, step):
     "The run of a spec, interrupted before this step."
     from gradnb import Descent
-    real = Descent.step
+    real = Descent.prepare
 
-    def step_(self, problem, state):
+    def prepare(self, problem, state, stream):
         if state.step == step: raise KeyboardInterrupt
-        return real(self, problem, state)
+        return real(self, problem, state, stream)
 
-    Descent.step = step_
+    Descent.prepare = prepare
     try:
         with pytest.warns(RuntimeWarning, match="interrupted"), pytest.raises(KeyboardInterrupt): store.run(spec, progress=False)
-    finally: Descent.step = real
+    finally: Descent.prepare = real
     return store.open(spec)
 
 

@@ -187,6 +187,25 @@ def test_interrupted_at_any_line(disk, whole, lines, interval):
     assert count >= 30
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
+def test_a_state_half_written_over_is_never_stored(disk, whole, monkeypatch, kind):
+    over = Momentum.over
+    for at in range(SPEC.steps):
+        left = [at]
+
+        def cut(rule, state, blocks, grads):
+            after = over(rule, state, blocks, grads)
+            left[0] -= 1
+            if left[0] < 0: raise kind("while a step is taken")
+            return after
+
+        monkeypatch.setattr(Momentum, "over", cut)
+        with suppress(kind): train(disk / str(at), 1e9)
+        assert left[0] < 0
+        monkeypatch.setattr(Momentum, "over", over)
+        sound(disk / str(at), whole)
+
+
 def test_a_second_process_waits_or_is_refused(disk, whole):
     root = disk / SPEC.hash
     root.mkdir()

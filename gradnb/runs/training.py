@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..measure.probes.view import PROBES, Probe, View, evaluation
 from ..problem.designs import NotFinite
 from ..ground.roles import Rule, State, Stepper, check_given, check_number
-from ..move.steppers import Spare, spare
+from ..move.steppers import spare
 from ..ground.streams import Stream
 from ..ground.traces import Trace, as_row
 
@@ -136,7 +136,7 @@ def train(
     acc_goal: float | None = None,    # stop when the training accuracy is at least this
     goal_every: int = 10,             # steps between looks at the goals
     progress: bool = True,            # show a bar after the first second
-) -> tuple[State, Traces]:            # the last state, prepared unless that is what was interrupted or failed; traces by name, always with "loss" (the batch's, each step)
+) -> tuple[State, Traces]:            # the last state, prepared unless that is what was interrupted or failed, None if it was half written over then; traces by name, always with "loss" (the batch's, each step)
     "Train, measuring on the way. Ctrl-C ends the run early and keeps everything."
     if not isinstance(stepper, Stepper):
         hint = f"; put the rule in one: Descent({stepper!r}, MiniBatch(128))" if isinstance(stepper, Rule) else ""
@@ -147,7 +147,6 @@ def train(
     watching = Watching(problem, stepper, steps, probes, seed, loss_goal, acc_goal, goal_every, {} if memory is None else memory)
     traces = Traces({name: Trace(name) for name in ("loss", *(p.name for p in probes))})
     kept, given, k = watching.remembered(), state is not None, state.step if state else 0      # kept: the memories that belong to the state
-    here = None                                            # the state that a step is taken from, while it is taken
     bar = tqdm(total=steps, initial=state.step if state else 0, desc="train", unit="step", delay=1, leave=None, disable=not progress)
 
     def keep(name, step, row):
@@ -165,15 +164,16 @@ def train(
                 break
             with unbroken():                               # an interrupt parts neither the blocks of a state nor it and its memories
                 here = spare(stepper, state, given or watching.wants(k) or getattr(record, "holds", record is not None))
+                if here is not state: state = None         # while it is written over
                 state, kept, k, given = stepper.step(problem, here), watching.remembered(), k + 1, False
-                here = None
+                del here
             bar.update()
             bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
     except KeyboardInterrupt:
         traces.outcome = Outcome("interrupted", k, f"interrupted at step {k}")
     except Exception as e:
         if not isinstance(e, NotFinite) or not k:
-            e.state, e.traces = None if isinstance(here, Spare) else state, traces       # None: it is half written over
+            e.state, e.traces = state, traces
             e.add_note(f"at step {k}; what was measured until then is this error's .traces")
             raise
         traces.outcome = Outcome("diverged", k, f"{e} (at step {k})")         # the loss may be finite where a gradient is not
