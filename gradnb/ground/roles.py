@@ -118,7 +118,9 @@ def later(
 def learning_rate(stepper: Stepper, step: int, state=None) -> float | None:
     "The learning rate of the step from here; None where there is none, or none is known without the rule's state."
     rule = getattr(stepper, "rule", stepper)      # a flow has one of its own
-    if hasattr(rule, "acting"): return rule.acting(state).lr if state is not None else None
+    if hasattr(rule, "acting"):
+        if state is None: return None
+        rule = rule.acting(state)
     return getattr(rule.at(step) if hasattr(rule, "at") else rule, "lr", None)
 
 # %% ../../nbs/01_ground/08_roles.ipynb #average

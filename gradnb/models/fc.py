@@ -9,8 +9,10 @@ __all__ = ['layered', 'regression', 'deeplinear', 'mlp', 'bias_free', 'Root2ReLU
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from math import prod
+from math import inf, prod
+import torch
 from torch import Tensor, nn
+from ..ground.roles import check_number
 from .build import ACTIVATIONS, MODELS, check_size, make_activation
 
 # %% ../../nbs/04_models/05_fc.ipynb #fc
@@ -35,9 +37,11 @@ def fully_connected(
     norm: bool,                           # BatchNorm after every activation
 ) -> Callable:                            # a builder for MODELS
     "The fully-connected family of Cohen et al. 2021 (edge of stability), one builder per activation."
-    def build(in_shape, outputs, width: int = 200, depth: int = 2) -> nn.Sequential:
-        check_size("width", width); check_size("depth", depth)
-        return layered(in_shape, [width] * depth, outputs, act, norm=norm)
+    def build(in_shape, outputs, width: int = 200, depth: int = 2, gain: float = 1.) -> nn.Sequential:
+        check_size("width", width); check_size("depth", depth); check_number("model 'fc'", "gain", gain, 0, inf)
+        net = layered(in_shape, [width] * depth, outputs, act, norm=norm)
+        with torch.no_grad(): torch._foreach_mul_([p for p in net.parameters() if p.ndim > 1], gain)
+        return net
     return build
 
 for word in ("relu", "tanh", "elu", "hardtanh", "softplus"):

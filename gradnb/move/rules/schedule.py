@@ -63,6 +63,10 @@ class Scheduled(Rule):
         "The rule as it acts at step k."
         return replace(self.rule, lr=self.rule.lr * self.schedule(k))
 
+    def faster(self, factor: float) -> "Scheduled":
+        "This rule with all of its learning rates multiplied."
+        return replace(self, rule=replace(self.rule, lr=self.rule.lr * factor))
+
     def unclipped(self) -> "Scheduled":
         "This rule without a clip for which the rule inside has an `unclipped`."
         return replace(self, rule=self.rule.unclipped()) if hasattr(self.rule, "unclipped") else self

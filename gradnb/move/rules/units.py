@@ -22,16 +22,17 @@ class UnitState(NamedTuple):
 @dataclass(frozen=True)
 class PerSharpness(Rule):
     "A rule whose learning rate is in units of 2/λ₀, with λ₀ the sharpness of the training loss where the run begins."
-    rule: Rule          # any rule with a learning rate `lr`: 1 is the edge of a quadratic
+    rule: Rule          # any rule with a learning rate `lr`, or a schedule of one: 1 is the edge of a quadratic
     tol: float = 1e-4   # error of λ₀ allowed, relative
 
     def __post_init__(self):
-        if getattr(self.rule, "lr", None) is None: raise ValueError(f"a unit belongs to a learning rate, and {self.rule!r} has none; give it lr=….")
+        if getattr(self.rule.rule if hasattr(self.rule, "faster") else self.rule, "lr", None) is None: raise ValueError(f"a unit belongs to a learning rate, and {self.rule!r} has none; give it lr=….")
         check_range(self, "tol", 1e-15, 1)
 
     def acting(self, state: UnitState) -> Rule:
         "The rule inside, with the learning rate that it has in this run; before the first step, in units of 1."
-        return replace(self.rule, lr=self.rule.lr * (state.unit or 1.))
+        unit = state.unit or 1.
+        return self.rule.faster(unit) if hasattr(self.rule, "faster") else replace(self.rule, lr=self.rule.lr * unit)
 
     def init(self, blocks, roles): return UnitState(0., self.rule.init(blocks, roles))
 
