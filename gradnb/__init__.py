@@ -73,6 +73,7 @@ _NAMES = {
     "runs": ["Spec", "Run", "Store"],
     "runs.sweeps.grid": ["grid"],
     "runs.sweeps.many": ["results", "sweep"],
+    "runs.sweeps.limits": ["limits"],
     "runs.sweeps.tuning": ["tuned"],
     "runs.sweeps.comparison": ["compare"],
     "runs.exports": ["export_runs"],

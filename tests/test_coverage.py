@@ -38,6 +38,7 @@ from gradnb.measure.tail.verdict import profile_change
 from gradnb.measure.thresholds.directions import ratio_of_means
 from gradnb.measure.trajectories import Projection, first_crossing, projected_distance
 from gradnb.runs.sweeps.comparison import geometric_mean, spread_times
+from gradnb.runs.sweeps.limits import mean_between
 from gradnb.runs.sweeps.pairs import pair
 from gradnb.show.claims import batch_means
 
@@ -328,6 +329,14 @@ CLAIMS += [Claim(f"measure: tail_index, {m}, Pareto {a}, {n} draws", power(a, n)
 CLAIMS += [Claim(f"measure: tail_index, hill, its own power law, Student {nu}", student_t(nu, 2000), index("hill"), own_power(nu), .93) for nu in (1, 3)]
 CLAIMS += [Claim(f"measure: profile_change, stable {a}, {n} draws", stable(a, n), lambda x, s: profile_change(x), lambda x: 0., .93) for a in (1.2, 2.) for n in (400, 4000)]
 
+def bracketed(spread, width):
+    "Logarithms of five limits, the mean of all such, and the brackets that a grid finds them in."
+    def draw(s):
+        middle = uniform(s / "middle", 1).item()
+        cells = np.floor((middle + spread * normal(s, 5).numpy()) / width)
+        return middle, np.exp(width * cells), np.exp(width * (cells + 1))
+    return draw
+
 def raced(noise, n):
     "Steps of two rules on n seeds, which differ more than the rules."
     def draw(s):
@@ -341,6 +350,8 @@ CLAIMS += [Claim(f"runs: pair, {n} seeds, {name} noise", raced(noise, n), lambda
            for n in (3, 5) for name, noise in (("Gumbel", gumbel), ("exponential", exponential))]
 CLAIMS += [Claim("runs: geometric_mean of 5, Gumbel", lambda s: np.exp(gumbel(np.random.default_rng(s.generator().initial_seed()), 5)), lambda x, s: geometric_mean(x),
                  lambda x: np.exp(.2 * np.euler_gamma), .93),
+           *(Claim(f"runs: mean_between, 5 seeds, spread {spread}, grid {width}", bracketed(spread, width), lambda x, s: mean_between(*x[1:]), lambda x: np.exp(x[0]), .93)
+             for spread in (.05, .5) for width in (.1, .35)),
            Claim("runs: spread_times, 5 and 5", lambda s: (normal(s / "a", 5), normal(s / "b", 5)),
                  lambda x, s: spread_times(geometric_mean((.3 * x[0]).exp().numpy()), Estimate.mean(2 + .2 * x[1])), lambda x: 2., .93)]
 
@@ -366,7 +377,8 @@ COUNTED = {      # what states an error → the claims that count it
     "measure.tail.methods.inverse": "tail_index, hill", "measure.tail.methods.LogQuantile.of": "tail_index, mcculloch",
     **{f"measure.tail.estimators.{f}": "tail_index, " for f in ("estimate_index", "tail_index", "compare_records", "compare_tails", "m_profile", "k_plot")},
     "measure.tail.noise.noise_index": "tail_index, mohammadi", "measure.tail.verdict.profile_change": "profile_change", "show.plots.tail.profile_frame": "tail_index, ",
-    "runs.sweeps.comparison.geometric_mean": "geometric_mean", "runs.sweeps.pairs.antilog": "geometric_mean", "runs.sweeps.comparison.spread_times": "spread_times"}
+    "runs.sweeps.comparison.geometric_mean": "geometric_mean", "runs.sweeps.pairs.antilog": "geometric_mean", "runs.sweeps.comparison.spread_times": "spread_times",
+    "runs.sweeps.limits.mean_between": "mean_between", "runs.sweeps.limits.Limits.ratio": "mean_between"}
 CONVERTS = "the numbers that it is given, in other units or under another name"
 SEARCHED = "a bracket of a search, not of chance: tests/test_flatness.py holds it against exact values"
 UNCOUNTED = {    # and why others are not
