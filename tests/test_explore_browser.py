@@ -295,12 +295,78 @@ def test_a_link_restores_the_view(alone):
     page.keyboard.press("Home")
     page.keyboard.press("+")
     page.get_by_role("button", name="fast").click()
-    before, url = limits(page, "rise"), page.url
+    before = limits(page, "rise")
+    linked(page)
+    assert step_of(page) == 0 and limits(page, "rise") == before and page.get_by_role("button", name="fast").get_attribute("aria-pressed") == "false"
+
+
+def linked(page):
+    "The page anew, by its link."
+    url = page.url
     assert "#" in url
     page.goto("about:blank")
     page.goto(url)
     page.wait_for_selector(f"{CANVAS}[data-loaded]")
-    assert step_of(page) == 0 and limits(page, "rise") == before and page.get_by_role("button", name="fast").get_attribute("aria-pressed") == "false"
+
+
+def test_panels_and_legend_stand_as_they_are_put(alone):
+    "One panel alone, another order and size, the latest steps, one line alone: by mouse and by key; the link restores them, and a figure draws them."
+    page = alone(Two())
+    stand = lambda: [p.get_attribute("data-panel") for p in page.locator(".gradnb-panel").all() if p.is_visible()]
+    assert stand() == ["loss", "rise", "at", "none"]
+    title = lambda name: page.locator(f"[data-panel={name}] .gradnb-title")
+    title("loss").drag_to(title("at"))
+    assert stand() == ["rise", "at", "loss", "none"]
+    host = page.locator("[data-panel=rise] .gradnb-host")
+    host.focus()
+    page.keyboard.press("Shift+ArrowLeft")                                 # there is nothing before it
+    page.keyboard.press("Shift+ArrowRight")
+    assert stand() == ["at", "rise", "loss", "none"] and host.evaluate("e => e === document.activeElement")
+
+    size = lambda name: (box := page.locator(f"[data-panel={name}] canvas").bounding_box())["width"] * box["height"]
+    usual = size("rise")
+    page.keyboard.press("m")
+    assert stand() == ["rise"]
+    filled(page, "rise")
+    assert size("rise") > 4 * usual
+    page.keyboard.press("Escape")
+    assert stand() == ["at", "rise", "loss", "none"]
+    filled(page, "rise")
+    assert size("rise") == usual
+    page.get_by_role("button", name="larger panels").click()
+    assert page.locator("[data-panel=rise] canvas").bounding_box()["height"] == 263
+
+    latest = page.get_by_label("latest steps")
+    latest.fill("100")
+    latest.press("Enter")
+    assert limits(page, "rise") == [[898, 998], pytest.approx([89.8 - .6, 99.8 + .6])]
+    shown = lambda: [b.get_attribute("aria-pressed") for b in page.locator(".gradnb-legend button").all()]
+    slow, fast = (page.locator(".gradnb-legend button", has_text=name) for name in ("slow", "fast"))
+    fast.dblclick()
+    assert shown() == ["false", "true"]
+    fast.dblclick()
+    assert shown() == ["true", "true"]
+    slow.click(modifiers=["Shift"])
+    assert shown() == ["true", "false"] and slow.evaluate("e => e === document.activeElement")
+    page.keyboard.press("Shift+Enter")
+    assert shown() == ["true", "true"]
+    page.keyboard.press("Shift+Enter")
+    large = page.get_by_role("button", name="rise: large")
+    large.click()
+    linked(page)
+    assert stand() == ["rise"] and large.get_attribute("aria-pressed") == "true" and shown() == ["true", "false"] and limits(page, "rise")[0] == [898, 998]
+    assert latest.input_value() == "100" and page.locator("[data-panel=rise] canvas").bounding_box()["height"] == 600
+    large.click()
+    assert stand() == ["at", "rise", "loss", "none"]
+    page.get_by_role("button", name="whole range").click()
+    assert latest.input_value() == "" and limits(page, "rise")[0][0] < 0
+
+    figure = lambda **look: [ax.get_title(loc="left") for ax in Two(order=("at", "rise"), size=1.25, window=100, **look).figure().axes if ax.get_title(loc="left")]
+    assert figure() == ["at", "rise", "loss", "none"] and figure(large="rise") == ["rise"] and figure(large="gone") == figure()
+    near = Two(order=("at",), large="rise", size=1.25, window=100)
+    assert near.figure().axes[0].get_xlim() == (898, 998) and near.figure().get_size_inches()[0] == 2.5 * 3.7 and {*near.numbers()["panel"]} == {"rise"}
+    for bad in (dict(window=0), dict(size=9.)):
+        with pytest.raises(ValueError, match="is no range of steps|must lie in"): near.set(**bad)
 
 
 def test_a_run_keeps_its_colour_and_stays_hidden_under_another_name(alone, tmp_path):
@@ -441,21 +507,30 @@ def test_lab_every_shared_field_goes_both_ways(notebook):
     whole = changed(page, "sharpness", whole)
     in_kernel(page, "explorer.set(window=(10., 60.))")
     changed(page, "sharpness", whole)
-    in_kernel(page, "explorer.set(step=None, window=None, log=(), hidden=())")
+    in_kernel(page, "explorer.set(window=50, order=('spectrum',), size=1.25)")
+    page.wait_for_function("() => document.querySelector('.gradnb-latest').value === '50' && document.querySelector('.gradnb-panel canvas').clientHeight === 263")
+    assert page.locator(".gradnb-panel").first.get_attribute("data-panel") == "spectrum"
+    in_kernel(page, "explorer.set(large='loss')")
+    page.locator("[data-panel=sharpness]").wait_for(state="hidden")
+    in_kernel(page, "explorer.set(step=None, window=None, log=(), hidden=(), large='', order=(), size=1.)")
     page.wait_for_function(f"({pressed})('logarithmic step axis') === 'false'")
     page.wait_for_function(f"() => document.querySelector('{CANVAS}').dataset.step === '99'")
     assert key.get_attribute("aria-pressed") == "true"
 
     page.get_by_role("button", name="logarithmic step axis").click()
     key.click()
+    page.get_by_role("button", name="smaller panels").click()
     page.locator("[data-panel=sharpness] .gradnb-host").focus()
-    page.keyboard.press("Home")
-    page.keyboard.press("+")
+    for pressed in ("Shift+ArrowLeft", "m", "Home", "+"): page.keyboard.press(pressed)
     page.wait_for_function(f"() => document.querySelector('{CANVAS}').dataset.step === '0'")
-    read = "import json; print(json.dumps([explorer.look.step, explorer.look.log, explorer.look.hidden, explorer.look.window]))"
+    read = "import json; print(json.dumps([explorer.look.step, explorer.look.log, explorer.look.hidden, explorer.look.window, explorer.look.large, explorer.look.order[:2], explorer.look.size]))"
     heard = lambda: json.loads(in_kernel(page, read))
-    step, logs, hidden, window = next(look for look in iter(heard, None) if look[3])        # the kernel hears of it in its own time
-    assert (step, logs, hidden) == (0, ["step"], [key.inner_text()]) and 0 < window[0] < window[1] < 99
+    step, logs, hidden, window, *stand = next(look for look in iter(heard, None) if look[3])        # the kernel hears of it in its own time
+    assert (step, logs, hidden) == (0, ["step"], [key.inner_text()]) and 0 < window[0] < window[1] < 99 and stand == ["sharpness", ["sharpness", "loss"], .8]
+    page.keyboard.press("Escape")
+    page.get_by_label("latest steps").fill("20")
+    page.get_by_label("latest steps").press("Enter")
+    assert next(look for look in iter(heard, None) if not look[4] and look[3] != window)[3] == 20
 
 
 RUNS = """
@@ -746,7 +821,9 @@ def press_run(page):
     typed(page, "for steps", "1000000")
     going.click()
     beyond(page, last + 40)
-    assert in_kernel(page, "print(explorer.running)") == "True"                   # the kernel answers while it trains
+    assert in_kernel(page, "explorer.set(window=20); print(explorer.running)") == "True"                   # the kernel answers while it trains
+    beyond(page, last + 80)
+    page.wait_for_function("() => { const [[left, right]] = JSON.parse(document.querySelector('[data-panel=loss]').dataset.limits); return right - left === 20 && right > 60; }")      # the newest
     going.click()
     page.wait_for_function("() => document.querySelector('.widget-toggle-button').textContent === 'run'")
     for _ in range(50):                                                           # the step that it is at is finished first

@@ -135,15 +135,19 @@ const tag = (name, props = {}, ...children) => {
 class Plot {                                                       // one panel
   constructor(board, panel) {
     this.board = board;
-    this.title = tag("span", { className: "gradnb-title", textContent: panel.name.replaceAll("_", " ") });
+    this.title = tag("span", { className: "gradnb-title", textContent: panel.name.replaceAll("_", " "), draggable: true, title: "to be dragged onto another panel; Shift and an arrow key move it too",
+      ondragstart: () => { board.dragged = this.panel.name; }, ondragend: () => { board.dragged = null; } });
     this.reading = tag("span", { className: "gradnb-reading" });
     this.logs = tag("button", { className: "gradnb-small", textContent: "log", title: "logarithmic axis", type: "button",
       onclick: () => board.toggleLog(this.panel.name), attrs: { "aria-label": `${panel.name}: logarithmic axis` } });
+    this.alone = tag("button", { className: "gradnb-small", textContent: "large", title: "this panel alone, and again all (m)", type: "button",
+      onclick: () => board.enlarge(this.panel.name), attrs: { "aria-label": `${panel.name}: large` } });
     this.note = tag("div", { className: "gradnb-note" });
     this.host = tag("div", { className: "gradnb-host", tabIndex: 0, attrs: { role: "img" } });
     this.host.addEventListener("keydown", (e) => board.key(e, this));
-    this.el = tag("div", { className: "gradnb-panel", attrs: { "data-panel": panel.name } },
-      tag("div", { className: "gradnb-head" }, this.title, this.reading, this.logs), this.host, this.note);
+    this.el = tag("div", { className: "gradnb-panel", attrs: { "data-panel": panel.name },
+      ondragover: (e) => board.dragged && e.preventDefault(), ondrop: (e) => { e.preventDefault(); board.put(board.dragged, board.arranged().indexOf(this.panel.name)); } },
+      tag("div", { className: "gradnb-head" }, this.title, this.reading, this.logs, this.alone), this.host, this.note);
     this.marker = tag("div", { className: "gradnb-marker" });
     this.readout = tag("div", { className: "gradnb-readout" });
     this.zoomed = null;                                            // x range of a panel that is not linked
@@ -154,6 +158,7 @@ class Plot {                                                       // one panel
     this.panel = panel;
     this.note.textContent = panel.note;
     this.host.style.display = panel.note ? "none" : "";
+    this.alone.style.display = panel.note ? "none" : "";
     this.logs.style.display = panel.note || !panel.axes || !panel.yaxis ? "none" : "";
     this.logs.setAttribute("aria-pressed", panel.ylog);
     if (this.plot && this.made !== this.kind()) { this.plot.destroy(); this.plot = null; }
@@ -394,7 +399,7 @@ class Board {                                                      // all panels
   constructor(model, el) {
     this.model = model;
     this.plots = new Map();
-    this.detail = null; this.asked = 0; this.hovering = false; this.height = 210;
+    this.detail = null; this.asked = 0; this.hovering = false;
     this.said = tag("div", { className: "gradnb-said", attrs: { role: "status", "aria-live": "polite" } });
     this.legend = tag("div", { className: "gradnb-legend", attrs: { role: "group", "aria-label": "legend" } });
     this.where = tag("output", { className: "gradnb-step", attrs: { "aria-label": "step" } });
@@ -406,15 +411,18 @@ class Board {                                                      // all panels
       return b;
     };
     this.spaced = flag("log steps", "slider in logarithmic steps", () => this.setSpacing(!this.logSpaced));
+    this.logx = flag("log x", "logarithmic step axis", () => this.toggleLog("step"));
+    this.latest = tag("input", { type: "number", min: 0, placeholder: "all", className: "gradnb-latest", attrs: { "aria-label": "latest steps" }, onchange: () => this.setWindow(+this.latest.value >= 1 ? [Math.round(+this.latest.value)] : null) });
     this.bar = tag("div", { className: "gradnb-bar", attrs: { role: "toolbar", "aria-label": "view" } },
       this.where, this.spaced, flag("hover", "the step follows the mouse", () => (this.hovering = !this.hovering)),
-      flag("log x", "logarithmic step axis", () => this.toggleLog("step")),
-      button("+", "zoom in", () => this.zoomBy(0.5)), button("−", "zoom out", () => this.zoomBy(2)), button("⟷", "whole range", () => this.setWindow(null)));
+      this.logx,
+      button("+", "zoom in", () => this.zoomBy(0.5)), button("−", "zoom out", () => this.zoomBy(2)), button("⟷", "whole range", () => this.setWindow(null)),
+      tag("label", { title: "steps before the newest that are shown, also as more come" }, "latest ", this.latest), button("▢−", "smaller panels", () => this.resize(0.8), "gradnb-always"), button("▢+", "larger panels", () => this.resize(1.25), "gradnb-always"));
     this.text = tag("textarea", { className: "gradnb-code", readOnly: true, rows: 4, attrs: { "aria-label": "code that redraws this view" } });
     this.text.style.display = "none";
     this.bar.prepend(this.player());
     if (model.get("alone")) this.bar.prepend(this.ownSlider());
-    else for (const kind of ["png", "svg", "html", "csv", "code"]) this.bar.append(button(kind, kind === "code" ? "code that redraws this view" : `save as ${kind.toUpperCase()}`, () => this.ask({ kind: "save", format: kind }), "gradnb-save"));
+    else for (const kind of ["png", "svg", "html", "csv", "code"]) this.bar.append(button(kind, kind === "code" ? "code that redraws this view" : `save as ${kind.toUpperCase()}`, () => this.ask({ kind: "save", format: kind }), "gradnb-always"));
     this.el = tag("div", { className: "gradnb-canvas" }, this.bar, this.said, this.legend, this.grid, this.text);
     this.el.addEventListener("keydown", (e) => e.stopPropagation());     // the notebook's own keys stay out of it
     el.append(this.el);
@@ -427,6 +435,7 @@ class Board {                                                      // all panels
     on("change:window", () => this.rewindow());
     on("change:hidden", () => { this.hidden = new Set(model.get("hidden")); this.redraw(); });
     on("change:log", () => this.relog());
+    for (const name of ["large", "order", "size"]) on(`change:${name}`, () => this.arrange());
     on("change:message", () => { clearTimeout(this.waiting); this.say(); });
     on("msg:custom", (content, buffers) => this.receive(content, buffers ?? []));
     this.resized = new ResizeObserver(() => this.plots.forEach((p) => p.resize()));      // of every panel, also of one that comes later
@@ -517,27 +526,69 @@ class Board {                                                      // all panels
       this.grid.append(plot.el);
       this.resized.observe(plot.host);
     }
-    names.forEach((name, i) => { if (this.grid.children[i] !== this.plots.get(name).el) this.grid.insertBefore(this.plots.get(name).el, this.grid.children[i]); });
+    this.arrange();
     this.redraw();
     this.refine();
     this.el.dataset.loaded = +(this.el.dataset.loaded ?? 0) + 1;
+  }
+
+  // --- panels ---
+
+  get large() { const name = this.model.get("large"); return this.head.panels.some((p) => p.name === name && !p.note) ? name : ""; }      // the panel that is shown alone
+
+  get size() { return Math.min(Math.max(+this.model.get("size") || 1, 0.5), 4); }
+
+  get height() { return Math.round(this.size * (this.large ? 480 : 210)); }
+
+  arranged() {                                                     // names of all panels, as they stand
+    const names = this.head.panels.map((p) => p.name), first = this.model.get("order").filter((n) => names.includes(n));
+    return [...first, ...names.filter((n) => !first.includes(n))];
+  }
+
+  arrange() {
+    const { large } = this, focus = document.activeElement;
+    this.grid.style.setProperty("--gradnb-wide", `${Math.round(400 * this.size)}px`);
+    this.arranged().forEach((name, i) => {
+      const { el, alone } = this.plots.get(name);
+      el.style.display = large && name !== large ? "none" : "";
+      alone.setAttribute("aria-pressed", name === large);
+      if (this.grid.children[i] !== el) this.grid.insertBefore(el, this.grid.children[i]);
+    });
+    if (document.activeElement !== focus) focus.focus();           // what is moved loses it
+    this.plots.forEach((p) => p.resize());
+  }
+
+  enlarge(name) { this.set({ large: this.large === name ? "" : name }); }
+
+  resize(factor) { this.set({ size: Math.min(Math.max(+(this.size * factor).toFixed(2), 0.5), 4) }); }
+
+  put(name, at) {                                                  // a panel to another place
+    const names = this.arranged(), from = names.indexOf(name);
+    if (from < 0 || at < 0 || at >= names.length) return;
+    names.splice(at, 0, ...names.splice(from, 1));
+    this.set({ order: names });
+  }
+
+  pick(key, e) {                                                   // show or hide; with Shift, or the second of two clicks: this one alone, and again what was there
+    if (e.detail !== 2) this.unclicked = this.model.get("hidden");
+    const hidden = new Set(this.unclicked), others = this.head.keys.map((k) => k[0]).filter((k) => k !== key);
+    if (!e.shiftKey && !e.altKey && e.detail !== 2) hidden.has(key) ? hidden.delete(key) : hidden.add(key);
+    else if (!hidden.has(key) && others.every((k) => hidden.has(k))) { others.forEach((k) => hidden.delete(k)); this.together?.forEach((k) => hidden.add(k)); }
+    else { this.together = this.unclicked; others.forEach((k) => hidden.add(k)); hidden.delete(key); }
+    this.set({ hidden: [...hidden] });
   }
 
   redraw() {
     const { keys } = this.head;
     this.legend.style.display = keys.length ? "" : "none";
     this.legend.replaceChildren(...keys.map(([key, name], at) => {
-      const { color, dash } = this.look(key), b = tag("button", { type: "button", title: "show or hide", attrs: { "aria-pressed": !this.hidden.has(key) } },
+      const { color, dash } = this.look(key), b = tag("button", { type: "button", title: "show or hide; twice, or with Shift: this one alone, and again all", attrs: { "aria-pressed": !this.hidden.has(key) } },
         tag("i", { style: `border-top: 3px ${dash.length ? "dashed" : "solid"} ${color}` }), name);
-      b.onclick = () => {
-        this.hidden.has(key) ? this.hidden.delete(key) : this.hidden.add(key);
-        this.set({ hidden: [...this.hidden] });
-        this.redraw();
-        this.legend.children[at].focus();
-      };
+      b.onclick = (e) => { this.pick(key, e); this.legend.children[at].focus(); };
       return b;
     }));
-    this.bar.children.length && [...this.bar.children].find((b) => b.textContent === "log x")?.setAttribute("aria-pressed", this.head.panels.some((p) => p.linked && p.xlog));
+    this.latest.value = this.model.get("window")?.length === 1 ? this.model.get("window")[0] : "";
+    this.logx.setAttribute("aria-pressed", this.head.panels.some((p) => p.linked && p.xlog));
     this.plots.forEach((p) => { p.draw(); p.plot?.redraw(false); });
     this.show();
   }
@@ -623,8 +674,16 @@ class Board {                                                      // all panels
   }
 
   range(log) {
-    const all = this.whole(log), window = this.opened(this.model.get("window"));
+    const all = this.whole(log), { window } = this;
     return window && !(log && window[1] <= all[0]) ? [log ? Math.max(window[0], all[0]) : window[0], window[1]] : all;
+  }
+
+  get window() {                                                   // first and last step, or null; [n]: the latest n
+    const window = this.model.get("window");
+    if (window?.length !== 1) return this.opened(window);
+    if (!this.stops) return null;
+    const [first, width, count] = this.stops, end = first + width * (count - 1);
+    return this.opened([end - window[0], end]);
   }
 
   opened(window) {                                                 // at least one step wide
@@ -635,8 +694,8 @@ class Board {                                                      // all panels
   }
 
   setWindow(range) {
-    if (range && !(range[1] > range[0])) return;
-    this.set({ window: range && this.opened(range.map(Number)) });
+    if (range?.length === 2 && !(range[1] > range[0])) return;
+    this.set({ window: range?.length === 2 ? this.opened(range.map(Number)) : range });
   }
 
   zoomBy(factor) {
@@ -649,7 +708,7 @@ class Board {                                                      // all panels
   rewindow() { this.detail = null; this.redraw(); this.refine(); }
 
   refine() {                                                       // ask for the points that were left out
-    const window = this.model.get("window"), coarse = this.head.panels.some((p) => p.linked && p.items.some((i) => i.thinned));
+    const { window } = this, coarse = this.head.panels.some((p) => p.linked && p.items.some((i) => i.thinned));
     if (coarse && (window || this.model.get("log").includes("step"))) this.send({ kind: "window", window, asked: ++this.asked });
   }
 
@@ -670,9 +729,10 @@ class Board {                                                      // all panels
 
   key(e, plot) {
     const jump = { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10 }[e.key];
-    const acts = { "+": () => this.zoomBy(0.5), "-": () => this.zoomBy(2), 0: () => this.setWindow(null), l: () => this.toggleLog(plot.panel.name),
+    const acts = { "+": () => this.zoomBy(0.5), "-": () => this.zoomBy(2), 0: () => this.setWindow(null), l: () => this.toggleLog(plot.panel.name), m: () => this.enlarge(plot.panel.name), Escape: () => this.set({ large: "" }),
       Home: () => this.set({ position: 0 }), End: () => this.set({ position: this.model.get("last") }) };
-    if (jump) this.set({ position: Math.min(Math.max(this.model.get("position") + jump, 0), this.model.get("last")) });
+    if (jump && e.shiftKey) this.put(plot.panel.name, this.arranged().indexOf(plot.panel.name) + jump);
+    else if (jump) this.set({ position: Math.min(Math.max(this.model.get("position") + jump, 0), this.model.get("last")) });
     else if (acts[e.key] && !e.ctrlKey && !e.metaKey) acts[e.key]();
     else return;
     e.preventDefault();
