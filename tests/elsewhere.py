@@ -181,7 +181,7 @@ def test_estimators(estimator):
 
 ARGUMENTS = {"spectrum": "draws=2,steps=12", "tail_index": "draws=80,surrogates=3", "noise_norms": "draws=80", "batch_tests": "examples=20",
              "original_index": "size=10", "flatness": "measure=sam", "rule": "field=velocity", "subspace": "k=2,tol=0.001", "averaged": "probe=[grad_norm:every=2]",
-             "batch_sharpness": "draws=8", "interaction_sharpness": "draws=8"}
+             "batch_sharpness": "draws=8", "interaction_sharpness": "draws=8", "update_radius": "tol=0.01,products=20"}
 STEPPERS = {"agd": Descent(AutomaticGradientDescent(vectors=True), MiniBatch(10)), "trust_ratio": Descent(LAMB(), MiniBatch(10)),
             "clusters": Descent(Momentum(.1), ESTIMATORS.build("gradientclustering:size=10")), "flow": GradientFlow(.1),
             "averaged": Descent(ScheduleFreeSGD(.1), MiniBatch(10))}
@@ -202,7 +202,7 @@ def test_flows(stepper):
     same(lambda where: train(problem(where, loss="mse"), stepper, 3, progress=False)[0].theta)
 
 
-TOKENS = load_dataset("copying")
+TOKENS = load_dataset("copying:n=100,length=3")
 
 
 @pytest.mark.parametrize("model", ["fc-bn-tanh:width=6", "cnn-tanh:width=4", "cnn-bn-relu:width=4", "fcn", "vit", "preact-resnet18:width=4",
@@ -257,7 +257,7 @@ def test_stored_runs(tmp_path):
 
 def test_runs_together(tmp_path):
     def work(where):
-        specs = [replace(SPEC, seed=seed) for seed in range(3)]
+        specs = [replace(SPEC, seed=seed, steps=8) for seed in range(2)]
         sweep(specs, tmp_path / where, vectorize=True, device=where, progress=False)
         runs = [Store(tmp_path / where).open(s) for s in specs]
         assert all("vectorized" in r.manifest for r in runs)
