@@ -42,6 +42,7 @@ _NAMES = {
     "move.rules.prodigy": ["Prodigy"],
     "move.rules.shampoo": ["Shampoo"],
     "move.rules.soap": ["SOAP"],
+    "move.rules.sophia": ["Sophia"],
     "move.rules.steepest": ["SteepestDescent"],
     "models.inits": ["agd_init"],
     "move.faces": ["optim"],

@@ -134,7 +134,7 @@ def test_it_refuses_what_a_gpu_refuses():
 
 
 @pytest.mark.parametrize("rule", ["gd:lr=.1", "momentum:lr=.1,nesterov=True", "adam", "rmsprop", "lamb", "lamb-timm", "lamb-pytorch_optimizer",
-                                  "lars-paper:lr=1.", "agd:vectors=True", "kfac:lr=.1,every=2,invert=4", "kfac:lr=.1,ekfac=True", "groups"])
+                                  "lars-paper:lr=1.", "agd:vectors=True", "kfac:lr=.1,every=2,invert=4", "kfac:lr=.1,ekfac=True", "sophia:lr=.01,gamma=1,every=2", "sophia:lr=.01,gamma=1,curvature=gnb,size=20", "groups"])
 def test_rules(rule):
     if rule == "groups": rule = Groups((("matrix", LAMB(.01)), ("*", FromTorch(torch.optim.AdamW, lr=1e-3))))
     else: rule = RULES.build(rule)

@@ -60,6 +60,15 @@ class Layered(optim.KFAC):
         return super().step(closure)
 
 
+class Shown(optim.Sophia):
+    "Sophia that is shown a loss before every step that has gradients."
+    def step(self, closure=None):
+        moved = [p for g in self.param_groups for p in g["params"] if closure or p.grad is not None]
+        if moved:
+            with torch.enable_grad(): self.estimate(sum(p.square().sum() for p in moved))
+        return super().step(closure)
+
+
 NAN = float("nan")
 KFAC = OptimizerInfo(Layered, optim_inputs_func=inputs(dict(lr=.01), dict(lr=.01, ekfac=True, damping=.1, every=2, invert=3), dict(lr=torch.tensor(.01))),
                      scheduler_inputs=[[decay], [plateau]], supported_impls=(), not_og_supported_flags=())
@@ -82,6 +91,8 @@ FACES = [
          wrong=dict(lr=-1., momentum=1., graft="no"), supports_complex=False),
     info(optim.SOAP, dict(lr=.01, weight_decay=0.), dict(lr=.01, betas=(.5, .9), every=2, vectors=True, weight_decay=.1), dict(lr=torch.tensor(.01)), schedulers=(decay, cycle),
          wrong=dict(lr=NAN, betas=(1., .9)), supports_complex=False),
+    info(Shown, dict(lr=.01, draws="signs"), dict(lr=.01, betas=(.5, .9), gamma=10., every=2, weight_decay=.1, draws="signs"), dict(lr=torch.tensor(.01)), schedulers=(decay, cycle), wrong=dict(lr=-1., betas=(1., .9), gamma=-1., eps=0.),
+         supports_complex=False),
     info(optim.SteepestDescent, dict(lr=.001), dict(lr=.001, norm="spectral"), dict(lr=.01, norm="l2", normalized=True), dict(lr=torch.tensor(.001)), wrong=dict(lr=-1., norm="l1"), supports_complex=False),
     info(optim.LAMB, dict(lr=.01), dict(lr=.01, weight_decay=.1, max_grad_norm=.1, adapt="decayed"), dict(lr=torch.tensor(.01)),
          dict(lr=.01, weight_decay=.1, decay="outside", bias_correction="first", norm_high=10.),

@@ -41,6 +41,7 @@ from gradnb.move.rules.schedulefree import ScheduleFreeAdamW, ScheduleFreeSGD
 from gradnb.move.rules.shampoo import Shampoo
 from gradnb.move.rules.sign import Lion, Signum
 from gradnb.move.rules.soap import SOAP
+from gradnb.move.rules.sophia import Sophia
 from gradnb.move.rules.steepest import SteepestDescent
 from gradnb.runs import Spec, Store
 from gradnb.runs.record import terminable
@@ -54,7 +55,7 @@ OURS = [LAMB(.01), LAMB.cybertronai(.01, weight_decay=.1), LAMB.timm(.01), LAMB.
         ScheduleFreeSGD(.1, weight_decay=.1, warmup=2), ScheduleFreeAdamW(.01, r=1., weight_decay=.1), Scheduled(ScheduleFreeAdamW(.01), Cosine(10)),
         AdEMAMix(.01, warmup=2, weight_decay=.1), Prodigy(d0=.01), Prodigy(d0=.01, weight_decay=.1, bias_correction=True, safeguard=True),
         Shampoo(.1, eps=.01), Shampoo(.1, .9, .9, eps=.01, every=2, graft="rmsprop", nesterov=True, weight_decay=.1), Shampoo(.1, graft="adagrad"), SOAP(.01, every=2), SOAP(.01, vectors=True, largest=5),
-        SteepestDescent(.01), SteepestDescent(.01, "spectral"), SteepestDescent(.01, "l2", True)]
+        Sophia(.01, gamma=1., every=2, weight_decay=.1), SteepestDescent(.01), SteepestDescent(.01, "spectral"), SteepestDescent(.01, "l2", True)]
 PARTED = Groups((("matrix", Scheduled(LAMB.timm(.01), Cosine(20))), ("fc1.*", FromTorch(torch.optim.AdamW, lr=.01)), ("vector", GD(.1))))
 
 

@@ -32,6 +32,7 @@ from gradnb.move.rules.schedulefree import ScheduleFreeAdamW, ScheduleFreeSGD
 from gradnb.move.rules.shampoo import Shampoo
 from gradnb.move.rules.sign import Signum
 from gradnb.move.rules.soap import SOAP
+from gradnb.move.rules.sophia import Sophia
 from gradnb.move.rules.steepest import SteepestDescent
 from gradnb.move.steppers import trajectory
 from gradnb.measure.thresholds.directions import batch_sharpness, critical_sharpness, directional_sharpness, interaction_sharpness, ratio_of_means
@@ -74,7 +75,7 @@ RULES = {
     "lars-nesterov": LARS(.5, nesterov=True, rate="outside", trust=.1, adapt="matrices", weight_decay=.1),
     "agd": AutomaticGradientDescent(), "kfac": KFAC(.1, every=1, invert=1, damping=.1), "ekfac": KFAC(.1, ekfac=True, damping=.1, clip=None),
     "shampoo": Shampoo(.1, .5, eps=.1), "shampoo-grafted": Shampoo(.1, .5, .9, eps=.1, graft="rmsprop", nesterov=True), "soap": SOAP(.01, weight_decay=0., every=8, eps=1e-3),
-    "prodigy": Prodigy(.01, d0=1., coef=0., bias_correction=True), "free-sgd": ScheduleFreeSGD(.1, weight_decay=.1), "free-adamw": ScheduleFreeAdamW(.01, weight_decay=.1),
+    "prodigy": Prodigy(.01, d0=1., coef=0., bias_correction=True), "sophia": Sophia(.01, gamma=1e4, every=1, curvature="gnb"), "free-sgd": ScheduleFreeSGD(.1, weight_decay=.1), "free-adamw": ScheduleFreeAdamW(.01, weight_decay=.1),
     "torch-sgd": FromTorch(torch.optim.SGD, lr=.1, momentum=.9, dampening=.2, weight_decay=.1),
     "torch-adam": FromTorch(torch.optim.Adam, lr=.01, weight_decay=.1, amsgrad=True),
     "torch-adamw": FromTorch(torch.optim.AdamW, lr=.01, weight_decay=.1),
@@ -225,7 +226,7 @@ def test_preconditioned_sharpness_is_the_top_eigenvalue_of_the_dense_product(rul
 MOMENTUM = {"adam": (.9, False, .1), "scheduled": (.9, False, .1), "lamb": (.9, False, .1), "lamb-l2": (.9, False, .1),
             "lamb-outside": (.9, False, .1), "lamb-first": (.9, False, .1), "lamb-matrices": (.9, False, .1), "lamb-plain": (.9, False, 1.),
             "polyak": (.9, False, 1.), "nesterov": (.9, True, 1.), "lars": (.9, False, 1.), "lars-nesterov": (.9, True, 1.),
-            "shampoo": (.5, False, 1.), "shampoo-grafted": (.5, True, 1.), "soap": (.95, False, .05), "prodigy": (.9, False, .1), "kfac": (.9, False, 1.), "ekfac": (.9, False, 1.), "torch-sgd": (.9, False, .8), "torch-adam": (.9, False, .1),
+            "shampoo": (.5, False, 1.), "shampoo-grafted": (.5, True, 1.), "soap": (.95, False, .05), "prodigy": (.9, False, .1), "sophia": (.96, False, .04), "kfac": (.9, False, 1.), "ekfac": (.9, False, 1.), "torch-sgd": (.9, False, .8), "torch-adam": (.9, False, .1),
             "torch-adamw": (.9, False, .1), "torch-rmsprop": (.5, False, 1.)}
 
 

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['METRICS', 'threshold', 'Metric', 'refuse_flow', 'metric_of', 'gd_metric', 'momentum_metric', 'adam_inverse',
            'adam_metric', 'rmsprop_metric', 'decays', 'lamb_metric', 'lars_metric', 'agd_metric', 'kfac_metric',
-           'shampoo_metric', 'soap_metric', 'prodigy_metric', 'free_threshold', 'free_sgd_metric', 'free_adamw_metric',
-           'torch_state', 'by_rate', 'settings', 'bent', 'torch_sgd_metric', 'torch_adam_metric', 'torch_nadam_metric',
-           'torch_rmsprop_metric', 'torch_adagrad_metric', 'Preconditioned', 'preconditioned_sharpness']
+           'shampoo_metric', 'soap_metric', 'prodigy_metric', 'sophia_metric', 'free_threshold', 'free_sgd_metric',
+           'free_adamw_metric', 'torch_state', 'by_rate', 'settings', 'bent', 'torch_sgd_metric', 'torch_adam_metric',
+           'torch_nadam_metric', 'torch_rmsprop_metric', 'torch_adagrad_metric', 'Preconditioned',
+           'preconditioned_sharpness']
 
 # %% ../../../nbs/07_measure/04_thresholds/01_metrics.ipynb #imports
 from collections.abc import Callable
@@ -159,6 +160,12 @@ def prodigy_metric(rule, state, blocks, grads):
     rate = rule.lr * d * ((1 - rule.beta2 ** k) ** .5 / (1 - rule.beta1 ** k) if rule.bias_correction else 1.)
     inverse = {n: d * p for n, p in adam_inverse(state.exp_avg_sq, 1, 1, d * rule.eps).items()}
     return threshold(rate, rule.beta1, weight=1 - rule.beta1, decay=rate * rule.weight_decay), inverse, {}
+
+@METRICS.add("Sophia")
+def sophia_metric(rule, state, blocks, grads):
+    below = {n: (rule.gamma * h).clamp_min(rule.eps) for n, h in state.hessian.items()}
+    inverse = {n: torch.where(state.exp_avg[n].abs() <= b, 1 / b, 0.) for n, b in below.items()}
+    return threshold(rule.lr, rule.beta1, weight=1 - rule.beta1, decay=rule.lr * rule.weight_decay), inverse, {}
 
 def free_threshold(rule, state) -> float:
     weight = state.step ** rule.r * state.lr_max ** rule.power

@@ -6,7 +6,7 @@
 __all__ = ['GD', 'Momentum', 'Adam', 'RMSProp', 'SteepestDescent', 'LAMB', 'LARS', 'Signum', 'Lion', 'Muon', 'AdEMAMix',
            'Prodigy', 'Shampoo', 'SOAP', 'ScheduleFreeSGD', 'ScheduleFreeAdamW', 'AutomaticGradientDescent', 'KFAC',
            'to_torch', 'from_torch', 'values', 'advance', 'state_like', 'Face', 'Call', 'keep', 'role', 'real', 'face',
-           'by_role']
+           'by_role', 'Sophia']
 
 # %% ../../../nbs/06_move/05_faces/02_optim.ipynb #imports
 import inspect
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from ...ground.layout import Layout, role_of
 from ...ground.registry import unknown
 from ...ground.roles import Rule
+from ...ground.streams import Stream
 from . import kfac
-from ..rules import adam, ademamix, agd, gd, lamb, lars, momentum, muon, prodigy, rmsprop, schedulefree, shampoo, sign, soap, steepest
+from ..rules import adam, ademamix, agd, gd, lamb, lars, momentum, muon, prodigy, rmsprop, schedulefree, shampoo, sign, soap, sophia, steepest
 from ..rules.inplace import OVER, over, pieces
+from ...problem.network import twice_differentiable
 
 # %% ../../../nbs/06_move/05_faces/02_optim.ipynb #words
 def to_torch(
@@ -250,3 +252,56 @@ Shampoo, SOAP = face(shampoo.Shampoo, __name__), face(soap.SOAP, __name__)
 ScheduleFreeSGD, ScheduleFreeAdamW = (face(r, __name__) for r in (schedulefree.ScheduleFreeSGD, schedulefree.ScheduleFreeAdamW))
 AutomaticGradientDescent = face(agd.AutomaticGradientDescent, __name__)
 KFAC = kfac.KFAC
+
+# %% ../../../nbs/06_move/05_faces/02_optim.ipynb #sophia
+class Sophia(face(sophia.Sophia, __name__)):
+    "gradnb.move.rules.sophia.Sophia around `.grad`s, with the curvature of the losses that it is shown."
+    @property
+    def due(self) -> bool:
+        "Does the next step need an estimate of the curvature?"
+        return bool(self._waiting())
+
+    def _waiting(self) -> list[tuple[dict, Tensor]]:
+        "The parameters for whose next step an estimate is due, with their groups."
+        rules = [(group, self._rule(group)) for group in self.param_groups]
+        return [(group, p) for group, rule in rules for p in group["params"]
+                if p.requires_grad and (not (held := self.state.get(p)) or rule.due(held["refreshed"], held["step"]))]
+
+    @twice_differentiable()
+    def estimate(self,
+        loss: Tensor,                   # (), of a batch at the present parameters, with its graph, which is kept
+        targets: int | None = None,     # how many drawn from the model it is the mean over, for curvature="gnb" and no other
+        stream: Stream | None = None,   # of Hutchinson's vector; None: one for each step
+    ):
+        "Take an estimate of the curvature from a loss, if the next step needs one. Raises TypeError on what is no scalar with a graph, ValueError where `targets` is missing or has no meaning."
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise TypeError("Sophia takes a scalar loss with its graph: opt.estimate(loss) before its backward() frees that.")
+        if not (waiting := self._waiting()): return
+        for group, _ in waiting:
+            if (group["curvature"] == "gnb") != (targets is not None):
+                raise ValueError('curvature="gnb" takes the mean loss over targets drawn from the model and their number, opt.estimate(loss, targets=n); "hutchinson" takes any loss, opt.estimate(loss).')
+        with torch.enable_grad():
+            grads = torch.autograd.grad(loss, [p for _, p in waiting], create_graph=targets is None, retain_graph=True, allow_unused=True)
+            met = [(group, p, g) for (group, p), g in zip(waiting, grads) if g is not None]
+            if targets is None: found = self._products([p for _, p, _ in met], [g for *_, g in met], stream)
+            else: found = [targets * g.square() for *_, g in met]
+        for (group, p, _), new in zip(met, found):
+            if not (held := self.state[p]): keep([held], [0], self._rule(group).init({0: p.detach()}, {}))
+            held["hessian"].lerp_(-new if group["maximize"] and targets is None else new, 1 - group["betas"][1])
+            held["refreshed"] = held["step"]
+
+    def _products(self, params, grads, stream) -> list[Tensor]:
+        "v ⊙ Hv, block by block; no gradient that is a constant bends the loss."
+        if not (curved := [i for i, g in enumerate(grads) if g.requires_grad]): return [torch.zeros_like(p) for p in params]
+        held, sizes = self.state.get(params[0]), [p.numel() for p in params]
+        stream = stream or Stream() / "sophia" / (held["step"] if held else 0)
+        flat = sophia.probing(self.param_groups[0]["draws"], params[0].new_empty(sum(sizes)), stream)
+        vectors = [v.view_as(p).to(p) for v, p in zip(flat.split(sizes), params)]
+        products = torch.autograd.grad([grads[i] for i in curved], params, [vectors[i] for i in curved], retain_graph=True, materialize_grads=True)
+        return [v * hv for v, hv in zip(vectors, products)]
+
+    def _calls(self, i):
+        for call in super()._calls(i):
+            if call.rule.due(call.state.refreshed, call.state.step):
+                raise RuntimeError("Sophia's estimate of the curvature is due, and it was shown no loss that these parameters are in; call opt.estimate(loss) before step.")
+            yield call
