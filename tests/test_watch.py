@@ -680,6 +680,20 @@ def test_what_the_problem_takes_as_constant_is_what_the_loop_has_now(kind):
     assert len(seen.traces["grad_norm"]) == 4
 
 
+def test_another_network_that_writes_buffers_is_left_as_it_is():
+    "A teacher in training mode, which an objective reaches by its name."
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(64, 6))
+    teacher = nn.Sequential(nn.Flatten(), layer, nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double().requires_grad_(False)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double(), DATA.x.double()
+    before, aims = deepcopy(teacher.state_dict()), deepcopy(teacher)(x)
+    seen = gradnb.watch(model, lambda m, b: (m(b) - teacher(b)).square().mean(), [x], ["sharpness:every=1,tol=1e-6", "grad_norm:every=1"])
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    plain = gradnb.watch(model, lambda m, b: (m(b) - aims).square().mean(), [x], ["sharpness:every=1,tol=1e-6", "grad_norm:every=1"])
+    for name in ("sharpness", "grad_norm"): assert seen.traces[name].values[-1] == pytest.approx(plain.traces[name].values[-1], rel=1e-6)
+    ones = torch.cat([x.flatten(1), torch.ones(len(x), 1)], 1)
+    assert seen.traces["sharpness"].values[-1] == pytest.approx(2 / 3 * torch.linalg.eigvalsh(ones.T @ ones / len(x))[-1].item(), rel=1e-5)
+
+
 def test_a_layer_is_put_in_the_place_of_another():
     model, data = small()
     seen, ready = gradnb.watch(model, "mse", data, "grad_norm:every=1"), gradnb.watch(Problem(model, "mse", data), probes="grad_norm:every=1")

@@ -226,7 +226,7 @@ class Sample:
         with everywhere(Stream() / "stream"): kept = list(islice(data, batches))
         if not kept: raise ValueError(f"{name} gave no batch.")
         for i, b in enumerate(kept):
-            if not tensors(b): raise TypeError(f"batch {i} of {name} is a {type(b).__name__} without a tensor; data are {_AIM}.")
+            if not tensors(b): raise TypeError(f"batch {i} of {name} is a {type(b).__name__} without a tensor; make it a dict of tensors, or tell torch what it is made of by torch.utils._pytree.register_pytree_node.")
         return cls(Examples(lambda numbers: kept[numbers[0]], torch.arange(len(kept)), True), torch.ones(len(kept), dtype=torch.float64), name)
 
     def __repr__(self) -> str: return f"Sample({self.name}: {self.n:,} {'batches' if self.whole else 'examples'})"

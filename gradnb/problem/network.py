@@ -202,6 +202,7 @@ class Network:
     hush = False      # are there functions of Dropout to leave out when it is not?
     draws = False     # does it draw even then?
     fresh = False     # does each forward pass need a copy of the module to itself?
+    lends = None      # are other modules with buffers called, such as the teacher of an objective? None: that is being found out
     _draws_still = False    # and in evaluation mode?
     modal = True      # are its outputs in evaluation mode other ones?
 
@@ -228,6 +229,7 @@ class Network:
         handle = nn.modules.module.register_module_forward_pre_hook(watch)
         try: self._try_out(params, x)
         finally: handle.remove()
+        self.lends = bool(self.lends)
         self._modes = {m: modes(m) for m in (self.module, self.loud)}
 
     @property
@@ -319,7 +321,7 @@ class Network:
                 what = f"parameter {theirs[id(t)]!r} by a way that cannot be followed" if id(t) in theirs else \
                        f"a trainable tensor of shape {tuple(t.shape)} that is none of its parameters"
                 raise TypeError(f"the outputs of this network depend on {what}; register it (nn.Parameter, nn.ParameterList, nn.ModuleList), "
-                                "reach it through self, or detach it.")
+                                "reach it through self, or detach it (of another module: torch.func.functional_call with detached ones).")
             weights = torch.randn(out.shape, generator=(Stream() / "outputs").generator()).to(out)
             try: return [g.nan_to_num() for g in torch.autograd.grad((out * weights).sum(), list(params.values()), materialize_grads=True)]
             except RuntimeError as e:
@@ -337,17 +339,33 @@ class Network:
         tensors = {**params, **buffers}
         if self.fresh:
             own = copied(module, {id(held[key]): tensors.get(name, held[key]) for held, key, name in self.places[module]})
-            out, written = self._ask(own, x), dict(own.named_buffers())
+            out, written = self._asked(own, x), dict(own.named_buffers())
             buffers.update((k, written[k]) for k in buffers)
             return out
         swaps = [(held, key, held[key], name) for held, key, name in self.places[module] if name in tensors]
         try:
             for held, key, _, name in swaps: held[key] = tensors[name]
-            return self._ask(module, x)
+            return self._asked(module, x)
         finally:
             for held, key, old, name in swaps:
                 if name in buffers: buffers[name] = held[key]      # as it is after the pass, if the module put another tensor there
                 held[key] = old
+
+    def _asked(self, module, x):
+        "The outputs; whoever else is called has copies of its buffers until then."
+        if self.lends is False: return self._ask(module, x)
+        known, own = {*module.modules()}, []
+        def lend(m, _):
+            if m in known: return
+            known.add(m)
+            own.extend((m._buffers, k, b) for k, b in m._buffers.items() if b is not None)
+            m._buffers.update((k, b.clone()) for k, b in m._buffers.items() if b is not None)
+        handle = nn.modules.module.register_module_forward_pre_hook(lend)
+        try: return self._ask(module, x)
+        finally:
+            handle.remove()
+            for held, k, b in own: held[k] = b
+            self.lends = self.lends or bool(own) or None
 
     def _quiet(self, params, x, buffers):
         if not self.hush: return self._forward(self.module, params, x, buffers)

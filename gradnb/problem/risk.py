@@ -121,7 +121,7 @@ class Risk:
         names = {id(p): f"{k!r} of {type(m).__name__}" for m in owners for k, p in m.named_parameters()}
         if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if isinstance(t, nn.Parameter) and not any(t is b for b in blocks.values())]:
             raise TypeError(f"the loss has parameters of its own, which would stay as they are: {', '.join(still[:5])}; make them part of the network, "
-                            "or call requires_grad_(False) on them.")
+                            "call requires_grad_(False) on them, or let torch.func.functional_call have detached ones.")
 
     def _check_slopes(self, network, x, y):
         "Raise TypeError naming blocks whose gradient is wrong, in float64 where the network can; a gradient and 2 to 4 losses of 3 examples."
