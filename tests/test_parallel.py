@@ -48,11 +48,12 @@ SCRIPT = textwrap.dedent("""
 
 CUT = textwrap.dedent("""
     import sys, torch
+    from contextlib import nullcontext
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    from gradnb import sharpness
+    from gradnb import sharpness, watch
     from gradnb.problem.parallel import rank, together
     from gradnb.problem.sharded import Sharded
 
@@ -78,28 +79,55 @@ CUT = textwrap.dedent("""
     def measured(net, loss, k, tol, every=True):
         held, random = {n: (p.to_local().clone(), p.grad) for n, p in net.named_parameters()}, torch.get_rng_state()
         problem = Sharded(net, loss)
-        whole = lambda v: torch.cat([t.full_tensor().reshape(-1) for t in problem.named(v).values()])
+        whole = lambda v: torch.cat([t.full_tensor().reshape(-1) for t in problem.layout.named(v).values()])
         line = lambda p: distribute_tensor(torch.linspace(-1, 1, p.numel(), dtype=p.dtype).view(p.shape), p.device_mesh, p.placements)
-        v = torch.cat([s.of(line(s.param)) * s.unit for s in problem.shards])
+        v = problem.layout.join(line(s.param) for s in problem.layout.shards)
         found, grad = sharpness(problem, k=k, tol=tol), problem.grad
         again, low = (sharpness(problem, k=k, tol=tol, warm=found.sketch), sharpness(problem, which="smallest", tol=tol)) if every else (found, None)
         assert all(torch.equal(p.to_local(), held[n][0]) and p.grad is held[n][1] for n, p in net.named_parameters()) and torch.equal(random, torch.get_rng_state())
         return dict(p=problem.p, loss=problem.loss, grad=whole(grad), norm=problem.length(grad), product=whole(problem.hvp(v)), far=whole(v), off=problem.error(),
-                    sizes=problem.sizes, vector=whole(found.vectors[:, 0]), **{f"{n} {i}": getattr(f, i) for n, f in dict(cold=found, warm=again, low=low).items() if f for i in ("values", "errors", "residuals", "converged")})
+                    sizes=problem.layout.sizes, vector=whole(found.vectors[:, 0]), **{f"{n} {i}": getattr(f, i) for n, f in dict(cold=found, warm=again, low=low).items() if f for i in ("values", "errors", "residuals", "converged")})
+
+    LOOKS = "grad_norm:every=2", "grad_variance:every=2,draws=5", "noise_scale:every=4", "train:every=4", "sharpness:every=4,tol=1e-2"
+
+    def batches(n, mine=None):
+        "Four batches of twelve and a shorter one, cut among n processes, of which the first has most of the last; None: whole."
+        gen = torch.Generator().manual_seed(2)
+        sizes = [[12 // n] * n] * 4 + [[3] + [1] * (n - 1)]
+        rows = [(torch.randn(sum(s), 5, generator=gen, dtype=torch.float64), torch.randint(3, (sum(s),), generator=gen)) for s in sizes]
+        return rows if mine is None else [tuple(t.split(s)[mine] for t in row) for row, s in zip(rows, sizes)]
+
+    def trained(net, batches, looks=(), cut=lambda t: t, **more):
+        "Three steps of AdamW, and what a watch saw: the weights after them, and columns by name."
+        opt = torch.optim.AdamW(net.parameters(), lr=.05)
+        loss = lambda model, batch: whole(nn.functional.cross_entropy(whole(model(cut(batch[0]))), batch[1], reduction="none"))
+        whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
+        with (watch(net, loss, batches, looks, opt, strict=True, **more) if looks else nullcontext()) as seen:
+            for batch in batches[:3]:
+                loss(net, batch).mean().backward()
+                opt.step(), opt.zero_grad()
+                if looks: seen.step()
+        return {n: whole(p.detach()) for n, p in net.named_parameters()}, seen and {f"{n} {c}": torch.as_tensor(v).nan_to_num(-1) for n, t in seen.traces.items() for c, v in t.columns.items() if c not in ("seconds", "matvecs", "frozen")}
 
     if __name__ == "__main__":
         with together():
-            (mine, n), out, every = rank(), {}, sys.argv[2] == "all"
+            (mine, n), out, seen, every = rank(), {}, {}, sys.argv[2] == "all"
             mesh, (x, y) = init_device_mesh("cpu", (n,)), examples()
             ce = lambda x, y: lambda model: nn.functional.cross_entropy(model(x), y)
             own = [t.chunk(n)[mine] for t in (x, y)]
             out["fsdp"] = measured(fsdp(build(), mesh), ce(*own), 2 if every else 1, 1e-5 if every else 1e-2, every)
+            looks = LOOKS if every else LOOKS[:4]
+            (alone, _), (theta, seen["fsdp"]) = trained(fsdp(build(), mesh), batches(n, mine)), trained(fsdp(build(), mesh), batches(n, mine), looks, store=f"{sys.argv[1]}/runs")
+            assert all(torch.equal(alone[k], theta[k]) for k in theta)
+            try: assert not trained(fsdp(build(), mesh), batches(n, mine), ["tail_index:draws=80"])
+            except TypeError as e: assert "'tail_index' would take a process's shards for whole vectors" in str(e)
             if every:
+                seen["tensors"] = trained(tensor_parallel(build(), mesh), batches(n), looks, cut=lambda x: distribute_tensor(x, mesh, [Replicate()]))[1]
                 whole = distribute_tensor(x, mesh, [Replicate()])
                 out["tensors"] = measured(tensor_parallel(build(), mesh), lambda model: nn.functional.cross_entropy(model(whole).full_tensor(), y), 2, 1e-5)
                 out["single"] = measured(fsdp(build(torch.float32), mesh), ce(own[0].float(), own[1]), 2, 1e-3)
             if every and n == 4: out["hybrid"] = measured(fsdp(build(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("again", "cut"))), ce(*own), 2, 1e-5)
-            torch.save(out, f"{sys.argv[1]}/{mine}.pt")
+            torch.save((out, seen), f"{sys.argv[1]}/{mine}.pt")
 """)
 
 
@@ -161,7 +189,7 @@ def test_sharded_parameters_are_those_of_one_process(n, which, tmp_path):
     def loss(t): return torch.nn.functional.cross_entropy(torch.func.functional_call(net, {k: b.view(s) for k, s, b in zip(names, shapes, t.split(sizes))}, x), y)
     grad, H = torch.func.grad(loss)(theta), torch.autograd.functional.hessian(loss, theta)
     exact = torch.linalg.eigvalsh(H).flip(0)
-    ranks = [torch.load(tmp_path / f"{k}.pt", weights_only=True) for k in range(n)]
+    ranks, watched = zip(*(torch.load(tmp_path / f"{k}.pt", weights_only=True) for k in range(n)))
     for rank in ranks:
         for kind, got in rank.items():
             single = kind == "single"
@@ -177,6 +205,14 @@ def test_sharded_parameters_are_those_of_one_process(n, which, tmp_path):
             assert v.norm() == pytest.approx(1, abs=1e-5) and (H @ v - got["cold values"][0] * v).norm() <= got["cold residuals"][0]
     for kind in ranks[0] if which == "all" else ():
         if kind in ("fsdp", "single"): assert sum(sum(r[kind]["sizes"]) for r in ranks) == len(theta)
+    _, alone = made["trained"](made["build"](), made["batches"](n), made["LOOKS"] if which == "all" else made["LOOKS"][:4])
+    for kind, seen in watched[0].items():
+        assert seen.keys() == alone.keys() and all(torch.equal(seen[k], other[kind][k]) for other in watched for k in seen)
+        if which == "all": assert ((seen["sharpness value"] - alone["sharpness value"]).abs() <= (off := seen["sharpness error"] + alone["sharpness error"])).all() and (off < .1).all()
+        for name in seen:
+            if "sharpness" not in name: torch.testing.assert_close(seen[name], alone[name], rtol=1e-8, atol=1e-12, msg=lambda m: f"{kind} {name}: {m}")
+    run, = Store(tmp_path / "runs").list()
+    assert run.status == "finished" and run.traces["grad_norm"].columns["value"].tolist() == watched[0]["fsdp"]["grad_norm value"].tolist()
 
 
 def test_what_cannot_be_sharded_says_so():

@@ -11,7 +11,7 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 from ..linalg import Eigs, Sketch, lanczos
-from ..linalg.basis import parted
+from ..ground.parts import parted
 from ..problem.designs import NotFinite
 from ..problem.graphs import check_free
 from ..problem import Point
@@ -115,7 +115,7 @@ def sharpness(
     if which not in WHICH: raise ValueError(f"which is {', '.join(map(repr, WHICH))}; got {which!r}.")
     check_number("sharpness", "tol", tol, 0)
     if hasattr(problem, "parts"):
-        if theta is not None or batch is not None: raise TypeError("a sharded model is measured where it is, on the batch of its loss; leave theta and batch out.")
+        if theta is not None or batch is not None: problem = problem.at(theta, batch)
         return _in_parts(problem, k, warm, stream, which, tol, room(memory, k, warm, problem.p), max_matvecs=max_matvecs, vectors=vectors, check=check)
     if not isinstance(problem, Point): check_given("sharpness", problem, "point")
     point = problem if isinstance(problem, Point) else problem.at(theta, batch)

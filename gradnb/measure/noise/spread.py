@@ -15,6 +15,7 @@ from torch import Tensor
 from ...problem.designs import finite
 from ...problem.layers.capture import unit_of
 from ...ground.draws import Draws, blocks, checked, columns, kept
+from ...ground.parts import total
 from ...ground.estimate import Estimate, in_unit, skewed_student, to_unit, unit_near
 from ...ground.roles import Batch, check_given
 from ...ground.layout import Layout
@@ -27,11 +28,13 @@ def dots(
     unit: float = 1.,             # of mean and v
 ) -> Tensor:                      # (m,), float64 on the CPU
     "⟨gᵢ − ḡ, v⟩, columns by columns."
-    return sum(((to_unit(g[:, c], unit) - mean[c]) * v[c]).sum(1, dtype=torch.float64) for c in columns(g)).cpu()
+    return total(sum(((to_unit(g[:, c], unit) - mean[c]) * v[c]).sum(1, dtype=torch.float64) for c in columns(g)).cpu())
 
-def square(v: Tensor) -> float: return sum(v[c].double().square().sum() for c in columns(v[None])).item()     # ‖v‖²
+def square(v: Tensor) -> float: return total(sum(v[c].double().square().sum() for c in columns(v[None]))).item()     # ‖v‖²
 
-def largest(g: Tensor) -> Tensor: return torch.linalg.vector_norm(g, inf, 1).cpu()     # (m, p) → (m,)
+def largest(g: Tensor) -> Tensor:     # (m, p) → (m,)
+    "Largest magnitudes, of vectors in parts the sum of the parts'."
+    return total(torch.linalg.vector_norm(g, inf, 1).cpu() if g.shape[1] else torch.zeros(len(g), dtype=g.dtype))
 
 def sums_of(
     draws: Tensor | Draws,
@@ -39,21 +42,21 @@ def sums_of(
     unit: float | None = None,    # of the sums; None: 1, unless squares would leave their dtype's range
 ) -> tuple[Tensor, float, Tensor]:    # Σ gᵢ and Σ gᵢ² (1 or 2, p); their unit; the largest magnitude of each (n,), as it is
     "One sweep. Raises ValueError naming the first draw that is not finite."
-    total, now, top, tops = None, unit or 1., 0., []
+    sums, now, top, tops = None, unit or 1., 0., []
     for g in blocks(draws):
         tops.append(largest(g))
         top, was = max(top, tops[-1].max().item()), now
         now = unit or unit_near(top, g.dtype)
-        if total is None: total = g.new_zeros(1 + squares, g.shape[1])
-        if now != was: total = torch.stack([to_unit(total[0], now, was), *(to_unit(to_unit(s, now, was), now, was) for s in total[1:])])
+        if sums is None: sums = g.new_zeros(1 + squares, g.shape[1])
+        if now != was: sums = torch.stack([to_unit(sums[0], now, was), *(to_unit(to_unit(s, now, was), now, was) for s in sums[1:])])
         for c in columns(g):
             part = to_unit(g[:, c], now)
-            total[0, c] += part.sum(0)
-            if squares: total[1, c] += part.square().sum(0)
+            sums[0, c] += part.sum(0)
+            if squares: sums[1, c] += part.square().sum(0)
         del g, part                                                    # before the next is made
     tops = finite(torch.cat(tops), what="gradient")
     in_unit(tops)                                                      # which warns of numbers that have lost their digits
-    return total, now, tops
+    return sums, now, tops
 
 # %% ../../../nbs/07_measure/01_noise/01_spread.ipynb #spread
 class Spread(NamedTuple):
@@ -88,6 +91,7 @@ class Spread(NamedTuple):
                 z, m = to_unit(g[:, c], unit) - mean[c], mean[c]
                 beside = torch.cat([to_unit(before[:, c], unit) - m, z[:-1]])
                 for out, other in zip(sums, (z, m, beside)): out += (z * other).sum(1, dtype=torch.float64)
+            sums = total(sums)
             if turned:
                 for c in columns(g): twist[c] += sums[1].to(g) @ (to_unit(g[:, c], unit) - mean[c])
             before = g[-1:]

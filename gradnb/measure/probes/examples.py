@@ -49,7 +49,7 @@ def noise_scale_probe(
             return Estimate.normal(V / G, 0.)._asdict() | dict(variance=V, norm_sq=G)
         spread = Spread.at(view.problem, view.theta, batch)
         return noise_scale(spread)._asdict() | dict(variance=grad_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
-    return Probe(f"noise_scale of {examples}" if examples else "noise_scale", every, measure)
+    return Probe(f"noise_scale of {examples}" if examples else "noise_scale", every, measure, True)
 
 @PROBES.add("batch_tests")
 def batch_tests_probe(

@@ -115,7 +115,7 @@ def grad_variance_probe(
         found = Exact(grad_variance(spread), grad_norm_sq(spread).value) if draws else closed_form(view, estimator, state)
         ratio = normalized_variance(spread).value if draws else found.normalized
         return found.variance._asdict() | dict(normalized=ratio, norm_sq=found.norm_sq, age=age(view, state))
-    return Probe(titled(name, "grad_variance", of), every, measure)
+    return Probe(titled(name, "grad_variance", of), every, measure, draws > 0)
 
 # %% ../../../nbs/07_measure/09_probes/02_noise.ipynb #update
 @PROBES.add("update_variance")

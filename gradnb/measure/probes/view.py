@@ -14,6 +14,7 @@ from torch import Tensor
 from ..curvature import WHICH, sharpness
 from ...problem import Point, Problem
 from ...problem.graphs import check_free
+from ...ground.parts import length
 from ...ground.registry import Registry
 from ...ground.draws import KEPT, Draws
 from ...ground.roles import Batch, State, check_number, check_range
@@ -130,6 +131,7 @@ class Probe:
     name: str                          # names its trace and its stream
     when: Callable[[int], bool] | int  # step → is it due? Or the steps between measurements
     fn: Callable[[View], object]       # what it measures
+    parts: bool = False                # right of vectors of which a process holds a part: its sums over entries are those of gradnb.ground.parts?
 
     def __post_init__(self):
         if not callable(self.when): object.__setattr__(self, "when", every(self.when))
@@ -154,9 +156,10 @@ class Probe:
 def probe(
     when: Callable[[int], bool] | int,  # every(50) or 50, at(0, 100), log_spaced(10) or any step → bool
     name: str | None = None,        # of its trace; None: the function's name
+    parts: bool = False,            # as of a Probe
 ):
     "Decorator: a function of a view becomes a probe."
-    return lambda fn: Probe(name or fn.__name__, when, fn)
+    return lambda fn: Probe(name or fn.__name__, when, fn, parts)
 
 # %% ../../../nbs/07_measure/09_probes/01_view.ipynb #ready
 PROBES = Registry("probe", "gradnb.measure.probes.*")
@@ -181,14 +184,14 @@ def sharpness_probe(
         eigs = sharpness(point, k=k, tol=tol, warm=view.memory.get("sketch"), stream=view.stream, which=which)
         view.memory["sketch"] = eigs.sketch
         return eigs
-    return Probe("frozen_" * frozen + f"{which}_" * (which != "largest") + "sharpness", every, measure)
+    return Probe("frozen_" * frozen + f"{which}_" * (which != "largest") + "sharpness", every, measure, which != "magnitude")
 
 @PROBES.add("grad_norm")
 def grad_norm_probe(
     every: int = 10,        # steps between measurements
 ) -> Probe:
     "‖∇L(θ)‖ over all examples."
-    return Probe("grad_norm", every, lambda view: view.full_grad.norm())
+    return Probe("grad_norm", every, lambda view: length(view.full_grad), True)
 
 # %% ../../../nbs/07_measure/09_probes/01_view.ipynb #evaluation
 def descends_all(
@@ -218,7 +221,7 @@ def _evaluation(split: str):
         "Loss and accuracy over the whole split; columns loss and accuracy, and frozen where it matters."
         name = {None: "", True: "frozen_", False: "batch_"}
         if frozen not in name: raise ValueError(f"frozen is true, false or none, got {frozen!r}.")
-        return Probe(name[frozen] + split, every, lambda view: evaluation(view, split, frozen))
+        return Probe(name[frozen] + split, every, lambda view: evaluation(view, split, frozen), split == "train")
     return build
 
 for _split in ("train", "test"): PROBES.add(_split)(_evaluation(_split))

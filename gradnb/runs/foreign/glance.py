@@ -166,7 +166,8 @@ class Glance(View):
 @torch.no_grad()
 def marks(tensors: dict[str, Tensor]) -> dict[str, tuple]:
     "By what a tensor is known to have changed: its version, and its first entries, for who writes past that."
-    return {k: (None if t.is_inference() else t._version, t.reshape(-1)[:8].clone()) for k, t in tensors.items()}
+    here = {k: getattr(t, "to_local", lambda t=t: t)() for k, t in tensors.items()}       # of a sharded one this process's part
+    return {k: (None if t.is_inference() else t._version, t.reshape(-1)[:8].clone()) for k, t in here.items()}
 
 def differ(now: dict[str, tuple], before: dict[str, tuple]) -> list[str]:
     "Whose marks are other ones."
@@ -178,7 +179,8 @@ def constants(problem, module: nn.Module) -> dict[str, Tensor]:
     return {k: t.detach() for k, t in named if k not in problem.layout.names and k not in problem.buffers}
 
 def with_held(problem, held: dict[str, Tensor]):
-    "A problem whose network holds other constants; itself, where they are its own."
+    "A problem whose network holds other constants; itself, where they are its own or its network is the live one."
+    if problem.module is problem.given: return problem
     there = {**dict(problem.module.named_parameters()), **dict(problem.module.named_buffers())}
     new = {n: t for n, t in held.items() if n in there and n not in problem.buffers and t.shape == there[n].shape and not torch.equal(t.to(there[n]), there[n])}
     if not new: return problem

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 from ...ground.display import warn
+from ...ground.parts import parted
 from ...ground.roles import check_number
 from ...ground.traces import Row, Trace, as_row
 from ...move.estimators.minibatch import MiniBatch
 from ...move.steppers import Descent
 from ...problem import Problem
-from ...problem.parallel import rank
+from ...problem.parallel import from_first, rank
 from ..recordings import settings_of
 from .glance import Glance, InUse, Seen, Untold, bare, constants, differ, known_of, marks, trained, untouched, with_held
 from .loggers import logger_of, numbers
@@ -54,16 +55,22 @@ class Watch:
         self.steps, self.seconds, self.remake = start, 0., remake
         self.traces, self.failures = {}, {}       # by name; by name and step, in words
         self._watching = Watching(problem, None, math.inf, check_probes(probes), seed)
+        self._parts = getattr(problem, "parts", None)
+        if self._parts and (none := [p.name for p in self._watching.probes if not getattr(p, "parts", False)]):
+            raise TypeError(f"{', '.join(map(repr, none))} would take a process's shards for whole vectors; of a sharded model there are sharpness, grad_norm, grad_variance, noise_scale "
+                            "and train, and probes of yours that add up entries by gradnb.ground.parts and say so: @probe(every(50), parts=True).")
         size = 1 if getattr(problem.dataset, "whole", False) else batch_size or getattr(problem.dataset, "count", 0)
         self._estimator = MiniBatch(size, replace=size > problem.n) if size else Untold()
         if self.optimizer is not None: InUse(self.optimizer, self._live())       # or an error
         self._trained, self._kind = trained(problem.given), {(p.dtype, p.device) for p in self._live().values()}
         self._last, self._columns, self._waiting, self._losses, self._cost, self._said = None, {}, {}, [], {}, set()
-        self._idle = rank()[0] > 0 and problem.share[1] == 1      # the first process looks, all of them at a split problem
+        first = rank()[0] == 0
+        self._idle = not first and problem.share[1] == 1          # the first process looks, all of them at a split problem; it alone speaks
+        if not first: self.log = None
         self._hooks, self._told, self._before, self._constants, self._began, self.closed = [], -1, None, {}, perf_counter(), False
         forgotten = WeakMethod(self._forgotten)
         atexit.register(lambda: (close := forgotten()) and close())
-        if record is not None and not self._idle: self.run = record()
+        if record is not None and first: self.run = record()
         self._moved()
         self._hold()
         self._look()
@@ -118,7 +125,7 @@ class Watch:
         for name, rows in self._waiting.items():
             for step, seconds in rows: self._keep(name, step, Row({"value": math.nan, "seconds": seconds}))
         if self.run is not None: self._try("store", lambda: self.run.close(status, message, failures=self.failures, measuring=round(self.seconds, 3)))
-        if self.budget is None and not self._idle and self.seconds:
+        if self.budget is None and not rank()[0] and self.seconds:
             print(f"watched {self.steps} steps; measuring took {self.seconds / max(elapsed, 1e-9):.1%} of {elapsed:.3g} s.")
 
     def __enter__(self): return self
@@ -168,7 +175,8 @@ class Watch:
         problem, given = self.problem, self.problem.given
         buffers, grads = dict(given.named_buffers()), [p.grad for n, p in given.named_parameters() if n in problem.layout.names and p.grad is not None]
         self._held = {k: buffers.get(k, b).detach().to(b.device, b.dtype, copy=True) for k, b in problem.buffers.items()}
-        self._norm = nn.utils.get_total_norm(grads) if grads else None
+        norm = nn.utils.get_total_norm(grads) if grads else None
+        self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _look(self):
         "Measure what is due, once."
@@ -185,7 +193,7 @@ class Watch:
             start = perf_counter()
             try:
                 if error is not None: raise error
-                with untouched(self.problem.device) as drew: row = as_row(p.measure(view(p)))
+                with untouched(self.problem.device) as drew, parted(self._parts): row = as_row(p.measure(view(p)))
                 for whose in drew: self._say((p.name, whose), f"probe {p.name!r} drew from {whose} global generator, which was put back; use view.stream.generator().")
                 seconds = perf_counter() - start
                 self._take(p.name, Row({"seconds": seconds, **row} if "seconds" in row else {**row, "seconds": seconds}))
@@ -204,7 +212,9 @@ class Watch:
             if cost is None or spent + cost <= allowed:
                 found.append(p)
                 spent += cost or 0.
-        return found
+        if self.problem.share[1] == 1: return found
+        names = from_first([p.name for p in found])               # clocks differ, and all must do the same
+        return [p for p in due if p.name in names]
 
     def _see(self) -> Callable:
         "The view of each probe."
@@ -297,7 +307,11 @@ def watch(
     "Measure a training in a loop that is not ours, without being felt by it."
     ready = hasattr(model, "layout") and hasattr(model, "grad_and_loss")
     if ready and (objective is not None or data is not None or more): raise TypeError(f"a Problem has its objective, its data and the rest; leave {', '.join(more) or 'them'} out.")
-    make = (lambda: model) if ready else lambda: Problem(model, objective, data, **more)
+    def make():
+        if ready: return model
+        if not any(hasattr(p, "to_local") for p in model.parameters()): return Problem(model, objective, data, **more)
+        from gradnb.problem.sharded import Sharded       # torch's FSDP takes half a second to import
+        return Sharded(model, objective, data, **more)
     with untouched(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")): problem = make()
     def record():
         known = known_of(problem, optimizer) | settings_of(config)
