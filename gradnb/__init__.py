@@ -77,6 +77,7 @@ _NAMES = {
     "runs.sweeps.limits": ["limits"],
     "runs.sweeps.tuning": ["tuned"],
     "runs.sweeps.comparison": ["compare"],
+    "runs.sweeps.translation": ["translate"],
     "runs.exports": ["export_runs"],
     "runs.originals": ["import_runs"],
     "show.claims": ["Claim", "claim", "save_claims", "load_claims"],
