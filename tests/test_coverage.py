@@ -389,7 +389,7 @@ UNCOUNTED = {    # and why others are not
         "directions.eps_volume", "directions.pac_bayes_sigma", "keskar.keskar_sharpness", "norms.fisher_rao")},
     "measure.tail.controls.control_row": "an interval of the next draw of a control: tests/test_tail_controls.py", "measure.tail.fit.compare_laws": "tests/test_tail_fit.py counts its ranks",
     "problem.designs.Design.variance": "its error is that of the simulation of counts alone: tests/test_estimators_noise.py",
-    "problem.audit.slopes": "a difference's own, by two widths: tests/test_problem.py holds it against closed forms", "runs.sweeps.many.results": "the word of an exception", "runs.sweeps.translation.translate": "the range of the pilot's own steps, its docstring says so", "show.plots.ticks.log_ticks": "places on an axis", "show.claims.within": "a comparison"}
+    "problem.audit.slopes": "a difference's own, by two widths: tests/test_problem.py holds it against closed forms", "runs.sweeps.many.results": "the word of an exception", "show.plots.ticks.log_ticks": "places on an axis", "show.claims.within": "a comparison"}
 
 def stating():
     "Every public function that states an error: it returns what holds one, or its signature's comment says so."

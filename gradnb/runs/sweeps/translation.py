@@ -8,7 +8,6 @@ __all__ = ['BY', 'Size', 'update_size', 'share_of_edge', 'Translation', 'Seen', 
 
 # %% ../../../nbs/08_runs/09_sweeps/10_translation.ipynb #imports
 from dataclasses import dataclass, replace
-from itertools import islice
 from math import inf, isfinite
 from typing import NamedTuple
 import torch
