@@ -35,6 +35,7 @@ from gradnb.measure.tail.magnitudes import Magnitudes
 from gradnb.measure.tail.methods import Histograms, hill_edge
 from gradnb.measure.tail.stable import stable_sample
 from gradnb.measure.tail.verdict import profile_change
+from gradnb.measure.probes.subspace import widest_gap
 from gradnb.measure.thresholds.directions import ratio_of_means
 from gradnb.measure.trajectories import Projection, first_crossing, projected_distance
 from gradnb.runs.sweeps.comparison import geometric_mean, spread_times
@@ -355,6 +356,13 @@ CLAIMS += [Claim("runs: geometric_mean of 5, Gumbel", lambda s: np.exp(gumbel(np
            Claim("runs: spread_times, 5 and 5", lambda s: (normal(s / "a", 5), normal(s / "b", 5)),
                  lambda x, s: spread_times(geometric_mean((.3 * x[0]).exp().numpy()), Estimate.mean(2 + .2 * x[1])), lambda x: 2., .93)]
 
+def near(s):
+    "Eigenvalues with errors, and what they might be for that."
+    true = uniform(s / "v", 12, low=.05).sort(descending=True).values
+    errors = .1 * true * uniform(s / "e", 12)
+    return true, true + errors * uniform(s / "off", 12, low=-1), errors
+CLAIMS += [Claim("measure: widest_gap, 12 values", near, lambda x, s: widest_gap(*x[1:]), lambda x: float((x[0][:-1] / x[0][1:]).argmax()) + 1, 1.)]
+
 
 # --- nothing is left out ----------------------------------------------------------------------------------------
 
@@ -367,7 +375,7 @@ COUNTED = {      # what states an error → the claims that count it
     "measure.thresholds.metrics.preconditioned_sharpness": "eigenvalues, sharpness", "measure.noise.batchsize.radius": "inner_product_test",
     "measure.noise.spread.jackknife": "grad_variance", "measure.noise.coordinates.over_groups": "tic_diagonal", "measure.noise.coordinates.means_over_parameters": "gsnr",
     "measure.trajectories.projected_distance": "projected_distance", "measure.trajectories.first_crossing": "first_crossing", "show.claims.batch_means": "batch_means",
-    "measure.thresholds.directions.ratio_of_means": "ratio_of_means", "measure.thresholds.directions.batch_sharpness": "mean of 5",
+    "measure.probes.subspace.widest_gap": "widest_gap", "measure.thresholds.directions.ratio_of_means": "ratio_of_means", "measure.thresholds.directions.batch_sharpness": "mean of 5",
     "measure.flatness.centre.Centre.estimate": "mean of 5", "measure.probes.stability.noise_curvature": "mean of 5", "measure.flatness.norms.lambda_max": "eigenvalues, sharpness",
     **{f"measure.flatness.{f}": "mean of 5" for f in ("directions.average_sharpness", "norms.trace", "norms.frobenius", "norms.relative_flatness")},
     **{f"measure.noise.{room}.{name}": name for room, names in {"spread": ("grad_variance", "grad_norm_sq", "signal_to_noise", "normalized_variance", "noise_scale",

@@ -303,3 +303,21 @@ def test_measures_of_one_layer_hold_nothing_of_the_others():
     spread()
     for work in (lambda: layer.at().grad, lambda: point.hvp(point.grad), lambda: hutchinson(point.hvp, layer.p, 4), lambda: spectrum(point.hvp, layer.p, 2, 4), spread):
         assert peak_bytes(work) < whole.theta0.nbytes / 2
+
+
+def test_the_gauss_newton_part_of_three_classes_is_a_sum_over_their_outputs():
+    "Against a Jacobian by torch.func and a dense softmax, at sloppy and sharp searches; data are cut to classes by their word."
+    import numpy as np
+    problem = Problem(build_model("fc-tanh:width=4,depth=1", data := load_dataset("digits-60:classes=3")).double(), "ce", data)
+    assert data.classes == 3 and data.y.bincount().tolist() == [20, 20, 20]
+    def outputs(theta): return torch.func.functional_call(problem.module, {n: v for n, v in problem.layout.named(theta).items()}, (data.x.double(),))
+    theta = problem.theta0 + .1
+    J, s = torch.func.jacrev(outputs)(theta), outputs(theta).softmax(1).detach()
+    G = torch.einsum("ncp,nck,nkq->pq", J, torch.diag_embed(s) - s[:, :, None] * s[:, None], J) / 60
+    H = problem.hvp(theta, torch.eye(problem.p, dtype=torch.float64))
+    (h, U), (g, V) = (np.linalg.eigh(M.numpy()) for M in (H, G))
+    for tol in (.03, 1e-6):
+        found = train(problem, Descent(GD(.1)), 1, [PROBES.build(f"gauss_newton:k=2,more=5,tol={tol}")], theta=theta)[1]["gauss_newton"].columns
+        for name, exact in (("hessian", h), ("ggn", g)): assert (abs(found[name][0] - exact[::-1][:7]) <= found[f"{name}_errors"][0] + 1e-12).all()
+        assert found["low"][0] <= np.square(U[:, -2:].T @ V[:, -2:]).sum() / 2 <= found["high"][0]
+    assert found["high"][0] - found["low"][0] < 1e-3
