@@ -56,6 +56,10 @@ PAIRS = {    # what is compared → our optimizer, theirs
     "LAMB, timm foreach": (lambda p: optim.LAMB.timm(p), lambda p: timm_lamb()(p, foreach=True)),
     "LAMB, timm one by one": (lambda p: optim.LAMB.timm(p), lambda p: timm_lamb()(p, foreach=False)),
     "LARS, pytorch_optimizer foreach": (lambda p: optim.LARS.pytorch_optimizer(p), lambda p: pytorch_optimizer().LARS(p, foreach=True)),
+    "Prodigy, pytorch_optimizer foreach": (lambda p: optim.Prodigy(p), lambda p: pytorch_optimizer().Prodigy(p, foreach=True)),
+    "Prodigy, pytorch_optimizer one by one": (lambda p: optim.Prodigy(p), lambda p: pytorch_optimizer().Prodigy(p, foreach=False)),
+    "ScheduleFreeAdamW, pytorch_optimizer foreach": (lambda p: optim.ScheduleFreeAdamW(p), lambda p: pytorch_optimizer().ScheduleFreeAdamW(p, foreach=True)),
+    "ScheduleFreeAdamW, pytorch_optimizer one by one": (lambda p: optim.ScheduleFreeAdamW(p), lambda p: pytorch_optimizer().ScheduleFreeAdamW(p, foreach=False)),
 }
 
 def three_steps(

@@ -176,7 +176,8 @@ def check_rule(
                 "gives another step from the same state once it was stored; keep everything that changes in the state.")
             if hasattr(rule, "update"):
                 own, kept = deepcopy((blocks, state))
-                after3 = rule.update(kept, own, grads, rule.tally(kept, own, grads), OVER)
+                kept, total = rule.gather(kept, own, grads, OVER)
+                after3 = rule.update(kept, own, grads, total, OVER)
                 law(all(torch.equal(out[k], own[k]) for k in out) and same(after, after3), rule,
                     "steps to somewhere else in place; what it reads again must not be written over before.")
             blocks, state = out, after

@@ -144,7 +144,8 @@ class Face(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad(): loss = closure()
         work = [call for i in range(len(self.param_groups)) for call in self._calls(i)]
-        tallies = [call.rule.tally(call.state, call.blocks, call.grads) for call in work if hasattr(call.rule, "tally")]
+        found = [call.rule.gather(call.state, call.blocks, call.grads, OVER) if hasattr(call.rule, "gather") else (call.state, ()) for call in work]
+        work, tallies = [call._replace(state=state) for call, (state, _) in zip(work, found)], [tally for _, tally in found if tally]
         totals = {d: tuple(sum(t.to(d) if isinstance(t, Tensor) else t for t in column) for column in zip(*tallies))
                   for d in {call.device for call in work}}
         for call in work:

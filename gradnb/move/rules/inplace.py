@@ -34,17 +34,22 @@ class InPlace(Rule):
         "What must be known of all blocks before any of them moves, each entry a sum over blocks."
         return ()
 
+    def gather(self, state, blocks: dict[str, Tensor], grads: dict[str, Tensor], ops) -> tuple[Any, tuple]:
+        "The state to update from, whose parts that need no tally may be the next already, and the tally."
+        return state, self.tally(state, blocks, grads)
+
     def update(self, state, blocks: dict[str, Tensor], grads: dict[str, Tensor], total: tuple, ops) -> Any:
-        "Move the blocks, knowing the tally of all, and return the next state; the old one is changed by nothing but `ops`, ANEW or OVER."
+        "Move the blocks, knowing the tally of all, and return the next state; the gathered one is changed by nothing but `ops`, ANEW or OVER."
         ...
 
     def move(self, state, blocks, grads):
         "The next state; the blocks are moved, and the old state stays as it is."
-        return self.update(state, blocks, grads, self.tally(state, blocks, grads), ANEW)
+        state, total = self.gather(state, blocks, grads, ANEW)
+        return self.update(state, blocks, grads, total, ANEW)
 
     def over(self, state, blocks, grads):
         "The next state, to the bit that of `move`; the blocks and the old state are written over, a few blocks at a time."
-        total, after = self.tally(state, blocks, grads), []
+        (state, total), after = self.gather(state, blocks, grads, OVER), []
         for piece in pieces(list(blocks.items()), None if self.apart else True):
             some = lambda of: {n: of[n] for n, _ in piece}
             part = type(state)(*(some(v) if isinstance(v, dict) else v for v in state)) if state else state
