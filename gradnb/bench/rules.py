@@ -58,8 +58,8 @@ PAIRS = {    # what is compared → our optimizer, theirs
     "LARS, pytorch_optimizer foreach": (lambda p: optim.LARS.pytorch_optimizer(p), lambda p: pytorch_optimizer().LARS(p, foreach=True)),
     "Prodigy, pytorch_optimizer foreach": (lambda p: optim.Prodigy(p), lambda p: pytorch_optimizer().Prodigy(p, foreach=True)),
     "Prodigy, pytorch_optimizer one by one": (lambda p: optim.Prodigy(p), lambda p: pytorch_optimizer().Prodigy(p, foreach=False)),
-    "ScheduleFreeAdamW, pytorch_optimizer foreach": (lambda p: optim.ScheduleFreeAdamW(p), lambda p: pytorch_optimizer().ScheduleFreeAdamW(p, foreach=True)),
-    "ScheduleFreeAdamW, pytorch_optimizer one by one": (lambda p: optim.ScheduleFreeAdamW(p), lambda p: pytorch_optimizer().ScheduleFreeAdamW(p, foreach=False)),
+    "ScheduleFreeAdamW, pytorch_optimizer foreach": (lambda p: optim.ScheduleFreeAdamW(p, lr=1e-4), lambda p: pytorch_optimizer().ScheduleFreeAdamW(p, lr=1e-4, foreach=True)),
+    "ScheduleFreeAdamW, pytorch_optimizer one by one": (lambda p: optim.ScheduleFreeAdamW(p, lr=1e-4), lambda p: pytorch_optimizer().ScheduleFreeAdamW(p, lr=1e-4, foreach=False)),
 }
 
 def three_steps(

@@ -78,7 +78,8 @@ class Prodigy(InPlace):
         m, v = ops.lerp(m, g, 1 - self.beta1), ops.mul(v, self.beta2)
         torch._foreach_addcmul_(v, g, g, 1 - self.beta2)
         if self.weight_decay: torch._foreach_mul_(w, 1 - rate * self.weight_decay)
-        root = torch._foreach_sqrt(v)
+        root = [a.copy_(b) for a, b in zip(g, v)]                  # where there is room already: fresh memory costs more than a copy
+        torch._foreach_sqrt_(root)
         torch._foreach_add_(root, [d * self.eps] * len(root))      # one tensor for all would be read as a number
         torch._foreach_div_(root, -rate)
         torch._foreach_addcdiv_(w, m, root)
