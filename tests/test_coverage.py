@@ -26,7 +26,7 @@ from gradnb.ground.estimate import Estimate
 from gradnb.linalg import Eigs, hutchinson, lanczos, lobpcg, power_iteration
 from gradnb.linalg.spectra import spectrum, xtrace
 from gradnb.linalg.trace import frobenius
-from gradnb.measure.noise.batchsize import cabs, inner_product_test, norm_test, orthogonality_test
+from gradnb.measure.noise.batchsize import cabs, critical_batch, inner_product_test, norm_test, orthogonality_test
 from gradnb.measure.noise.comparing import bias_check
 from gradnb.measure.noise.coordinates import coordinate_normalized_variance, coordinate_variance, gsnr, stopping_evidence, tic_diagonal, tic_trace
 from gradnb.measure.noise.spread import grad_norm_sq, grad_variance, noise_scale, noise_scale_of_pairs, normalized_variance, signal_to_noise
@@ -363,6 +363,15 @@ def near(s):
     return true, true + errors * uniform(s / "off", 12, low=-1), errors
 CLAIMS += [Claim("measure: widest_gap, 12 values", near, lambda x, s: widest_gap(*x[1:]), lambda x: float((x[0][:-1] / x[0][1:]).argmax()) + 1, 1.)]
 
+def raced_batches(critical, noise, seeds):
+    "Sizes and steps of runs to a target."
+    def draw(s):
+        B = np.repeat([4., 8, 16, 32, 64, 128], seeds)
+        return B, 50 * (1 + critical / B) * np.exp(noise * normal(s, len(B)).numpy())
+    return draw
+CLAIMS += [Claim(f"measure: critical_batch, {what} of {c} and 50, noise {noise}, {seeds} seeds", raced_batches(c, noise, seeds), lambda x, s, i=i: critical_batch(*x)[i], lambda x, v=v: v, .95)
+           for c in (5., 20., 100.) for noise in (.05, .3) for seeds in (1, 3) for i, what, v in ((0, "B_c", c), (1, "S_min", 50.))]
+
 
 # --- nothing is left out ----------------------------------------------------------------------------------------
 
@@ -375,7 +384,7 @@ COUNTED = {      # what states an error → the claims that count it
     "measure.thresholds.metrics.preconditioned_sharpness": "eigenvalues, sharpness", "measure.noise.batchsize.radius": "inner_product_test",
     "measure.noise.spread.jackknife": "grad_variance", "measure.noise.coordinates.over_groups": "tic_diagonal", "measure.noise.coordinates.means_over_parameters": "gsnr",
     "measure.trajectories.projected_distance": "projected_distance", "measure.trajectories.first_crossing": "first_crossing", "show.claims.batch_means": "batch_means",
-    "measure.probes.subspace.widest_gap": "widest_gap", "measure.thresholds.directions.ratio_of_means": "ratio_of_means", "measure.thresholds.directions.batch_sharpness": "mean of 5",
+    "measure.noise.batchsize.critical_batch": "critical_batch", "measure.probes.subspace.widest_gap": "widest_gap", "measure.thresholds.directions.ratio_of_means": "ratio_of_means", "measure.thresholds.directions.batch_sharpness": "mean of 5",
     "measure.flatness.centre.Centre.estimate": "mean of 5", "measure.probes.stability.noise_curvature": "mean of 5", "measure.flatness.norms.lambda_max": "eigenvalues, sharpness",
     **{f"measure.flatness.{f}": "mean of 5" for f in ("directions.average_sharpness", "norms.trace", "norms.frobenius", "norms.relative_flatness")},
     **{f"measure.noise.{room}.{name}": name for room, names in {"spread": ("grad_variance", "grad_norm_sq", "signal_to_noise", "normalized_variance", "noise_scale",
