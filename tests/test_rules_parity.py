@@ -265,9 +265,9 @@ SOAPS = {
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("name", SOAPS)
 def test_soap(name, dtype, tolerance):
-    "On gradients that are drawn: those of a small network span few directions, and in the null space of a factor a rounding turns the basis."
+    "On gradients that are drawn: those of a small network span few directions, and in the null space of a factor a rounding turns the basis; a vector's first factor has rank 1, so the vector is of two entries."
     (rule, words), gen = SOAPS[name], torch.Generator().manual_seed(0)
-    draw = lambda: {n: torch.randn(*s, generator=gen, dtype=torch.float64).to(dtype) for n, s in dict(a=(24, 12), b=(12, 12), c=(5, 9), v=(7,), conv=(4, 3, 2, 2)).items()}
+    draw = lambda: {n: torch.randn(*s, generator=gen, dtype=torch.float64).to(dtype) for n, s in dict(a=(24, 12), b=(12, 12), c=(5, 9), v=(2,), conv=(4, 3, 2, 2)).items()}
     blocks = start = draw()
     params = {n: nn.Parameter(b.clone()) for n, b in blocks.items()}
     optimizer, state = soap_po(params.values(), **words), rule.init(blocks, {})
