@@ -7,7 +7,7 @@ __all__ = ['halves', 'mean_between', 'next_exponent', 'bracket', 'Limits', 'limi
 
 # %% ../../../nbs/08_runs/09_sweeps/10_limits.ipynb #imports
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, inf, nan
 import numpy as np
 from ...data.sources import held
@@ -73,11 +73,11 @@ class Limits:
     @property
     def mean(self) -> Estimate: return mean_between(self.low, self.high)
 
-    def ratio(self, other: "Limits") -> Estimate:
+    def __truediv__(self, other: "Limits") -> "Limits":
         "How many times the other's limit this is, seed by seed. Raises ValueError where the seeds are not the same."
         if self.seeds != other.seeds: raise ValueError(f"a ratio needs the same seeds of both, got {self.seeds} and {other.seeds}.")
         over = lambda a, b: a / b if b else inf
-        return mean_between(list(map(over, self.low, other.high)), list(map(over, self.high, other.low)))
+        return replace(self, low=tuple(map(over, self.low, other.high)), high=tuple(map(over, self.high, other.low)), runs=self.runs + other.runs)
 
     def __str__(self): return f"{self.over} up to {self.mean}, {len(self.seeds)} seeds, {self.runs} runs"
 
