@@ -30,6 +30,7 @@ from gradnb.measure.noise.batchsize import cabs, critical_batch, inner_product_t
 from gradnb.measure.noise.comparing import bias_check
 from gradnb.measure.noise.coordinates import coordinate_normalized_variance, coordinate_variance, gsnr, stopping_evidence, tic_diagonal, tic_trace
 from gradnb.measure.noise.spread import grad_norm_sq, grad_variance, noise_scale, noise_scale_of_pairs, normalized_variance, signal_to_noise
+from gradnb.measure.precedence import precedence
 from gradnb.measure.tail.estimators import tail_index
 from gradnb.measure.tail.magnitudes import Magnitudes
 from gradnb.measure.tail.methods import Histograms, hill_edge
@@ -279,6 +280,14 @@ def reached(c): return 1 / c[2][1]
 
 def ratios(s): return 2 + normal(s / 0, 30), 4 + normal(s / 1, 30)
 
+def following(q, n=20):
+    "Events of which a share q is to follow jumps, twenty steps from each other."
+    def draw(s):
+        events, jumps = np.zeros((2, 20 * n), bool)
+        events[19::20], jumps[15::20] = True, uniform(s, n).numpy() < q
+        return events, jumps
+    return draw
+
 def gradients(s):
     "Of 40 examples in 3 parts."
     return normal(s, 40, 6), torch.arange(40) % 3
@@ -286,6 +295,7 @@ def gradients(s):
 CLAIMS += [
     Claim("ground: mean of 5", lambda s: normal(s, 5), lambda x, s: Estimate.mean(x), lambda x: 0., .93),
     Claim("measure: ratio_of_means", ratios, lambda x, s: ratio_of_means(*x), lambda x: .5, .93),
+    *(Claim(f"measure: precedence, 20 events, {q:.0%} follow", following(q), lambda x, s: precedence([x]).share, lambda x, q=q: q, .95) for q in (.3, .9)),
     Claim("show: batch_means", remembering, lambda x, s: batch_means(x), lambda x: 0., .93),
     Claim("measure: first_crossing", curve, lambda c, s: first_crossing(c[0].numpy(), c[1].numpy(), 1., .3) or (0., 99.), reached, .99),
     Claim("measure: projected_distance", lambda s: normal(s, 2, 500), lambda x, s: bracket(*map(float, projected_distance(*map(Projection(64, s), x))), 1e9),
@@ -383,7 +393,7 @@ COUNTED = {      # what states an error → the claims that count it
     "linalg.trace.hutchinson": "hutchinson", "linalg.trace.frobenius": "‖A‖_F, frobenius", "measure.curvature.sharpness": "eigenvalues, sharpness", "measure.tail.sketch.TailSketch.tail_index": "tail_index, mohammadi",
     "measure.thresholds.metrics.preconditioned_sharpness": "eigenvalues, sharpness", "measure.noise.batchsize.radius": "inner_product_test",
     "measure.noise.spread.jackknife": "grad_variance", "measure.noise.coordinates.over_groups": "tic_diagonal", "measure.noise.coordinates.means_over_parameters": "gsnr",
-    "measure.trajectories.projected_distance": "projected_distance", "measure.trajectories.first_crossing": "first_crossing", "show.claims.batch_means": "batch_means",
+    "measure.trajectories.projected_distance": "projected_distance", "measure.trajectories.first_crossing": "first_crossing", "show.claims.batch_means": "batch_means", "measure.precedence.precedence": "precedence",
     "measure.noise.batchsize.critical_batch": "critical_batch", "measure.probes.subspace.widest_gap": "widest_gap", "measure.thresholds.directions.ratio_of_means": "ratio_of_means", "measure.thresholds.directions.batch_sharpness": "mean of 5",
     "measure.flatness.centre.Centre.estimate": "mean of 5", "measure.probes.stability.noise_curvature": "mean of 5", "measure.flatness.norms.lambda_max": "eigenvalues, sharpness",
     **{f"measure.flatness.{f}": "mean of 5" for f in ("directions.average_sharpness", "norms.trace", "norms.frobenius", "norms.relative_flatness")},
