@@ -68,6 +68,7 @@ def harmless(text):
 
 class Two(Explorer):
     "Two linked panels and a framed one."
+    def about(self, look): return [["", "slow", "fast"], ["same", 1, 1], ["<img src=x onerror=alert(1)>", "</script><b>", 2.5]]
 
     def panels(self, look):
         x = np.arange(0, 1000, 2)
@@ -323,6 +324,10 @@ def test_panels_and_legend_stand_as_they_are_put(alone):
     page.keyboard.press("Shift+ArrowRight")
     assert stand() == ["at", "rise", "loss", "none"] and host.evaluate("e => e === document.activeElement")
 
+    page.get_by_text("what is shown").click()
+    assert page.locator(".gradnb-about tr").all_inner_texts() == ["\tslow\tfast", "same\t1\t1", "<img src=x onerror=alert(1)>\t</script><b>\t2.5"]
+    assert page.locator(".gradnb-differs th").all_inner_texts() == ["<img src=x onerror=alert(1)>"] and page.locator(".gradnb-canvas :is(img, b)").count() == 0
+    host.focus()
     size = lambda name: (box := page.locator(f"[data-panel={name}] canvas").bounding_box())["width"] * box["height"]
     usual = size("rise")
     page.keyboard.press("m")
@@ -673,6 +678,27 @@ def test_lab_two_hundred_runs(notebook, two_hundred, request):
     (left, right), (low, high) = limits(page, "loss")
     assert left <= .01 and right >= .2 and low < .45 < 5.2 < high                                  # 1/4 + 0.2 … 20/4 + 0.2
     shoot(page, request.node.name + "_table")
+    page.get_by_label("x axis", exact=True).select_option(label="parallel coordinates")
+    page.wait_for_selector("[data-panel='parallel coordinates'] canvas")
+    filled(page, "parallel coordinates")
+    shoot(page, request.node.name + "_parallel")
+    page.get_by_label("x axis", exact=True).select_option(label="step")
+    page.get_by_label("group", exact=True).select_option(label="each run")
+    typed(page, "where", "lr == 0.2 and seed < 2")
+    counts("4 of 4")
+    less = page.get_by_label("less", exact=True)
+    page.wait_for_function("(select) => select.options.length === 5", arg=less.element_handle())
+    base = less.locator("option").nth(3).inner_text().replace("\xa0", " ")
+    less.select_option(label=base)
+    page.get_by_text("what is shown").click()
+    page.wait_for_function("(name) => document.querySelectorAll('.gradnb-about thead th')[1].textContent === name", arg=base)
+    assert [row.partition("\t")[0] for row in page.locator(".gradnb-differs").all_inner_texts()] == ["run", "source", "rule", "seed"]
+    assert len(page.locator(".gradnb-about tr").nth(1).locator("td").all_inner_texts()) == 4                # its column is the first, and no second
+
+    in_kernel(page, "import time\nwith explorer._lock: time.sleep(3)", wait=False)                       # also where messages to widgets have a thread of their own
+    less.select_option(label="nothing")
+    page.locator(".gradnb-said").get_by_text("The kernel does not answer").wait_for()          # while it is busy
+    page.locator(".gradnb-said").wait_for(state="hidden")                                                  # until it answers
 
     for kind, begin in (("CSV", b"panel,line,what,x,y,low,high"), ("HTML", b"<!doctype html>")):
         with page.expect_download() as download:
@@ -682,7 +708,7 @@ def test_lab_two_hundred_runs(notebook, two_hundred, request):
     page.wait_for_function(f"() => document.querySelector('{CANVAS}').scrollWidth <= document.querySelector('{CANVAS}').clientWidth")
     shoot(page, request.node.name + "_700")
     page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart(); }")
-    page.get_by_role("button", name="save as PNG").click()
+    page.get_by_label("smooth", exact=True).press("1")
     page.locator(".gradnb-said").get_by_text(re.compile("The kernel (does not answer|is gone)")).wait_for()
 
 

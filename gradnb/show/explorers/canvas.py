@@ -38,6 +38,7 @@ class Canvas(AnyWidget):
     order = List(Unicode()).tag(sync=True)                                          # panels that stand before the others
     size = Float(1.).tag(sync=True)                                                 # of panels
     message = Unicode("").tag(sync=True)                                            # what the user should know
+    about = List().tag(sync=True)                                                   # a table below the panels: a head, then rows
     alone = Bool(False).tag(sync=True)                                              # is there no kernel?
 
 # %% ../../../nbs/09_show/04_explorers/02_canvas.ipynb #page
@@ -46,7 +47,7 @@ PAGE_ROOM = 8_000_000     # bytes of a page's scene
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>@title@</title>
 <style>body { margin: 8px; font: 14px system-ui, sans-serif } h1 { font-size: 18px; margin: 4px } @media (prefers-color-scheme: dark) { body { background: #111; color: #e0e0e0 } }
-@css@</style></head><body><h1>@title@</h1><main id="gradnb"></main>@about@
+@css@</style></head><body><h1>@title@</h1><main id="gradnb"></main>
 <noscript><img alt="@title@" src="data:image/png;base64,@png@"></noscript>
 <script type="module">
 @js@
@@ -68,14 +69,13 @@ def page(
     title: str,
     png: bytes = b"",         # a picture for who reads without scripts
     legend: dict | None = None,   # as for pack
-    about: str = "",          # text below the panels
+    about: list = [],         # a table below the panels: a head, then rows
     **look,                   # SHARED, as on a canvas
 ) -> str:                     # HTML
     "Panels as a page that needs nothing else."
     panels = list(panels)
-    values = dict(step=-1, position=0, last=0, window=None, log=[], hidden=[], large="", order=[], size=1., message="", alone=True) | look
+    values = dict(step=-1, position=0, last=0, window=None, log=[], hidden=[], large="", order=[], size=1., message="", about=about, alone=True) | look
     b64 = lambda data: base64.b64encode(data).decode()
-    below = f"<details><summary>what is shown</summary><pre>{html.escape(about)}</pre></details>" if about else ""
-    parts = dict(about=below, title=html.escape(title), css=styles(), js=script().replace("export default", "const widget ="), png=b64(png),
+    parts = dict(title=html.escape(title), css=styles(), js=script().replace("export default", "const widget ="), png=b64(png),
                  shared=json.dumps(SHARED), values=json.dumps(values).replace("<", "\\u003c"), scene=b64(pack(panels, log=values["log"], room=PAGE_ROOM, legend=legend)))
     return re.sub("@(" + "|".join(parts) + ")@", lambda found: parts[found[1]], PAGE)

@@ -58,9 +58,9 @@ class Explorer:
         "Further widgets, above the panels."
         return []
 
-    def about(self, look: Look) -> str:
-        "What is shown, in words, for a page."
-        return ""
+    def about(self, look: Look) -> list[list]:
+        "A table below the panels: a head, then rows."
+        return []
 
     def source(self) -> str:
         "Code whose last line is an expression that makes this explorer anew. Raises ValueError where there is none."
@@ -168,7 +168,7 @@ class Explorer:
             panels, names, self._look = self.view(self._look)     # under the lock: what is set meanwhile would be lost
             scene = pack(panels, None, logarithmic(self._look, panels), legend=legend(self._look, names))
             if self._look.log is None: self._canvas.log = [*logarithmic(self._look, panels)]
-            self._panels, self._canvas.scene, self._canvas.message = panels, scene, ""
+            self._panels, self._canvas.scene, self._canvas.message, self._canvas.about = panels, scene, "", self.about(self._look)
             self._slider.layout.display = None if stops(panels) else "none"
 
     @contextmanager
@@ -226,7 +226,8 @@ class Explorer:
         "The browser wants more than it was sent."
         with self._lock, self.telling():
             kind, canvas = content.get("kind"), self._canvas
-            if kind == "window":
+            if kind == "ping": canvas.send({"kind": "pong"})
+            elif kind == "window":
                 window, log = content["window"], canvas.log
                 canvas.send({"kind": kind, "asked": content["asked"]}, [pack([replace(p, steps=None, frame=None) for p in self._panels if p.linked], window, log)])
             elif kind == "frames":

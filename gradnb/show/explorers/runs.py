@@ -17,8 +17,8 @@ import numpy as np
 from .drawing import Look
 from .explorer import Explorer
 from .series import Panel
-from .table import RunTable, last_values, plain, short_names
-from .comparing import CLOCKS, against, difference, mean_trace, ticking
+from .table import RunTable, last_values, plain, short_names, side_by_side
+from .comparing import CLOCKS, PARALLEL, against, difference, last_of, mean_trace, parallel, ticking
 from .filters import differing, in_order, meeting
 from .lines import AXES, frame_lines, plain_threshold, positive, quantities, trace_lines, wide
 from ...ground.registry import unknown
@@ -38,7 +38,7 @@ class RunLook(Look):
     show: tuple[str, ...] | None = None     # panels; None: loss, sharpness, tail index, … as far as there are any
     smooth: float = 0.                      # steps in which a weight of the mean halves
     group: str = ""                         # a field, as "seed": runs that differ only in it are one line
-    against: str = ""                       # what is on the x axis: empty: steps; "time" (Σ η), "epoch" or "seconds"; a field, as "rule.lr", with last values over it
+    against: str = ""                       # what is on the x axis: empty: steps; "time" (Σ η), "epoch" or "seconds"; a field, as "rule.lr", with last values over it; "parallel": all fields that differ, and last values, on parallel axes
     baseline: str = ""                      # a run's hash, or its beginning: differences to it
 
 class RunExplorer(Explorer):
@@ -141,6 +141,7 @@ class RunExplorer(Explorer):
         about = {key: found[those[0]] for key, those in groups.items()}
         panels = [self.panel(name, menu, groups, by_run, look, base) for name in self.shown(look, menu)]
         if look.against in CLOCKS: panels = [self.on_clock(p, look.against, groups) for p in panels if p.note or p.linked]
+        elif look.against == PARALLEL: panels = [self.parallel(panels, about, look)]
         elif look.against: panels = [against(p, look.against, about) for p in panels if not p.note and p.linked]
         if not panels and menu: panels = [Panel("no panels", note=f"no panel is chosen; there are {', '.join(menu)}.")]
         if not panels: panels = [Panel("no traces", note="these runs have no traces yet.")]
@@ -151,6 +152,12 @@ class RunExplorer(Explorer):
         if look.show is not None: return [*look.show]
         first = [next((n for n in menu if n == w or w.endswith(": ") and n.startswith(w) or n.startswith(f"{w} of ")), None) for w in FIRST]
         return list(filter(None, first)) or [*menu][:6]
+
+    def parallel(self, panels: list[Panel], about: dict[str, dict], look: RunLook) -> Panel:
+        "What differs, and last values, on axes beside each other."
+        words = short_names([k for k in differing(about) if k not in (look.group, "source")])
+        values = {p.name: last_of(p) for p in panels if not p.note and p.linked}
+        return parallel({word: {key: f.get(k) for key, f in about.items()} for k, word in words.items()} | {n: v for n, v in values.items() if v})
 
     def on_clock(self, panel: Panel, clock: str, groups: dict[str, list[str]]) -> Panel:
         "The same lines over another clock than the step."
@@ -195,7 +202,10 @@ class RunExplorer(Explorer):
 
     def about(self, look):
         found, _ = self.found(look.where)
-        return "\n\n".join(f"run {h}\n" + "\n".join(f"  {k} = {v}" for k, v in found[h].items() if v is not None) for h in self.chosen(look, found))
+        hashes = self.chosen(look, found)
+        base = [h for h in found if look.baseline and h.startswith(look.baseline)][:1]
+        runs = {h: found[h] for h in dict.fromkeys(base + hashes)}
+        return side_by_side(runs, names_of(runs, found), differing(runs))
 
     def source(self): return f"from gradnb.show.explorers.runs import RunExplorer\nRunExplorer({str(self.store.root)!r})"
 
@@ -225,7 +235,7 @@ class RunExplorer(Explorer):
             shown, words = self.shown(look, menu), short_names(differ or ["rule"])
             numbers = [k for k in differ if any(isinstance(f.get(k), (int, float)) for f in found.values())]
             labels = names_of({h: found[h] for h in hashes}, found)
-            options = dict(show=menu, group=[("each run", ""), *((words[k], k) for k in differ)], against=[("step", ""), *((c, c) for c in CLOCKS), *((words[k], k) for k in numbers)],
+            options = dict(show=menu, group=[("each run", ""), *((words[k], k) for k in differ)], against=[("step", ""), *((c, c) for c in CLOCKS), ("parallel coordinates", PARALLEL), *((words[k], k) for k in numbers)],
                            baseline=[("nothing", ""), *((labels[h], h) for h in hashes)])
             values = dict(show=[n for n in shown if n in menu], group=look.group, against=look.against, baseline=next((h for h in found if look.baseline and h.startswith(look.baseline)), ""))
             for name, some in options.items():

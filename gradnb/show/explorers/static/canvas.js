@@ -423,7 +423,9 @@ class Board {                                                      // all panels
     this.bar.prepend(this.player());
     if (model.get("alone")) this.bar.prepend(this.ownSlider());
     else for (const kind of ["png", "svg", "html", "csv", "code"]) this.bar.append(button(kind, kind === "code" ? "code that redraws this view" : `save as ${kind.toUpperCase()}`, () => this.ask({ kind: "save", format: kind }), "gradnb-always"));
-    this.el = tag("div", { className: "gradnb-canvas" }, this.bar, this.said, this.legend, this.grid, this.text);
+    this.about = tag("table");
+    this.below = tag("details", { className: "gradnb-about" }, tag("summary", { textContent: "what is shown" }), tag("div", {}, this.about));
+    this.el = tag("div", { className: "gradnb-canvas" }, this.bar, this.said, this.legend, this.grid, this.text, this.below);
     this.el.addEventListener("keydown", (e) => e.stopPropagation());     // the notebook's own keys stay out of it
     el.append(this.el);
     this.readTheme();
@@ -436,16 +438,23 @@ class Board {                                                      // all panels
     on("change:hidden", () => { this.hidden = new Set(model.get("hidden")); this.redraw(); });
     on("change:log", () => this.relog());
     for (const name of ["large", "order", "size"]) on(`change:${name}`, () => this.arrange());
-    on("change:message", () => { clearTimeout(this.waiting); this.say(); });
+    on("change:about", () => this.describe());
+    on("change:message", () => this.answered());
     on("msg:custom", (content, buffers) => this.receive(content, buffers ?? []));
     this.resized = new ResizeObserver(() => this.plots.forEach((p) => p.resize()));      // of every panel, also of one that comes later
     const themed = new MutationObserver(() => { this.readTheme(); this.redraw(); });
     themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "data-jp-theme-light", "class"] });
     const dark = matchMedia("(prefers-color-scheme: dark)"), change = () => { this.readTheme(); this.redraw(); };
     dark.addEventListener("change", change);
+    const touch = (e) => { if (this.touched(e.target)) this.ask(); };
+    for (const name of ["pointerdown", "keydown", "change"]) {
+      document.addEventListener(name, touch, true);
+      this.off.push(() => document.removeEventListener(name, touch, true));
+    }
     this.off.push(() => this.resized.disconnect(), () => themed.disconnect(), () => dark.removeEventListener("change", change));
     this.load();
     this.say();
+    this.describe();
   }
 
   close() {
@@ -458,9 +467,16 @@ class Board {                                                      // all panels
   send(content) { if (!this.model.get("alone")) this.model.send(content); }
 
   ask(content) {                                                   // and say so where no answer comes
-    clearTimeout(this.waiting);
-    this.waiting = setTimeout(() => this.say("The kernel does not answer: it is busy, or was restarted; then run the cell again."), 1000);
-    try { this.send(content); } catch (e) { this.say(`The kernel is gone (${e.message}); run the cell again.`); }
+    const knock = !this.waiting;
+    if (knock) this.waiting = setTimeout(() => this.say("The kernel does not answer: it is busy, or was restarted; then run the cell again."), 500);
+    try { for (const c of [knock && { kind: "ping" }, content]) if (c) this.send(c); } catch (e) { this.say(`The kernel is gone (${e.message}); run the cell again.`); }
+  }
+
+  answered() { clearTimeout(this.waiting); this.waiting = null; this.say(); }
+
+  touched(target) {                                                // does this control need the kernel?
+    const box = this.el.closest(".widget-vbox"), control = target.closest?.(".widget-hbox");
+    return box?.contains(control) && !target.closest(".gradnb-table :is([type=search], th)");
   }
 
   set(values) {
@@ -576,6 +592,13 @@ class Board {                                                      // all panels
     else if (!hidden.has(key) && others.every((k) => hidden.has(k))) { others.forEach((k) => hidden.delete(k)); this.together?.forEach((k) => hidden.add(k)); }
     else { this.together = this.unclicked; others.forEach((k) => hidden.add(k)); hidden.delete(key); }
     this.set({ hidden: [...hidden] });
+  }
+
+  describe() {                                                     // the table below: what differs stands out
+    const [head, ...rows] = this.model.get("about"), cell = (name) => (v) => tag(name, { textContent: v ?? "" });
+    this.below.style.display = head ? "" : "none";
+    if (head) this.about.replaceChildren(tag("thead", {}, tag("tr", {}, ...head.map(cell("th")))),
+      tag("tbody", {}, ...rows.map(([field, ...values]) => tag("tr", { className: new Set(values).size > 1 ? "gradnb-differs" : "" }, tag("th", { textContent: field }), ...values.map(cell("td"))))));
   }
 
   redraw() {
@@ -743,7 +766,7 @@ class Board {                                                      // all panels
   say(text = this.model.get("message")) { this.said.textContent = text; this.said.style.display = text ? "" : "none"; }
 
   receive(content, buffers) {
-    if (content.kind === "code" || content.kind === "file") { clearTimeout(this.waiting); this.say(); }
+    if (content.kind === "pong") this.answered();
     if (content.kind === "window" && content.asked === this.asked) { this.detail = readScene(view(buffers[0])); this.redraw(); this.el.dataset.refined = content.asked; }
     if (content.kind === "frames") {
       for (const p of readScene(view(buffers[0])).panels) {
