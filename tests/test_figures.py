@@ -365,7 +365,7 @@ def test_a_figure_of_any_size_is_made_fit_for_print(seed):
 
 
 @pytest.mark.parametrize("name", ["keskar_protocol", "gradient_flow", "lamb_anatomy", "what_was_published", "landscape", "optimizers_compared", "spectrum",
-                                  *(pytest.param(name, marks=pytest.mark.slow) for name in ("catapult", "edge_of_norms", "top_subspace", "linear_stability", "class_outliers", "batchnorm_outliers", "critical_batch", "bulk_learns", "rare_classes", "steps_to_target", "warmup"))])
+                                  *(pytest.param(name, marks=pytest.mark.slow) for name in ("catapult", "edge_of_norms", "top_subspace", "linear_stability", "class_outliers", "batchnorm_outliers", "critical_batch", "bulk_learns", "rare_classes", "steps_to_target", "warmup", "spikes"))])
 def test_shipped_figures_are_fit_for_print(name, monkeypatch):
     "The figure of a smoke test, as its notebook leaves it."
     monkeypatch.setattr("IPython.display.display", lambda *a: None)
