@@ -85,6 +85,12 @@ def test_the_folders_are_the_plan():
         assert len(about.first) <= 3 and all((ROOT / "nbs" / folder(room) / f"{path}.ipynb").exists() for path in about.first)
 
 
+def test_every_notebook_of_a_folder_has_a_number_of_its_own():
+    for folder in {path.parent for path in NOTEBOOKS if path.name[0].isdigit()}:
+        numbers = [path.name.partition("_")[0] for path in folder.iterdir() if path.name[0].isdigit()]
+        assert len({*numbers}) == len(numbers), f"two things in {folder} have the same number: {sorted(numbers)}"
+
+
 def test_the_wings_stay_apart():
     assert "measure" not in ROOMS["move"].imports and "move" not in ROOMS["measure"].imports
 
