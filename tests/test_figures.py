@@ -45,7 +45,7 @@ def drawn(monkeypatch):
     "Instead of a kernel: write what a good notebook writes, and note the parameters."
     seen = []
 
-    def execute(path, folder, params, timeout, threads=1):
+    def execute(path, folder, params, timeout):
         seen.append((path.stem, params))
         for kind in ("png", "svg", "ipynb", "html"):
             (folder / f"{path.stem}.{kind}").write_text("new")

@@ -9,7 +9,6 @@ __all__ = ['Plan', 'fingerprint', 'seconds_of', 'FigureResult', 'draw', 'draw_al
 # %% ../../nbs/09_show/06_build.ipynb #imports
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -109,7 +108,6 @@ def draw(
     plan: Plan,
     store: Store,      # with its runs
     timeout: int,      # seconds for one cell of the notebook
-    threads: int,      # of its kernel
 ) -> FigureResult:
     "Execute a figure's notebook and write down how it came about; what goes wrong is in the result, and leaves the figure as it was."
     name, began = plan.path.stem, time.monotonic()
@@ -118,7 +116,7 @@ def draw(
         title, question = heading(plan.path)
         every = lambda key: sorted({str(m[key]) for m in manifests if key in m})
         with beside(plan.home) as folder:
-            execute(plan.path, folder, plan.params | {"store": str(store.root.resolve()), "out": str(folder.resolve())}, timeout, threads)
+            execute(plan.path, folder, plan.params | {"store": str(store.root.resolve()), "out": str(folder.resolve())}, timeout)
             if missing := [f.name for f in plan.outputs(folder) if not f.exists()]:
                 raise RuntimeError(f"{plan.path.name} wrote no {', '.join(missing)}; a figure notebook calls "
                                    f"save_figure(fig, out, {name!r}) and save_claims(claims, Path(out) / 'claims.json').")
@@ -141,7 +139,7 @@ def draw_all(
 ):
     "Draw figures. An interrupt ends the kernels that are at work."
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(draw, plan, store, timeout, max(1, len(os.sched_getaffinity(0)) // jobs)) for plan in plans]
+        futures = [pool.submit(draw, plan, store, timeout) for plan in plans]
         try:
             for future in as_completed(futures): tell(future.result())
         except BaseException:
@@ -225,18 +223,19 @@ def run_figures(
     todo = missing_runs(plans, store)
     say = lambda text: progress and tqdm.write(printed(text, lines=True))
     for result in results: say(result)
-    weight = filled(seconds_of(todo.values() if progress else (), store) | {plan.path.stem: plan.about().get("drawing", math.nan) for plan in plans})
+    weight = filled(seconds_of(todo.values(), store) | {plan.path.stem: plan.about().get("drawing", math.nan) for plan in plans})
     with tqdm(total=sum(weight.values()), desc="figures", disable=not progress, bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed}, {remaining} left{postfix}") as bar:
         def tell(result):
             results.append(result)
             say(result)
             bar.update(weight[result.name])
-        frame = sweep(todo.values(), store, engine, progress=lambda spec: bar.update(weight.get(spec.hash, 0)), device=device)
+        frame = sweep(sorted(todo.values(), key=lambda spec: -weight[spec.hash]), store, engine, progress=lambda spec: bar.update(weight[spec.hash]), device=device)
         errors = dict(frame.dropna(subset="error")[["hash", "error"]].values) if len(frame) else {}
         failing = {plan.path.stem: [f"run {key!r}: {errors[s.hash]}" for key, s in plan.specs.items() if s.hash in errors] for plan in plans}
         for plan in plans:
             if why := failing[plan.path.stem]: tell(FigureResult(plan.path.stem, plan.home, 0., error="\n".join(why), drawn=False))
-        draw_all([plan for plan in plans if not failing[plan.path.stem]], store, timeout, jobs, tell)
+        whole = [plan for plan in plans if not failing[plan.path.stem]]
+        draw_all(sorted(whole, key=lambda plan: (bool(plan.specs), -weight[plan.path.stem])), store, timeout, jobs, tell)
     results.sort(key=lambda r: order.index(r.name))
     write_gallery(out)
     if claims := [c for r in results for c in r.claims]: say("\n" + claims_table(claims))

@@ -13,8 +13,8 @@ from string import ascii_lowercase
 from textwrap import wrap
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
@@ -32,8 +32,10 @@ def palette(
     n: int,     # how many colours
 ) -> list:      # RGB triples
     "Colours to tell n things apart: the style's own up to 8, beyond that an ordered scale from dark to light."
-    with style(): own = sns.color_palette()
-    return list(own[:n] if n <= len(own) else sns.color_palette("viridis", n))
+    with style(): own = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    if n <= len(own): return [to_rgb(c) for c in own[:n]]
+    import seaborn as sns     # takes a second
+    return list(sns.color_palette("viridis", n))
 
 # %% ../../../nbs/09_show/01_plots/01_traces.ipynb #trace
 def plot_trace(
