@@ -12,7 +12,9 @@ from gradnb.data import Dataset
 from gradnb.ground.roles import RULES, State
 from gradnb.measure.thresholds.metrics import metric_of, preconditioned_sharpness
 from gradnb.move.faces.estimated import Estimated
+from gradnb.move.rules.kfac import KFAC
 from gradnb.move.rules.sophia import Sophia, SophiaState, probing
+from gradnb.runs.laws import check_stepper
 
 DOUBLE = torch.float64
 DIGITS = load_dataset("digits-60").to(dtype=DOUBLE)
@@ -186,4 +188,35 @@ def test_with_gradients_of_an_estimator():
 def test_words():
     assert RULES.build("sophia:lr=.01,curvature=gnb,size=30") == Sophia(.01, curvature="gnb", size=30)
     assert RULES.build("sophia-authors:lr=.01,rho=.05").gamma == .05
-    with pytest.raises(ValueError, match="looks at the whole network"): Groups((("matrix", Sophia(.01)), ("*", GD(.1))))
+
+
+@pytest.mark.parametrize("curvature", ["hutchinson", "gnb"])
+def test_a_group_has_the_curvature_of_its_own_blocks(curvature):
+    "On a diagonal Hessian Hutchinson's estimate with signs is exact; on a network no block of others adds noise, and the estimates' mean is the diagonal."
+    digits = load_dataset("digits-30").to(dtype=DOUBLE)
+    problem = Problem(build_model("fc-tanh:width=3,depth=1", digits), "mse" if curvature == "hutchinson" else "ce", digits)
+    whole = Sophia(.01, beta2=0., every=1, curvature=curvature, draws="signs")
+    rule, matrices = Groups((("matrix", whole), ("*", GD(.1)))), problem.layout.named(problem.theta0)
+    own = [n for n, r in zip(problem.layout.names, problem.layout.roles) if r == "matrix"]
+    state = rule.init(matrices, dict(zip(problem.layout.names, problem.layout.roles)))
+    found = [rule.refresh(state, problem, problem.theta0, k, Stream(k)).states[0].hessian for k in range(200 if curvature == "hutchinson" else 1)]
+    assert all(list(h) == own for h in found)
+    mean = torch.cat([torch.stack([h[n] for h in found]).mean(0).reshape(-1) for n in own])
+    if curvature == "gnb":
+        alone = problem.layout.named(whole.estimate(problem, problem.theta0, Stream(0) / 0))
+        torch.testing.assert_close(mean, torch.cat([alone[n].reshape(-1) for n in own]), rtol=1e-12, atol=0)
+        return
+    H, at = problem.hvp(problem.theta0, torch.eye(problem.p, dtype=DOUBLE)), torch.cat([torch.full((b.numel(),), n in own) for n, b in matrices.items()])
+    inside = H[at][:, at]
+    noise = (inside.square().sum(1) - inside.diag().square()).sqrt() / 200 ** .5      # of the mean; blocks of others would add theirs
+    assert ((mean - inside.diag()).abs() <= 5 * noise + 1e-12).all() and 0.8 < ((mean - inside.diag()) / noise)[noise > 1e-9].square().mean().sqrt() < 1.2
+
+
+def test_groups_with_sophia_are_rules_that_resume():
+    rule = Groups((("matrix", Sophia(.01, every=3)), ("*", Groups((("*", GD(.1)),)))))
+    digits = load_dataset("digits-30").to(dtype=DOUBLE)
+    problem = Problem(build_model("fc-tanh:width=3,depth=1", digits), "mse", digits)
+    check_stepper(Descent(rule), problem)
+    seen = [s.rule.states[0].refreshed for s in islice(trajectory(problem, Descent(rule)), 7)]
+    assert seen == [0, 0, 0, 3, 3, 3, 6] or seen[1:] == [0, 0, 3, 3, 3, 6], seen
+    with pytest.raises(ValueError, match="KFAC looks at the whole network.*give this group another rule"): Groups((("matrix", KFAC(.01)), ("*", GD(.1))))

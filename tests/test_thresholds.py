@@ -3,6 +3,7 @@ import itertools
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,7 +76,7 @@ RULES = {
     "lars-nesterov": LARS(.5, nesterov=True, rate="outside", trust=.1, adapt="matrices", weight_decay=.1),
     "agd": AutomaticGradientDescent(), "kfac": KFAC(.1, every=1, invert=1, damping=.1), "ekfac": KFAC(.1, ekfac=True, damping=.1, clip=None),
     "shampoo": Shampoo(.1, .5, eps=.1), "shampoo-grafted": Shampoo(.1, .5, .9, eps=.1, graft="rmsprop", nesterov=True), "soap": SOAP(.01, weight_decay=0., every=8, eps=1e-3),
-    "prodigy": Prodigy(.01, d0=1., coef=0., bias_correction=True), "sophia": Sophia(.01, gamma=1e4, every=1, curvature="gnb"), "free-sgd": ScheduleFreeSGD(.1, weight_decay=.1), "free-adamw": ScheduleFreeAdamW(.01, weight_decay=.1),
+    "prodigy": Prodigy(.01, d0=1., coef=0., bias_correction=True), "sophia": Sophia(.01, gamma=1e4, every=1, curvature="gnb"), "ademamix": AdEMAMix(.01, beta3=.99, warmup=9, weight_decay=.1), "free-sgd": ScheduleFreeSGD(.1, weight_decay=.1), "free-adamw": ScheduleFreeAdamW(.01, weight_decay=.1),
     "torch-sgd": FromTorch(torch.optim.SGD, lr=.1, momentum=.9, dampening=.2, weight_decay=.1),
     "torch-adam": FromTorch(torch.optim.Adam, lr=.01, weight_decay=.1, amsgrad=True),
     "torch-adamw": FromTorch(torch.optim.AdamW, lr=.01, weight_decay=.1),
@@ -244,6 +245,7 @@ def test_a_metric_is_what_the_step_does_to_the_newest_gradient(name):
     inner, at = state.rule, rule
     if name == "scheduled": inner, at = inner.inner, rule.at(inner.step)
     if name.startswith("free"): pytest.skip("its step pulls towards z too; compared below")
+    if name == "ademamix": pytest.skip("two means at once; compared below")
     if name.startswith("lamb") or name.startswith("lars"): pytest.skip("its trust ratio sees the velocity; compared below")
     if hasattr(inner, "optimizer"):
         for s in inner.optimizer["state"].values():
@@ -308,6 +310,41 @@ def test_schedule_free_descent_flips_at_its_threshold(rule, k):
     if edge == float("inf"): return
     assert multipliers(.999 * edge).abs().max() < 1 + 1e-9 and multipliers(1.001 * edge).abs().max() > 1
     close(multipliers(edge).real.min(), -1, 1e-9)
+
+
+@pytest.mark.parametrize("words", [{}, dict(weight_decay=2.), dict(beta3=.95, alpha=40.), dict(beta1=0., beta3=.5, alpha=3., weight_decay=1.), dict(beta1=.99, beta3=.6, alpha=.5)], ids=str)
+def test_ademamix_diverges_above_its_threshold_and_not_below(words):
+    "Its own steps down a parabola, with an ε beside which its second moment is nothing; 10⁴ steps after its start, and the rate bisected."
+    eps = 1e6
+    def grows(share):
+        rule = AdEMAMix(.01, eps=eps, **words)
+        lam = share * metric_of(*at(rule, 1.)).threshold * eps
+        bowl, stepper, state = at(rule, lam)
+        blocks, inner = {"theta": state.theta}, state.rule
+        return any((blocks := (after := rule.step(inner, blocks, {"theta": lam * blocks["theta"]}))[0])["theta"].abs() > 1e-9 or not (inner := after[1]) for _ in range(1500))
+    def at(rule, lam):
+        zeros, theta = {"theta": torch.zeros(1, dtype=DOUBLE)}, torch.full((1,), 1e-12, dtype=DOUBLE)
+        moments = rule.init({"theta": theta}, {})._replace(step=10 ** 4, exp_avg=zeros, exp_avg_slow=zeros, exp_avg_sq=zeros)
+        bowl = Quadratic(torch.eye(1, dtype=DOUBLE) * lam)
+        return bowl, Descent(rule), State(10 ** 4, theta, moments, grad=lam * theta, loss=theta[0])
+    low, high = .5, 2.
+    for _ in range(6):
+        mid = (low * high) ** .5
+        low, high = (low, mid) if grows(mid) else (mid, high)
+    assert low <= 1.01 and high >= .99, (low, high)
+
+
+def test_no_pair_of_ademamixs_multipliers_leaves_first():
+    "Its three numbers a coordinate written out as a matrix, at random β₁, β₃, α and decay."
+    gen = np.random.default_rng(0)
+    for _ in range(300):
+        beta1, beta3, (w1, w3), rho = gen.uniform(0, 1), gen.uniform(0, 1), 10 ** gen.uniform(-3, 2, 2), gen.uniform(.2, 1)
+        edge = (1 + rho) / (w1 / (1 + beta1) + w3 / (1 + beta3))
+        def radius(x):
+            means = np.array([[0, beta1, 0], [0, 0, beta3]])
+            means[:, 0] = x
+            return abs(np.linalg.eigvals(np.stack([[rho, 0, 0] - w1 * means[0] - w3 * means[1], *means]))).max()
+        assert all(radius(edge * share) < 1 for share in (.01, .1, .5, .9, .999)) and radius(1.001 * edge) > 1
 
 
 @pytest.mark.parametrize("rule", [Shampoo(.05, eps=.1), Shampoo(.05), SOAP(.01, every=1), Prodigy(d0=.01), ScheduleFreeAdamW(.01), AdEMAMix(.01), Muon(.01)], ids=repr)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METRICS', 'threshold', 'Metric', 'refuse_flow', 'metric_of', 'gd_metric', 'momentum_metric', 'adam_inverse',
            'adam_metric', 'rmsprop_metric', 'decays', 'lamb_metric', 'lars_metric', 'agd_metric', 'kfac_metric',
-           'shampoo_metric', 'soap_metric', 'prodigy_metric', 'sophia_metric', 'free_threshold', 'free_sgd_metric',
-           'free_adamw_metric', 'torch_state', 'by_rate', 'settings', 'bent', 'torch_sgd_metric', 'torch_adam_metric',
-           'torch_nadam_metric', 'torch_rmsprop_metric', 'torch_adagrad_metric', 'Preconditioned',
+           'shampoo_metric', 'soap_metric', 'prodigy_metric', 'sophia_metric', 'ademamix_metric', 'free_threshold',
+           'free_sgd_metric', 'free_adamw_metric', 'torch_state', 'by_rate', 'settings', 'bent', 'torch_sgd_metric',
+           'torch_adam_metric', 'torch_nadam_metric', 'torch_rmsprop_metric', 'torch_adagrad_metric', 'Preconditioned',
            'preconditioned_sharpness']
 
 # %% ../../../nbs/07_measure/04_thresholds/01_metrics.ipynb #imports
@@ -166,6 +166,12 @@ def sophia_metric(rule, state, blocks, grads):
     below = {n: (rule.gamma * h).clamp_min(rule.eps) for n, h in state.hessian.items()}
     inverse = {n: torch.where(state.exp_avg[n].abs() <= b, 1 / b, 0.) for n, b in below.items()}
     return threshold(rule.lr, rule.beta1, weight=1 - rule.beta1, decay=rule.lr * rule.weight_decay), inverse, {}
+
+@METRICS.add("AdEMAMix")
+def ademamix_metric(rule, state, blocks, grads):
+    (alpha, beta3), k = rule.slow(state.step), state.step
+    size = rule.lr * ((1 - rule.beta1) / (1 - rule.beta1 ** k) / (1 + rule.beta1) + alpha * (1 - beta3) / (1 + beta3))
+    return (2 - rule.lr * rule.weight_decay) / size if size else float("inf"), adam_inverse(state.exp_avg_sq, 1 - rule.beta2 ** k, 1, rule.eps), {}
 
 def free_threshold(rule, state) -> float:
     weight = state.step ** rule.r * state.lr_max ** rule.power

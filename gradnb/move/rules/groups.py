@@ -21,6 +21,7 @@ class GroupsState(NamedTuple):
 @dataclass(frozen=True)
 class Groups(Rule):
     "Blocks in groups, each moved by a rule of its own."
+    partial = True                         # a group may be made of groups
     rules: tuple[tuple[str, Rule], ...]    # (a role, or a pattern of names such as "*.bias"; the rule): a block goes to the first that fits
 
     def __post_init__(self):
@@ -30,8 +31,8 @@ class Groups(Rule):
                 raise TypeError(f'Groups takes pairs such as ("matrix", Adam(0.01)), got {(word, rule)!r}.')
             inner = rule
             while hasattr(inner, "schedule"): inner = inner.rule
-            if type(inner).refresh is not Rule.refresh:
-                raise ValueError(f"{type(inner).__name__} looks at the whole network, so it cannot move a part of it.")
+            if type(inner).refresh is not Rule.refresh and not getattr(inner, "partial", False):
+                raise ValueError(f"{type(inner).__name__} looks at the whole network, so it cannot move a part of it; let it move all, or give this group another rule.")
 
     def init(self, blocks, roles):
         fits = lambda n, word: roles.get(n) == word or fnmatchcase(n, word)
@@ -42,6 +43,9 @@ class Groups(Rule):
             raise ValueError(f"nothing is left for {idle[0]!r} of Groups; the blocks are {', '.join(f'{n} ({roles.get(n)})' for n in blocks)}.")
         some = lambda i: {n: b for n, b in blocks.items() if member[n] == i}
         return GroupsState(member, tuple(rule.init(some(i), roles) for i, (_, rule) in enumerate(self.rules)))
+
+    def refresh(self, state, problem, theta, k, stream):
+        return state._replace(states=tuple(rule.refresh(inner, problem, theta, k, stream / i) for i, ((_, rule), inner) in enumerate(zip(self.rules, state.states))))
 
     def step(self, state, blocks, grads):
         moved, states = {}, []

@@ -49,6 +49,7 @@ class Sophia(InPlace):
     curvature: str = "hutchinson"     # Sophia-H, or "gnb": Sophia-G
     draws: str = "normal"             # of Hutchinson's vector, or "signs"
     takes_complex = False
+    partial = True                    # some blocks' curvature can be estimated without the others'
 
     def __post_init__(self):
         for name, low, high in (("lr", 0, inf), ("beta1", 0, 1), ("beta2", 0, 1), ("gamma", 0, inf), ("eps", 1e-30, inf), ("weight_decay", 0, inf), ("every", 1, inf)): check_range(self, name, low, high)
@@ -79,20 +80,22 @@ class Sophia(InPlace):
 
     def refresh(self, state, problem, theta, k, stream):
         if not self.due(state.refreshed, k): return state
-        estimates = problem.layout.named(self.estimate(problem, theta, stream))
+        estimates = problem.layout.named(self.estimate(problem, theta, stream, state.hessian))
         return state._replace(refreshed=k, hessian={n: torch.lerp(h, estimates[n], 1 - self.beta2) for n, h in state.hessian.items()})
 
     def estimate(self,
         problem,            # what is minimised
         theta: Tensor,      # where, (p,)
         stream: Stream,     # of examples, vectors and targets
-    ) -> Tensor:            # ĥ (p,)
+        names=None,         # of the blocks that are asked for; None: all
+    ) -> Tensor:            # ĥ (p,); with "hutchinson" 0 in the other blocks, whose vector is 0 and adds no noise
         "One estimate of the Hessian's diagonal, or with \"gnb\" of the Gauss–Newton matrix's."
         n, batch = problem.n, None
         if self.size is not None and self.size < n:
             n, batch = self.size, Batch(torch.randperm(n, generator=(stream / "batch").generator())[:self.size])
         if self.curvature == "hutchinson":
             v = probing(self.draws, theta, stream / "vector")
+            if names is not None: v = problem.layout.join(b if n in names else torch.zeros_like(b) for n, b in problem.layout.named(v).items())
             return v * problem.hvp(theta, v, batch)
         total = sum(io.total(slice(0, io.n)) for io in problem.layer_io(theta, batch, labels=stream / "labels"))    # of the mean over a text's positions
         return total.square() * (positions(problem) / n)
