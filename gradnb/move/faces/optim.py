@@ -180,7 +180,10 @@ class Face(torch.optim.Optimizer):
                 raise TypeError(f"{type(self).__name__} takes dense gradients, but that of {j!r} is sparse.")
             held = self.state[p] if like else {}
             if like and not held: keep([held], [j], rule.init({j: real(p)}, {j: role(group, p)}))
-            together.setdefault((p.device, p.dtype, *[held[k] for k in counts]), []).append((j, real(p), real(grad), held))
+            alike = p.device, (dtype := p.dtype), *[held[k] for k in counts]
+            if dtype.is_complex: p, grad = real(p), real(grad)      # asked of the dtype, which is quicker than of a parameter
+            if alike in together: together[alike].append((j, p, grad, held))
+            else: together[alike] = [(j, p, grad, held)]
         for (device, *_), members in together.items():
             foreach = True if group["foreach"] is None and not getattr(rule, "scratch", True) else group["foreach"]
             for piece in pieces(members, foreach):

@@ -22,10 +22,10 @@ class Signs(InPlace):
     "A step of length η in each coordinate."
     def init(self, blocks, roles): return SignState({k: torch.zeros_like(b) for k, b in blocks.items()})
 
-    def go(self, w: list[Tensor], mean: list[Tensor]):
-        "One step against the signs of `mean`."
+    def go(self, w: list[Tensor], signs: list[Tensor]):
+        "One step against signs."
         if self.weight_decay: torch._foreach_mul_(w, 1 - self.lr * self.weight_decay)
-        torch._foreach_add_(w, torch._foreach_sign(mean), alpha=-self.lr)
+        torch._foreach_add_(w, signs, alpha=-self.lr)
 
 @kind
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Signum(Signs):
     def update(self, state, blocks, grads, total, ops):
         w, g, m = columns(blocks, blocks, grads, state.exp_avg)
         m = ops.lerp(m, g, 1 - self.beta)
-        self.go(w, m)
+        self.go(w, torch._foreach_sign(m))
         return SignState(dict(zip(blocks, m)))
 
 # %% ../../../nbs/06_move/02_rules/13_sign.ipynb #lion
@@ -64,5 +64,7 @@ class Lion(Signs):
 
     def update(self, state, blocks, grads, total, ops):
         w, g, m = columns(blocks, blocks, grads, state.exp_avg)
-        self.go(w, torch._foreach_lerp(m, g, 1 - self.beta1))
+        quick = torch._foreach_lerp(m, g, 1 - self.beta1)
+        torch._foreach_sign_(quick)
+        self.go(w, quick)
         return SignState(dict(zip(blocks, ops.lerp(m, g, 1 - self.beta2))))
