@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from gradnb import GD, Adam, Cosine, FromTorch, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
+from gradnb import GD, Adam, Cosine, Descent, FromTorch, MiniBatch, Momentum, Piecewise, Quadratic, Run, Scheduled, Spec, Store, every, probe, train
+from gradnb.move.rules.inplace import InPlace
+from gradnb.problem.designs import NotFinite
 from gradnb.runs import Recorder
 from gradnb.runs.tracefiles import compact, read_arrow, read_trace
 from gradnb.ground.traces import as_row
@@ -83,6 +85,32 @@ def test_divergence_is_an_outcome(tmp_path):
     assert run.status == "diverged" and run.done
     loss = run.traces["loss"]
     assert not np.isfinite(loss.values[-1]) and np.isfinite(loss.values[:-1]).all()
+
+
+class Broken(InPlace):
+    "Gradient descent that meets a gradient it cannot take at step 3, half way through its blocks."
+    apart = True
+    def init(self, blocks, roles): return ()
+    def update(self, state, blocks, grads, total, ops):
+        for n, b in blocks.items(): b.add_(grads[n], alpha=-.1)
+        if (at := Broken.steps) == 3: raise NotFinite("the gradient is not finite")
+        Broken.steps = at + 1
+        return state
+
+
+@pytest.mark.parametrize("last", [None, 1, 3])
+def test_an_end_in_the_middle_of_a_step_says_whose_weights_are_stored(tmp_path, last):
+    record, start, Broken.steps = Recorder(tmp_path / "run", 1e9 if last is None else 0.), torch.tensor([1., 2.]), 0
+    @probe(every(1))
+    def slower(view):
+        if view.step == last: record.interval = 1e9          # this step is the last that is stored
+        return 0.
+    with pytest.warns(RuntimeWarning, match="at step 3"): state, traces = train(Quadratic(torch.eye(2)), Descent(Broken()), 10, [slower], start, record=record)
+    record.close()
+    said = traces.outcome
+    assert (state, said.kind, said.step) == (None, "diverged", 3)
+    if last is None: assert said.message.endswith("no weights are stored)")
+    else: assert said.message.endswith(f"are those of step {last})") and torch.allclose(Run(record.path).theta, start * .9**last)
 
 
 def test_goals_end_a_run(tmp_path):
@@ -318,6 +346,8 @@ from pathlib import Path
 import numpy as np, torch
 from gradnb.ground.roles import State
 from gradnb.ground.traces import Trace
+from gradnb.move.rules.inplace import InPlace
+from gradnb.problem.designs import NotFinite
 from gradnb.runs import Recorder
 from gradnb.runs.tracefiles import TraceLayout, write_rows
 path, n = Path(sys.argv[1]), int(sys.argv[2])

@@ -38,6 +38,7 @@ def terminable():
 class Recorder:
     "Writes one run: rows as they come, and a checkpoint every so many seconds."
     holds = False       # does it hold on to a state that it was shown?
+    stored = None       # the step of the state that is on disk
 
     def __init__(self,
         path: Path,               # the run's folder
@@ -94,6 +95,7 @@ class Recorder:
         tensors, rows = {}, {name: n - (step == state.step) for name, (n, step) in self._written.items()}     # before this step
         tree = {"state": flatten(state, tensors), "memory": flatten(memory, tensors)}
         save_tensors(self.path / CHECKPOINTS[0], tensors, tree | {"run": self.path.name, "rows": rows}, self.path / CHECKPOINTS[1])
+        self.stored = state.step
 
     def resume(self, like) -> tuple:
         "The newest sound state and its memory, or (None, None); the traces are cut back to it, and what is damaged is set aside."
@@ -149,7 +151,7 @@ class Recorder:
                 raise ValueError(f"{self.path / file} was written by another version of this stepper ({e}); "
                                  "Store.remove(run) makes room to begin again.") from None
             short = [name for name, n in stored.about["rows"].items() if bisect_left(steps.get(name, ()), state.step) != n]
-            if not short: found = state, memory
+            if not short: found, self.stored = (state, memory), state.step
             for name in short if file == CHECKPOINTS[0] and not self.damaged else (): self._missing(name)
         return found
 

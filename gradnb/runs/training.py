@@ -176,7 +176,9 @@ def train(
             e.state, e.traces = state, traces
             e.add_note(f"at step {k}; what was measured until then is this error's .traces")
             raise
-        traces.outcome = Outcome("diverged", k, f"{e} (at step {k})")         # the loss may be finite where a gradient is not
+        stored, lost = getattr(record, "stored", None), "" if state else ", half written over by then"
+        if lost and record is not None: lost += "; no weights are stored" if stored is None else f"; the weights that are stored are those of step {stored}"
+        traces.outcome = Outcome("diverged", k, f"{e} (at step {k}{lost})")   # the loss may be finite where a gradient is not
     finally: bar.close()
     if record is not None and state: record.checkpoint(state, kept, last=True)     # whoever resumes measures this step again
     if traces.outcome.kind in ("diverged", "interrupted"): warnings.warn(traces.outcome.message, RuntimeWarning, stacklevel=2)
