@@ -396,7 +396,7 @@ COUNTED = {      # what states an error → the claims that count it
     "measure.trajectories.projected_distance": "projected_distance", "measure.trajectories.first_crossing": "first_crossing", "show.claims.batch_means": "batch_means", "measure.precedence.precedence": "precedence",
     "measure.noise.batchsize.critical_batch": "critical_batch", "measure.probes.subspace.widest_gap": "widest_gap", "measure.thresholds.directions.ratio_of_means": "ratio_of_means", "measure.thresholds.directions.batch_sharpness": "mean of 5",
     "measure.flatness.centre.Centre.estimate": "mean of 5", "measure.probes.stability.noise_curvature": "mean of 5", "measure.flatness.norms.lambda_max": "eigenvalues, sharpness",
-    **{f"measure.flatness.{f}": "mean of 5" for f in ("directions.average_sharpness", "norms.trace", "norms.frobenius", "norms.relative_flatness")},
+    **{f"measure.flatness.{f}": "mean of 5" for f in ("directions.average_sharpness", "norms.trace", "norms.relative_flatness")}, "measure.flatness.norms.frobenius": "‖A‖_F, frobenius",
     **{f"measure.noise.{room}.{name}": name for room, names in {"spread": ("grad_variance", "grad_norm_sq", "signal_to_noise", "normalized_variance", "noise_scale",
         "noise_scale_of_pairs"), "batchsize": ("norm_test", "inner_product_test", "orthogonality_test", "cabs"), "comparing": ("bias_check",),
         "coordinates": ("coordinate_variance", "coordinate_normalized_variance", "gsnr", "stopping_evidence", "tic_trace", "tic_diagonal")}.items() for name in names},

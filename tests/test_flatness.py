@@ -451,7 +451,7 @@ def test_bad_transformations_and_directions_are_refused(near):
 
 UNITS = {measure: 1 for measure in ("sam", "sam:norm=inf,rho=0.005", "sam:steps=6,starts=2", "sam:m=20", "asam", "asam:steps=6", "average:pairs=4",
          "average:kind=adaptive,pairs=4", "average:kind=filter,pairs=4", "lambda_max", "trace:samples=4", "trace:kind=adaptive,samples=4",
-         "trace:kind=filter,samples=4", "frobenius:samples=4", "relative_flatness:samples=4", "fisher_rao")} | \
+         "trace:kind=filter,samples=4", "frobenius:samples=6", "relative_flatness:samples=4", "fisher_rao")} | \
         {"fisher_rao:labels=data": 2, "eps_radius:rays=2,eps=": 0, "eps_volume:rays=2,eps=": 0, "pac_bayes:risk=loss,draws=4,alpha=": 0}
 
 

@@ -6,11 +6,12 @@
 __all__ = ['LABELS', 'lambda_max', 'signs', 'forms', 'trace', 'frobenius', 'weight_blocks', 'relative_flatness', 'fisher_rao']
 
 # %% ../../../nbs/07_measure/05_flatness/05_norms.ipynb #imports
-from math import isfinite, sqrt
+from math import isfinite
 import torch
 from torch import Tensor
 from torch.func import jvp
-from ...ground.estimate import in_unit, to_unit
+from ...ground.estimate import in_unit
+from ...linalg.trace import frobenius as frobenius_norm
 from ..curvature import sharpness
 from .centre import MEASURES, Centre, Reading, check_count, check_positive
 from .directions import KINDS
@@ -69,14 +70,13 @@ def trace(
 @MEASURES.add("frobenius")
 def frobenius(
     centre: Centre,
-    samples: int = 32,     # products with the Hessian
+    samples: int = 32,     # products with the Hessian, from p on exact
 ) -> Reading:              # 2·samples + 1 gradients
-    "‖H‖_F."
-    check_count(2, samples=samples)
-    products = (centre.hvp(signs(centre, i)) for i in range(samples))
-    first, unit = in_unit(next(products))
-    found = centre.estimate([v.square().sum().item() for v in (first, *(to_unit(v, unit) for v in products))])
-    return found._replace(**{end: sqrt(max(getattr(found, end), 0.)) * unit for end in ("value", "low", "high")})
+    "‖H‖_F, holding as many vectors as products."
+    p, theta = centre.problem.p, centre.theta
+    check_count(min(6, p), samples=samples)
+    found = frobenius_norm(centre.hvp, p, samples, centre.stream / "frobenius", theta.dtype, theta.device)
+    return centre.reading(found.value, found.low, found.high)
 
 # %% ../../../nbs/07_measure/05_flatness/05_norms.ipynb #relative
 def weight_blocks(
