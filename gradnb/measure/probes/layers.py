@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from ...ground.estimate import Estimate
 from ...ground.layout import Layout
 from ...ground.roles import Batch, check_number
-from ..noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale
-from ...problem.designs import finite
+from ..noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale, swept
 from ...problem.layers import LayerIO, Rows
-from ...problem.layers.capture import unit_of
 from .view import PROBES, Probe
 
 # %% ../../../nbs/07_measure/09_probes/10_layers.ipynb #spreads
@@ -43,20 +41,16 @@ def layer_spreads(
     problem,            # gives layer inputs and output gradients, or gradients of batches
     theta: Tensor,      # where, (p,)
     idx: Tensor,        # numbers of the examples or batches (n,), n ≥ 2
-    unit: float = 1.,   # of their gradients
 ) -> dict[str, Spread]: # by the name of the layer
     "Spreads of every layer's gradients, in two passes. Raises ValueError on fewer than 2."
-    if len(idx) < 2: raise ValueError(f"a spread needs at least 2 examples or batches, got {len(idx)}.")
-    parts, ios, mean, sq = lambda: (io.in_unit(unit) for io in gradients(problem, theta, idx)), [], 0, []
-    for io in parts():
-        ios = [] if sq else [io]                                          # kept as long as there is only one
-        mean, sq = mean + io.combine(torch.ones_like(io.losses)), [*sq, torch.stack([l.sq_norms().double().cpu() for l in io.layers])]
-    mean, sq = mean / len(idx), torch.cat(sq, 1)
-    if unit == 1 and (other := unit_of(sq.sum(0), theta.dtype, lambda: gradients(problem, theta, idx))) != 1: return layer_spreads(problem, theta, idx, other)
-    finite(sq.sum(0), idx)
-    layers, dots = io.layers, torch.cat([torch.stack([l.dots(mean[l.span, None])[:, 0].double().cpu() for l in io.layers]) for io in ios or parts()], 1)
-    sizes = [mean[l.span].double().square().sum().item() for l in layers]
-    return {l.name: Spread(size, (s - 2 * d + size).clamp_min(0), d - size, None, unit) for l, size, s, d in zip(layers, sizes, sq, dots)}
+    spans = {}
+    def norms(io):
+        spans.update((l.name, l.span) for l in io.layers)
+        return torch.stack([l.sq_norms() for l in io.layers])
+    dots = lambda io, mean: torch.stack([l.dots(mean[l.span, None])[:, 0] for l in io.layers])
+    mean, sq, along, unit, *_ = swept(lambda: gradients(problem, theta, idx), theta, idx, norms, dots)
+    sizes = [mean[span].double().square().sum().item() for span in spans.values()]
+    return {name: Spread(size, (s - 2 * d + size).clamp_min(0), d - size, None, unit) for name, size, s, d in zip(spans, sizes, sq, along)}
 
 def together(spreads: list[Spread]) -> Spread:
     "The spread of several layers as one."
