@@ -11,7 +11,7 @@ __all__ = ['edge_of', 'preconditioned_sharpness_probe', 'update_radius_probe', '
 from math import nan
 import torch
 from .view import PROBES, Probe, View, descends_all
-from ...ground.roles import check_number, draw, learning_rate
+from ...ground.roles import Estimator, check_number, draw, learning_rate
 from .rules import ahead
 from ..thresholds.directions import batch_sharpness, critical_sharpness, directional_sharpness, interaction_sharpness, sam_edge
 from ..thresholds.metrics import Metric, metric_of, preconditioned_sharpness
@@ -117,9 +117,10 @@ def drawn(view: View, draws: int):
     return (draw(view.stepper.estimator, view.state.estimator, view.problem, view.stream / "batch" / i) for i in range(draws))
 
 def plain_edge(view: View) -> float:
-    "2/η where the run is stochastic gradient descent, nan otherwise."
-    rule = getattr(view.stepper, "rule", view.stepper)
-    return two_over(view) if type(getattr(rule, "rule", rule)).__name__ == "GD" else nan
+    "2/η where the run is gradient descent along the gradients of its batches, nan otherwise."
+    rule, estimator = getattr(view.stepper, "rule", view.stepper), type(getattr(view.stepper, "estimator", None))
+    plain = type(getattr(rule, "rule", rule)).__name__ == "GD" and getattr(estimator, "estimate", None) is Estimator.estimate
+    return two_over(view) if plain else nan
 
 @PROBES.add("batch_sharpness")
 def batch_sharpness_probe(
