@@ -694,6 +694,29 @@ def test_another_network_that_writes_buffers_is_left_as_it_is():
     assert seen.traces["sharpness"].values[-1] == pytest.approx(2 / 3 * torch.linalg.eigvalsh(ones.T @ ones / len(x))[-1].item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("whose", ["of outputs", "with weights", "a module", "in two parts"])
+def test_a_loss_that_calls_another_network_leaves_it_as_it_is(whose):
+    "Features in training mode, on the outputs and targets of a Dataset, and on batches, beside features that keep no statistics."
+    features = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh()).double().requires_grad_(False)
+    model, before, other = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double(), deepcopy(features.state_dict()), deepcopy(features)
+    other[1], direction = nn.BatchNorm1d(4, track_running_stats=False).double().requires_grad_(False), torch.ones(195, dtype=torch.float64)
+    class Perceptual(nn.Module):
+        def __init__(self): super().__init__(); self.features = features
+        def forward(self, out, y): return of(features)(out, y)
+    def of(net): return lambda out, y: (net(out) - .3).square().mean(1)
+    def two(net): return ((lambda m, b: m(b[0])), lambda out, b: of(net)(out, b[1]))
+    make = {"of outputs": of, "with weights": lambda net: lambda out, y: (of(net)(out, y), out.new_ones(len(out))), "in two parts": two,
+            "a module": lambda net: Perceptual() if net is features else of(net)}[whose]
+    data = (DATA.x.double(), DATA.y) if whose == "in two parts" else DATA.to(torch.device("cpu"), torch.float64)
+    data = [data] if whose == "in two parts" else data
+    found = []
+    for net in (features, other):
+        point = Problem(model, make(net), data).at()
+        found.append([point.loss.item(), gradnb.sharpness(point, tol=1e-6).values[0].item(), point.ggn(direction).norm().item()])
+        if net is features: assert all(torch.equal(v, before[k]) for k, v in features.state_dict().items())
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 def test_a_layer_is_put_in_the_place_of_another():
     model, data = small()
     seen, ready = gradnb.watch(model, "mse", data, "grad_norm:every=1"), gradnb.watch(Problem(model, "mse", data), probes="grad_norm:every=1")

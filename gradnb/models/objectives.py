@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from ..data.samples import Examples
-from .losses import LOSSES, resolve_loss
+from .losses import LOSSES, lending, resolve_loss
 from .means import Ratio, said
 
 # %% ../../nbs/04_models/16_objectives.ipynb #objective
@@ -46,7 +46,7 @@ class Objective:
         x: Examples,
         y: Tensor,      # as for a call
     ) -> Tensor:        # (n,), as a call gives them
-        return self(self._read(self.fn.parts[1](out, x.batch)), y)
+        with lending(): return self(self._read(self.fn.parts[1](out, x.batch)), y)
 
     def _read(self, out) -> Tensor:
         if isinstance(out, (tuple, list)) and len(out) == 2 and all(isinstance(t, Tensor) and t.ndim <= 1 for t in out):

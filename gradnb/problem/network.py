@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..ground.layout import ROLES, role_of
 from ..ground.registry import unknown
 from ..ground.streams import Stream
+from ..models.losses import lending
 
 # %% ../../nbs/05_problem/01_network.ipynb #drawing
 @contextmanager
@@ -354,18 +355,9 @@ class Network:
     def _asked(self, module, x):
         "The outputs; whoever else is called has copies of its buffers until then."
         if self.lends is False: return self._ask(module, x)
-        known, own = {*module.modules()}, []
-        def lend(m, _):
-            if m in known: return
-            known.add(m)
-            own.extend((m._buffers, k, b) for k, b in m._buffers.items() if b is not None)
-            m._buffers.update((k, b.clone()) for k, b in m._buffers.items() if b is not None)
-        handle = nn.modules.module.register_module_forward_pre_hook(lend)
-        try: return self._ask(module, x)
-        finally:
-            handle.remove()
-            for held, k, b in own: held[k] = b
-            self.lends = self.lends or bool(own) or None
+        with lending(module.modules()) as lent:
+            try: return self._ask(module, x)
+            finally: self.lends = self.lends or bool(lent) or None
 
     def _quiet(self, params, x, buffers):
         if not self.hush: return self._forward(self.module, params, x, buffers)

@@ -116,7 +116,8 @@ class Risk:
 
     def _check_still(self, value, blocks):
         "Raise TypeError naming what the loss learns by itself, or has of the network: it would stay as it is."
-        owners = [m for m in (self.given, *tree_leaves((getattr(self.per_example, "loss", self.per_example), [c.cell_contents for c in getattr(self.per_example, "__closure__", None) or ()])))
+        loss = getattr(self.per_example, "loss", self.per_example)
+        owners = [m for m in (self.given, *tree_leaves((loss, [c.cell_contents for c in getattr(loss, "__closure__", None) or ()])))
                   if isinstance(m, nn.Module)]
         names = {id(p): f"{k!r} of {type(m).__name__}" for m in owners for k, p in m.named_parameters()}
         if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if isinstance(t, nn.Parameter) and not any(t is b for b in blocks.values())]:
