@@ -22,7 +22,7 @@ from gradnb.ground.estimate import Estimate
 from gradnb.show.build import dry_run, run_figures
 from gradnb.show.figures import as_declared, figure_specs, find_figures, set_parameters
 from gradnb.show.plots.traces import STYLE, label_end, palette, plot_sharpness, plot_trace, save_figure, style
-from gradnb.runs import Spec, Store
+from gradnb.runs import Lock, Spec, Store
 from gradnb.runs.sweeps.engines import Here
 from gradnb.ground.traces import Trace
 
@@ -118,13 +118,48 @@ def test_a_failure_leaves_the_last_good_picture(tmp_path, drawn, monkeypatch):
     good = {f.name: f.read_text() for f in (tmp_path / "out" / "one").iterdir()}
     assert len(good) == 7
     def half(path, folder, *a):
-        (folder / "one.png").write_text("half")
-        raise OSError("disk full")
+        for file in ("one.png", "one.ipynb"): (folder / file).write_text("half")
+        Path("/dev/full").write_text("more")
     for fails in (half, lambda path, folder, *a: (folder / "one.png").write_text("half")):
         monkeypatch.setattr(build, "execute", fails)
         result, = run_figures(**call, force=True)
-        assert not result.ok and ("disk full" in str(result) or "wrote no one." in str(result)) and "holds what was made at an earlier time" in str(result)
+        assert not result.ok and ("No space left on device: figure one is as it was; make room" in str(result) or "wrote no one." in str(result)) and "holds what was made at an earlier time" in str(result)
         assert {f.name: f.read_text() for f in result.folder.iterdir()} == good
+
+
+def test_a_gallery_that_does_not_fit_says_so_and_figures_stay(tmp_path, drawn, monkeypatch):
+    write(tmp_path / "nbs", "one")
+    call = dict(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path / "nbs", progress=False)
+    with monkeypatch.context() as m:
+        m.setattr(build, "write_gallery", lambda out: Path("/dev/full").write_text("more"))
+        with pytest.raises(OSError, match="No space left on device: the figures that are drawn are kept; make room"): run_figures(**call)
+    assert not run_figures(**call)[0].drawn and (tmp_path / "out" / "index.html").exists()
+
+
+def test_a_notebook_that_is_edited_while_it_runs_is_drawn_again(tmp_path, drawn, monkeypatch):
+    home, execute = tmp_path / "nbs", build.execute
+    write(home, "one")
+
+    def edited(path, *rest):
+        execute(path, *rest)
+        write(home, "one", body="pass  # another thought")
+    call = dict(out=tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
+    with monkeypatch.context() as m:
+        m.setattr(build, "execute", edited)
+        assert run_figures(**call)[0].ok
+    assert [run_figures(**call)[0].drawn for _ in range(2)] == [True, False]
+
+
+def test_a_run_that_somebody_else_is_writing_is_named_and_left_alone(tmp_path, drawn):
+    home = tmp_path / "nbs"
+    path = write(home, "one")
+    folder = tmp_path / "runs" / figure_specs(path, {})["a"].hash
+    folder.mkdir(parents=True)
+    call = dict(out=tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
+    with Lock(folder):
+        result, = run_figures(**call)
+        assert not result.ok and f"run {folder.name} is being written by process {os.getpid()}" in result.error and not drawn
+    assert run_figures(**call)[0].ok
 
 
 def test_a_page_needs_no_network(tmp_path):

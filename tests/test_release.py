@@ -1,5 +1,6 @@
 "What is released runs without the clone: the wheel that is built from the source distribution."
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,3 +54,26 @@ def test_it_draws_a_figure_where_there_is_no_clone(released, tmp_path):
     done = say("-m", "gradnb", "figures", "spectrum", "--size", "smoke", "--engine", "here")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {"index.html", "claims.html", "claims.json", "spectrum"} == {path.name for path in (tmp_path / "figures").iterdir()}
+
+
+# --- what the workflow says ---------------------------------------------------------------------------------------
+
+JOBS = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text("utf-8"))["jobs"]
+STEPS = [(name, step) for name, job in JOBS.items() for step in job["steps"]]
+
+
+def test_every_command_of_the_workflow_can_be_read_and_names_what_is_there():
+    extras = set(re.findall(r"^(\w+)_requirements", (ROOT / "settings.ini").read_text("utf-8"), re.MULTILINE))
+    for name, step in STEPS:
+        script = re.sub(r"\$\{\{.*?\}\}", "x", step.get("run", ""))
+        assert not subprocess.run(["bash", "-n", "-c", script], capture_output=True, check=False).returncode, script
+        assert all((ROOT / path).exists() for path in re.findall(r"(?<![\w/])(?:\.ci|tests)/[\w./]+", script)), script
+        assert set(re.findall(r"\.\[(\w+)\]", script)) <= extras and re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step.get("uses", "a/b@v1")), (name, step)
+    assert all({"runs-on", "steps"} <= job.keys() and set(job.get("needs", ())) <= JOBS.keys() for job in JOBS.values())
+
+
+def test_the_site_that_is_published_is_the_one_that_is_built():
+    uploaded, = (step["with"]["path"] for name, step in STEPS if name == "site" and "upload-pages-artifact" in step.get("uses", ""))
+    assert f'"{Path(uploaded).parent.name}"' in (ROOT / ".ci" / "site.py").read_text("utf-8") and uploaded == "_proc/site/html"
+    assert JOBS["pages"]["permissions"] == {"pages": "write", "id-token": "write"} and JOBS["pages"]["if"] == "github.ref == 'refs/heads/main'"
+    assert {*JOBS["pages"]["needs"]} == JOBS.keys() - {"pages"} and JOBS["pages"]["environment"]["name"] == "github-pages"

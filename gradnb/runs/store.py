@@ -6,7 +6,8 @@
 __all__ = ['UNREAD', 'STRETCH', 'INDEX', 'FRESH', 'NO_LINK', 'SHORT', 'matches', 'select', 'say_left_out', 'environment',
            'stretches', 'as_begun', 'stamp', 'trusted', 'index_head', 'keep', 'folders', 'lines_of', 'Table',
            'read_tables', 'keep_tables', 'trace_stamps', 'tables_of', 'stacked', 'Store', 'dotted', 'there', 'is_done',
-           'room', 'write_run', 'write_stretch', 'circumstances', 'write_manifest', 'leftovers', 'follow', 'tidy']
+           'room', 'full_disk', 'write_run', 'write_stretch', 'circumstances', 'write_manifest', 'leftovers', 'follow',
+           'tidy']
 
 # %% ../../nbs/08_runs/06_store.ipynb #imports
 import errno
@@ -332,16 +333,22 @@ def is_done(run: Run) -> bool:
     except ValueError: return False
 
 # %% ../../nbs/08_runs/06_store.ipynb #write
-@contextmanager
 def room(run: Run):
+    "`full_disk` for what a run has measured."
+    return full_disk(f"run {run.hash} keeps all that it has measured", run.path)
+
+@contextmanager
+def full_disk(
+    kept: str,     # what is not lost, in words
+    place: Path,   # where
+):
     "While the context lasts a full or failing disk is said in words that tell the remedy."
     try: yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): remedy = "make room"
         elif e.errno == errno.EIO: remedy = "see to the disk that failed"
         else: raise
-        raise OSError(e.errno, f"{os.strerror(e.errno)}: run {run.hash} keeps all that it has measured; "
-                               f"{remedy}, and the same call resumes it", e.filename or str(run.path)) from e
+        raise OSError(e.errno, f"{os.strerror(e.errno)}: {kept}; {remedy}, and the same call resumes it", e.filename or str(place)) from e
 
 def write_run(
     run: Run,

@@ -32,7 +32,7 @@ from ..ground.roles import check_number
 from ..problem.graphs import fields
 from ..runs import Run, Spec, Store
 from ..runs.spec import usable
-from ..runs.store import is_done
+from ..runs.store import full_disk, is_done
 from ..runs.sweeps.many import sweep
 from .claims import Claim, claims_table, load_claims
 from .figures import beside, execute, explain, figure_specs, find_figures, heading, set_parameters, stop_kernels, writable
@@ -115,7 +115,7 @@ def draw(
         causes, manifests = plan.causes(store), [store.open(spec).manifest for spec in plan.specs.values()]
         title, question = heading(plan.path)
         every = lambda key: sorted({str(m[key]) for m in manifests if key in m})
-        with beside(plan.home) as folder:
+        with full_disk(f"figure {name} is as it was", plan.home), beside(plan.home) as folder:
             execute(plan.path, folder, plan.params | {"store": str(store.root.resolve()), "out": str(folder.resolve())}, timeout)
             if missing := [f.name for f in plan.outputs(folder) if not f.exists()]:
                 raise RuntimeError(f"{plan.path.name} wrote no {', '.join(missing)}; a figure notebook calls "
@@ -237,7 +237,7 @@ def run_figures(
         whole = [plan for plan in plans if not failing[plan.path.stem]]
         draw_all(sorted(whole, key=lambda plan: (bool(plan.specs), -weight[plan.path.stem])), store, timeout, jobs, tell)
     results.sort(key=lambda r: order.index(r.name))
-    write_gallery(out)
+    with full_disk("the figures that are drawn are kept", out): write_gallery(out)
     if claims := [c for r in results for c in r.claims]: say("\n" + claims_table(claims))
     if plans: say(f"\nNo process that trained or drew here held more than {peak_memory() / 1e9:.2f} GB.")
     return results

@@ -265,7 +265,7 @@ def writable(folder: Path):
 def beside(
     folder: Path,   # the figure's
 ):                  # a folder within it
-    "A place for files that come to stand in a folder when nothing was raised; else what was executed stays as NAME.failed.ipynb."
+    "A place for files that come to stand in a folder when nothing was raised; else what was executed stays as NAME.failed.ipynb, unless the disk failed."
     made, failed = folder / ".new", folder / f"{folder.name}.failed.ipynb"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
@@ -273,6 +273,8 @@ def beside(
     try:
         yield made
         for file in sorted(made.iterdir()): os.replace(file, folder / file.name)
+    except BaseException as e:
+        if (executed := made / f"{folder.name}.ipynb").exists() and not isinstance(e, OSError): os.replace(executed, failed)
+        raise
     finally:
-        if (executed := made / f"{folder.name}.ipynb").exists(): os.replace(executed, failed)
         shutil.rmtree(made, ignore_errors=True)
