@@ -170,6 +170,22 @@ def loaded(look):
     return model, opt
 
 
+def on_a_gpu(look):
+    "Dropout draws from the GPU's own generator, in bfloat16."
+    model = net(drop=.2).cuda()
+    opt = torch.optim.AdamW(model.parameters(), .01)
+    x, y = DATA.x.cuda(), DATA.y.cuda()
+    with look(model, opt) as seen:
+        for _ in range(7):
+            i = torch.randint(DATA.n, (32,), device="cuda")
+            with torch.autocast("cuda", torch.bfloat16): loss = ce(model(x[i]), y[i])
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            seen.step(loss)
+    return model, opt, torch.cuda.get_rng_state_all()
+
+
 class Nobody:
     "No watch."
     def __enter__(self): return self
@@ -201,7 +217,7 @@ def run(loop, look):
     return everything(loop(look))
 
 
-@pytest.mark.parametrize("loop", [sgd, accumulated, mixed, noisy, compiled, averaged, loaded], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("loop", [sgd, accumulated, mixed, noisy, compiled, averaged, loaded, pytest.param(on_a_gpu, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))], ids=lambda f: f.__name__)
 def test_bitwise_as_if_nobody_had_looked(loop, capsys):
     watches = []
     def look(model, opt):
