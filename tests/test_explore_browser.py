@@ -18,7 +18,7 @@ from gradnb.show.claims import claim, save_claims
 from gradnb.show.explorers.canvas import STATIC
 from gradnb.show.explorers.drawing import y_limits
 from gradnb.show.explorers.explorer import Explorer
-from gradnb.show.explorers.series import EDGE, Line, Panel
+from gradnb.show.explorers.series import EDGE, Line, Panel, Picture, Words, margin
 from gradnb.show.gallery import write_gallery
 from gradnb.show.plots.ticks import log_ticks, tick_label
 
@@ -416,6 +416,39 @@ def test_page_plays(alone):
     assert step_of(page) == at
 
 
+class Pictures(Explorer):
+    "A picture whose pixels are squares, with words above it, and a line on a picture as dark and as light as can be."
+    def panels(self, look):
+        tile, shades = np.zeros((4, 16, 3), dtype=np.uint8), np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], 3, 2)
+        frame = lambda k: (Picture(tile, (0., 1., 0., .25), square=True), margin(0., 1., 0., .5), Words([0.], [.4], ("above",)))
+        return [Panel("tiles", linked=False, axes=False, steps=np.array([0]), frame=frame),
+                Panel("path", (Picture(shades), Line(np.array([0., 1.]), np.array([.5, .5]), key="run")), linked=False)]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pictures_are_not_squashed_and_a_line_on_them_is_seen(page, alone, scheme):
+    page.emulate_media(color_scheme=scheme)
+    for width in (700, 1440, 480):
+        if width == 700: alone(Pictures())
+        page.set_viewport_size(dict(width=width, height=900))
+        filled(page, "tiles")
+        (left, right), (low, high) = limits(page, "tiles")
+        box = page.locator("[data-panel=tiles] .u-over").bounding_box()
+        assert (right - left) / box["width"] == pytest.approx((high - low) / box["height"], rel=.02)
+        assert (left, high) == (0, .5) and right >= 1 and low <= 0                          # all of it is there, the words too
+    seen = page.evaluate("""() => { const c = document.querySelector('[data-panel=path] canvas'), o = document.querySelector('[data-panel=path] .u-over'), r = devicePixelRatio,
+        at = o.getBoundingClientRect(), of = c.getBoundingClientRect(), y = (at.top - of.top + at.height / 2) * r;
+        return [.02, .5, .98].map((s) => { const d = c.getContext('2d').getImageData((at.left - of.left + s * at.width) * r, y - 6 * r, 1, 12 * r).data;
+            return [...Array(d.length / 4).keys()].map((k) => [d[4 * k], d[4 * k + 1], d[4 * k + 2]]); }); }""")
+    for column in seen: assert max(contrast(a, b) for a in column for b in column) > 3, column
+
+
+def contrast(a, b):
+    "Of two colours, as WCAG 2 has it."
+    light = [sum(w * (v / 12.92 if v <= .04045 else ((v + .055) / 1.055) ** 2.4) for w, v in zip((.2126, .7152, .0722), np.array(c) / 255)) + .05 for c in (a, b)]
+    return max(light) / min(light)
+
+
 def test_page_in_the_dark_and_narrow(alone):
     page = alone(Two())
     light = pixels(page, "rise")
@@ -650,7 +683,25 @@ def test_lab_two_hundred_runs(notebook, two_hundred, request):
     counts("5 of 200")
     rows.first.dblclick()
     keys(page, 1)
+
+    tags, note = (rows.first.get_by_label(re.compile(f"^{k} of .*Adam")) for k in ("tags", "note"))      # written in the table, beside the run
+    hash = rows.first.get_attribute("data-run")
+    tags.fill("keep, figure 2")
+    tags.press("Enter")
+    page.wait_for_function("(t) => document.querySelector('.gradnb-table tbody input[type=text]').defaultValue === t", arg="keep, figure 2")
+    note.fill("<b>slow</b>")
+    two_hundred.mark(hash, tags="keep")                                                               # by somebody else, meanwhile
+    in_kernel(page, "explorer.refresh()")
+    page.wait_for_function("() => document.querySelector('.gradnb-table tbody input[type=text]').defaultValue === 'keep'")
+    assert note.input_value() == "<b>slow</b>"                                                        # what is being written stays
+    note.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('.gradnb-table tbody input[type=text]')[1].defaultValue === '<b>slow</b>'")
+    assert two_hundred.open(hash).marks == {"tags": ("keep",), "note": "<b>slow</b>"}
+    page.get_by_label("search runs").fill("keep slow")
+    counts("1 of 200")
     page.get_by_label("search runs").fill("")
+    typed(page, "where", '"keep" in tags')
+    counts("1 of 1 runs")
 
     typed(page, "where", 'lr > 0.18 and rule == "Adam"')
     counts("10 of 10 runs")

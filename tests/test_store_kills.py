@@ -21,6 +21,7 @@ import pytest
 from gradnb import PROBES, MiniBatch, Momentum, Probe, Run, Spec, Store
 from gradnb.bench.runs import Fault, struck
 from gradnb.runs import Lock, Recorder
+from gradnb.runs.spec import MARKS
 from gradnb.runs.tracefiles import read_trace
 from gradnb.ground import files
 from gradnb.ground.traces import as_row
@@ -92,6 +93,23 @@ def test_killed_at_any_call(disk, whole, calls, how, part):
         if draw.random() < 0.25: count += struck(lambda: train(root), draw.randrange(1, calls), how, draw) is None    # and again, while it resumes
         sound(root, whole)
     assert count >= POINTS // 12
+
+
+@pytest.mark.parametrize("how", ["torn", "power"])
+def test_marks_are_the_old_or_the_new_ones_whenever_their_writer_is_killed(disk, how):
+    run = train(disk / "count")
+    about, seen = {h: {k: v for k, v in line.items() if k not in MARKS} for h, line in Store(disk / "count").about().items()}, set()
+    last = struck(lambda: Store(disk / "count").mark(run.hash, "new", "two"), None, how, None)
+    for at in range(1, last + 1):
+        store = Store(disk / "count")
+        store.mark(run.hash, "old", "one")
+        assert struck(lambda: store.mark(run.hash, "new", "two"), at, how, random.Random(at)) is None
+        marks = store.open(run.hash).marks
+        assert marks in ({"tags": ("old",), "note": "one"}, {"tags": ("new",), "note": "two"})
+        seen.add(marks["note"])
+        assert store.table(tags=marks["tags"][0])["note"].tolist() == [marks["note"]] and run.damage() == {}
+    assert last > 3 and "one" in seen
+    assert {h: {k: v for k, v in line.items() if k not in MARKS} for h, line in store.about().items()} == about and train(disk / "count").hash == run.hash
 
 
 @pytest.mark.parametrize("part", range(2))

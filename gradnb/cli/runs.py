@@ -13,7 +13,7 @@ from .train import add_store
 # %% ../../nbs/11_cli/05_runs.ipynb #runs
 def add_runs(commands):
     "gradnb runs"
-    p = commands.add_parser("runs", help="list, show, print, verify, export, import or delete runs", description="The runs of a store.")
+    p = commands.add_parser("runs", help="list, show, print, mark, verify, export, import or delete runs", description="The runs of a store.")
     verbs = p.add_subparsers(dest="verb", required=True, metavar="VERB")
     def verb(name, text, **words):
         q = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **words)
@@ -30,6 +30,10 @@ def add_runs(commands):
     q.add_argument("--csv", action="store_true", help="as CSV, whole")
     q.add_argument("--trace", metavar="NAME", help="only this trace")
     q.add_argument("--where", action="append", default=[], metavar="FIELD=VALUE", help="without a hash: " + where["help"] + "; may repeat")
+    q = verb("mark", "put tags and a note on runs")
+    q.add_argument("hash", nargs="+", help="hashes, or beginnings of them")
+    q.add_argument("--tags", metavar="WORDS", help="tags with commas between them, in place of those that are there")
+    q.add_argument("--note", metavar="TEXT", help="a note, in place of the one that is there")
     q = verb("verify", "read every byte of runs, and say what is damaged; the exit status is 1 where something is")
     q.add_argument("hash", nargs="*", help="hashes, or beginnings of them; all runs without one")
     q = verb("rm", "delete runs")
@@ -66,6 +70,8 @@ def runs(args) -> int:
         if args.hash and args.where: raise ValueError("give a hash or --where FIELD=VALUE, not both.")
         say(store.open(args.hash).frame(args.trace) if args.hash else store.frame(args.trace, **dict(map(condition, args.where))))
     elif args.verb == "verify": return verify([*map(store.open, args.hash)] if args.hash else store.list())
+    elif args.verb == "mark":
+        for hash in args.hash: print(printed(summary(store.mark(hash, args.tags, args.note))))
     elif args.verb == "rm":
         for run in [*map(store.open, args.hash)]:
             store.remove(run.hash)
@@ -93,7 +99,7 @@ def verify(found: list) -> int:
 
 def summary(run) -> str:
     "A run in a line; what cannot be read of it is said in its place."
-    try: s, status = run.spec, run.status
+    try: s, status, tags = run.spec, run.status, "".join(f"  [{t}]" for t in run.about.get("tags", ()))
     except (ValueError, OSError): return "{0}  {status:11}  {message}".format(run.hash, **run.about)
-    if not hasattr(s, "rule"): return f"{run.hash}  {status:11} {s.origin}: {s.source}"
-    return f"{run.hash}  {status:11} {s.dataset} {s.model} {s.loss} {s.rule} {s.estimator} steps={s.steps} seed={s.seed}"
+    if not hasattr(s, "rule"): return f"{run.hash}  {status:11} {s.origin}: {s.source}{tags}"
+    return f"{run.hash}  {status:11} {s.dataset} {s.model} {s.loss} {s.rule} {s.estimator} steps={s.steps} seed={s.seed}{tags}"

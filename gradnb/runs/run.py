@@ -66,6 +66,17 @@ class Run:
         return found
 
     @property
+    def marks(self) -> dict:     # tags, a tuple of words, and note, a text
+        "What `Store.mark` has put on the run. Raises ValueError where that is damaged."
+        file = self.path / "marks.json"
+        try: found = unseal(read_small(plain_file(file, self.path.parent)))
+        except FileNotFoundError: return {"tags": (), "note": ""}
+        except (ValueError, RecursionError) as e: raise ValueError(f"{file} is damaged: {e}; Store.mark(run, tags, note) writes it anew.") from None
+        tags, note = found.get("tags"), found.get("note")
+        if not (isinstance(tags, list) and all(isinstance(t, str) for t in (*tags, note))): raise ValueError(f"{file} is damaged: it holds no tags and note; Store.mark(run, tags, note) writes it anew.")
+        return {"tags": tuple(tags), "note": note}
+
+    @property
     def status(self) -> str:
         "finished, goal, diverged, imported, interrupted, failed, running, or unfinished (its process has died)."
         status = self.manifest["status"]
@@ -76,13 +87,15 @@ class Run:
 
     @property
     def about(self) -> dict:
-        "A line of a table: fields of the spec, status, step, message, seconds. A run that cannot be read is damaged, newer or unreadable, and message says why."
+        "A line of a table: fields of the spec, status, step, message, seconds, tags, note. A run that cannot be read is damaged, newer or unreadable, and message says why."
         try: fields, manifest, status = self.spec.fields, self.manifest, self.status
         except (ValueError, OSError) as e:
             why = f"{self.path / 'spec.json'} is missing." if isinstance(e, FileNotFoundError) else str(e)
             return {"status": getattr(e, "status", "damaged"), "step": None, "message": why.encode(errors="backslashreplace").decode(), "seconds": None}
         message = manifest.get("message") and manifest["message"].encode(errors="backslashreplace").decode()
-        return fields | {"status": status, "step": manifest.get("step"), "message": message, "seconds": manifest.get("seconds")}
+        try: marks = self.marks
+        except (ValueError, OSError) as e: marks = say_once(self.path / "marks.json", f"{e}") or {"tags": (), "note": ""}
+        return fields | {"status": status, "step": manifest.get("step"), "message": message, "seconds": manifest.get("seconds")} | marks
 
     @property
     def traces(self) -> dict[str, Trace]:
@@ -167,6 +180,7 @@ class Run:
         needed, rows = {"spec.json"}, {}
         manifest = check("manifest.json", lambda: self.manifest) or {"status": None}
         spec = check("spec.json", lambda: self.spec)
+        check("marks.json", lambda: self.marks)
         if manifest["status"] in DONE[:-1] and not isinstance(spec, Imported): needed.add(CHECKPOINTS[0])
         last, _ = (check(file, lambda: {"about": (stored := read_checkpoint(self.path, file)).about, "tensors": dict(stored)}) for file in CHECKPOINTS)
         for name in manifest["rows"] if manifest["status"] in DONE and "rows" in manifest else trace_names(self.path):

@@ -35,7 +35,7 @@ from ..problem.parallel import from_first, split
 from ..ground.registry import unknown
 from .record import CHECKPOINTS, Recorder, terminable
 from .run import DONE, Run
-from .spec import BESIDE, SCHEMA, Identity, Newer, Spec
+from .spec import BESIDE, MARKS, SCHEMA, Identity, Newer, Spec
 from .tracefiles import compact, file_name, trace_files, trace_name
 from .training import train
 from ..ground.traces import column_names
@@ -143,8 +143,8 @@ def lines_of(root: Path) -> dict[str, dict]:
     "By hash: what a table says of every run."
     known, lines, kept, fresh = parse_json(trusted(root / INDEX) or b"{}"), {}, {}, 0
     for hash in folders(root):
-        stamps = [stamp(f"{root}/{hash}/spec.json"), stamp(f"{root}/{hash}/manifest.json")]
-        if stamps == [None, None]: continue                 # not a run, or not yet
+        stamps = [stamp(f"{root}/{hash}/{file}.json") for file in ("spec", "manifest", "marks")]
+        if stamps[:2] == [None, None]: continue                 # not a run, or not yet
         if hash in known and known[hash][0] == stamps: kept[hash], line = known[hash], known[hash][1]
         else:
             line = Run(root / hash).about
@@ -289,27 +289,45 @@ class Store:
         return select(lines_of(self.root), dotted(filters))
 
     def table(self, **filters) -> pd.DataFrame:
-        "One row a run: hash, status and outcome, seconds, and the fields of its spec."
+        "One row a run: hash, status and outcome, seconds, tags and note, and the fields of its spec."
         return pd.DataFrame([{"run": h} | line for h, line in self.about(**filters).items()])
 
     def frame(self,
         name: str | None = None,   # a trace; None: all traces of each run, side by side
         **filters,                 # as for list
     ) -> pd.DataFrame:
-        """Long form: the rows of every run that has this trace, with the run's hash and the fields of its spec.
+        """Long form: the rows of every run that has this trace, with the run's hash, the fields of its spec, and tags and note where a run has some.
         What cannot be read is left out with a warning. Raises KeyError where no run has the trace."""
         lines = self.about(**filters)
         tables, failed = tables_of(self.root, name, {h: line for h, line in lines.items() if line["status"] not in UNREAD})
         for hash, line in lines.items():
             if hash not in tables and (hash in failed or line["status"] in UNREAD): say_left_out(hash, failed.get(hash, line["message"]))
         if not tables: raise KeyError(f"no run in {self.root} has trace {name!r}" + f" and meets {filters}" * bool(filters) + ".")
-        about = pd.DataFrame([{"run": h} | {k: v for k, v in lines[h].items() if k not in BESIDE} for h in tables])
+        beside = {*BESIDE} - {k for k in MARKS for h in tables if lines[h][k]}
+        about = pd.DataFrame([{"run": h} | {k: v for k, v in lines[h].items() if k not in beside} for h in tables])
         words = [c for c in about if about[c].dtype.kind not in "biuf"]
         for c in words: about[c] = about[c].map(lambda v: ", ".join(v) if isinstance(v, tuple) else v).astype("category")
         rows = about.iloc[np.repeat(np.arange(len(tables)), [len(t.rows) for t in tables.values()])].reset_index(drop=True)
         steps, series = stacked([*tables.values()])
         names = column_names(series, (*about, "step"), name or "trace")
         return pd.concat([rows, pd.DataFrame({"step": steps} | dict(zip(names, series.values())))], axis=1)
+
+    def mark(self,
+        which: str | Spec,                       # as for open
+        tags: str | tuple[str, ...] | None = None,     # words, or a text with commas between them; None: as they are
+        note: str | None = None,                 # a text; None: as it is
+    ) -> Run:
+        "Say something of a run, done or not: its hash, its numbers and its state know nothing of it. Raises ValueError on a tag that is no word."
+        run = self.open(which)
+        given = {"tags": (tags.split(",") if tags.strip() else ()) if isinstance(tags, str) else tags, "note": note}
+        marks = {k: v for k, v in given.items() if v is not None}
+        if len(marks) < len(given): marks = run.marks | marks
+        marks["tags"] = [*dict.fromkeys(t.strip() if isinstance(t, str) else t for t in marks["tags"])]
+        for t in marks["tags"]:
+            if not isinstance(t, str) or not t or "," in t: raise ValueError(f"a tag is a word or several, without commas; got {t!r}.")
+        if not isinstance(marks["note"], str): raise ValueError(f"a note is a text; got {marks['note']!r}.")
+        replace_file(run.path / "marks.json", lambda part: part.write_text(seal(marks), "utf-8"))
+        return run
 
     def remove(self,
         which: str | Spec,   # as for open

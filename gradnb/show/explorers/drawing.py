@@ -126,6 +126,7 @@ def draw_line(
     line: Line,
     color,
     dash="-",
+    seen: bool = False,     # with a white border, to stand out on whatever is behind it
 ):
     "One line, as the canvas draws it."
     if line.low is not None and line.style == POINTS: ax.vlines(line.x, *(np.clip(v, *ax.get_ylim()) for v in (line.low, line.high)), color=color, linewidth=1)
@@ -137,6 +138,7 @@ def draw_line(
         return
     look = {DASHED: dict(linestyle=(0, (4, 3)), linewidth=1), STEPS: dict(drawstyle="steps-post"), EDGE: dict(linestyle=(0, (4, 3)), linewidth=1, drawstyle="steps-post"), POINTS: dict(linestyle="", marker="o", markersize=3)}
     alone = {"marker": "o", "markersize": 3} if len(line.x) == 1 else {}
+    if seen: alone |= {"path_effects": [withStroke(linewidth=4, foreground="white")]}
     ax.plot(line.x, line.y, **({"color": color, "linestyle": dash, "alpha": .35 if line.faint else 1} | alone | look.get(line.style, {})))
 
 def mark_beyond(
@@ -171,12 +173,18 @@ def draw_panel(
     ax.set(xscale="log" if xlog else "linear", yscale="log" if panel.name in log else "linear")
     items = [item for item in panel.at(step) if not isinstance(item, Line) or item.key not in look.hidden]
     items = [thin(item, window=window, log=xlog) if isinstance(item, Line) else item for item in items]
-    if not any(isinstance(item, Picture) for item in items): ax.set_ylim(y_limits([i for i in items if isinstance(i, Line)], window, xlog, panel.name in log))
+    pictures = [item for item in items if isinstance(item, Picture)]
+    if not pictures: ax.set_ylim(y_limits([i for i in items if isinstance(i, Line)], window, xlog, panel.name in log))
     for item in items:
         if isinstance(item, Picture): ax.imshow(item.pixels, extent=item.extent, aspect="auto", interpolation="nearest")
         elif isinstance(item, Words):
             for x, y, text in zip(item.x, item.y, item.texts): ax.text(x, y, text, va="center", fontsize="small", path_effects=[withStroke(linewidth=2, foreground="white")])
-        else: draw_line(ax, item, *colors.get(item.key, (GREY, "-")))
+        else: draw_line(ax, item, *colors.get(item.key, (GREY, "-")), seen=bool(pictures) and not item.faint)
+    if pictures:
+        ends = [p.extent for p in pictures] + [(min(i.x), max(i.x), min(i.low), max(i.high)) for i in items if isinstance(i, Line) and i.low is not None]
+        left, right, bottom, top = zip(*ends)
+        ax.set(xlim=(min(left), max(right)), ylim=(min(bottom), max(top)))
+        if any(p.square for p in pictures): ax.set_aspect("equal", anchor="NW")
     i = -1 if panel.steps is None else int(np.searchsorted(panel.steps, step, "right")) - 1
     ax.set(xlabel=", ".join(filter(None, [panel.xlabel, f"step {panel.steps[i]}" if i >= 0 else ""])), ylabel=panel.ylabel)
     if panel.linked and not xlog: ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))

@@ -16,7 +16,7 @@ from contourpy import contour_generator
 from torch import Tensor
 from .drawing import Look
 from .explorer import Explorer
-from .series import POINTS, Line, Panel, Picture, Words
+from .series import POINTS, Line, Panel, Picture, Words, margin
 from ...measure.flatness.centre import Centre
 from ...measure.flatness.landscape import Surface, filter_plane, iterates_plane, surface
 from ...ground.roles import Batch
@@ -29,7 +29,7 @@ def surface_items(
     s: Surface,
     levels: int = 10,     # contours
 ) -> list:
-    "Picture, contours and their values."
+    "Picture, contours and their values; to the right of it which colour is which loss."
     loss = s.loss.numpy()
     top = loss[np.isfinite(loss)].max(initial=0.)
     shown = np.nan_to_num(loss, nan=top, posinf=top)
@@ -39,12 +39,18 @@ def surface_items(
     share = (z - low) / ((high - low) or 1.)
     pixels = (matplotlib.colormaps["viridis"](share[::-1])[..., :3] * 255).round().astype(np.uint8)
     half_x, half_y = (float(v[1] - v[0]) / 2 for v in (s.x, s.y))
-    items = [Picture(pixels, (float(s.x[0]) - half_x, float(s.x[-1]) + half_x, float(s.y[0]) - half_y, float(s.y[-1]) + half_y))]
+    left, right, bottom, top = float(s.x[0]) - half_x, float(s.x[-1]) + half_x, float(s.y[0]) - half_y, float(s.y[-1]) + half_y
+    said = lambda level: f"{10 ** level if logs else level:.2g}"
+    bar, wide = (matplotlib.colormaps["viridis"](np.linspace(1, 0, 64))[:, None, :3] * 255).round().astype(np.uint8), right - left
+    at = [*np.linspace(bottom + .06 * (top - bottom), top - .06 * (top - bottom), 5)]
+    ticks = [said(low + (high - low) * (y - bottom) / (top - bottom)) for y in at]
+    items = [Picture(pixels, (left, right, bottom, top)), Picture(bar, (right + .04 * wide, right + .08 * wide, bottom, top)),
+             Words([right + .09 * wide] * 5, at, (*ticks[:-1], f"loss {ticks[-1]}")), margin(left, right + .25 * wide, bottom, top)]
     lines, words = contour_generator(s.x.numpy(), s.y.numpy(), z), []
     for i, level in enumerate(np.linspace(low, high, levels + 2)[1:-1]):
         parts = [p for p in lines.lines(level) if len(p) > 1]
         items += [Line(p[:, 0], p[:, 1], faint=True) for p in parts]
-        if parts and i % 2 == 0: words.append((*max(parts, key=len)[len(max(parts, key=len)) // 3], f"{10 ** level if logs else level:.2g}"))
+        if parts and i % 2 == 0: words.append((*max(parts, key=len)[len(max(parts, key=len)) // 3], said(level)))
     return items + [Words(*zip(*words))] * bool(words)
 
 # %% ../../../nbs/09_show/04_explorers/14_landscape.ipynb #explorer

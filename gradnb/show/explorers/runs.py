@@ -23,8 +23,8 @@ from .filters import differing, in_order, meeting
 from .lines import AXES, frame_lines, plain_threshold, positive, quantities, trace_lines, wide
 from ...ground.registry import unknown
 from ...runs.run import Run
-from ...runs.spec import BESIDE
-from ...runs.store import UNREAD, Store
+from ...runs.spec import BESIDE, MARKS
+from ...runs.store import UNREAD, Store, stamp
 from ...ground.traces import Trace
 
 # %% ../../../nbs/09_show/04_explorers/10_runs.ipynb #explorer
@@ -217,7 +217,7 @@ class RunExplorer(Explorer):
         few, wide = ipywidgets.Layout(width="280px", height="190px"), ipywidgets.Layout(width="300px")
         choice = lambda text, value, first: ipywidgets.Dropdown(options=[(first, "")] + [(value, value)] * bool(value), value=value, description=text, layout=ipywidgets.Layout(width="230px"))
         return dict(where=ipywidgets.Text(self.look.where, description="where", placeholder="rule=GD, lr > 0.1, adam", continuous_update=False, tooltip="which runs are listed: fields, an expression, or words", layout=wide),
-                    runs=RunTable(layout=ipywidgets.Layout(flex="1 1 420px", min_width="0")), show=ipywidgets.SelectMultiple(description="panels", layout=few),
+                    runs=RunTable(editable=[*MARKS], layout=ipywidgets.Layout(flex="1 1 420px", min_width="0")), show=ipywidgets.SelectMultiple(description="panels", layout=few),
                     smooth=ipywidgets.BoundedFloatText(self.look.smooth, min=0, max=1e12, description="smooth", tooltip="steps in which a weight of the mean halves; 0: raw", layout=ipywidgets.Layout(width="160px")),
                     group=choice("group", self.look.group, "each run"), against=choice("x axis", self.look.against, "step"), baseline=choice("less", self.look.baseline, "nothing"))
 
@@ -245,20 +245,27 @@ class RunExplorer(Explorer):
                     if [*control.options] != some: control.options = some
                     control.value = value
             table, wanted = self._controls["runs"], [n for n in shown if ": " not in n]
-            rows = [[h, *(plain(f.get(k)) for k in words), f["status"], f["step"], *(plain(lasts.get(n)) for n in wanted)] for h, f in found.items() for lasts in [self.lasts(h, wanted)]]
-            with table.hold_sync(): table.columns, table.rows, table.value = [*words.values(), "status", "steps", *(n.replace("_", " ") for n in wanted)], rows, hashes
+            rows = [[h, *(plain(f.get(k)) for k in words), f["status"], f["step"], *(plain(lasts.get(n)) for n in wanted), *(plain(f[k]) for k in MARKS)] for h, f in found.items() for lasts in [self.lasts(h, wanted)]]
+            with table.hold_sync(): table.columns, table.rows, table.value = [*words.values(), "status", "steps", *(n.replace("_", " ") for n in wanted), *MARKS], rows, hashes
 
     @property
     def widget(self):
         if self._box is None:
             super().widget
+            self._controls["runs"].on_msg(self.marked)
             self._seen, self._closing = self.present(), Event()
             if self.follow: Thread(target=self.watch, args=(self._closing,), daemon=True).start()
         return super().widget
 
+    def marked(self, _, content: dict, buffers):
+        "The table was written in."
+        with self._lock, self.telling():
+            self.store.mark(content["run"], **{content["column"]: content["text"]})
+            self.refresh()
+
     def present(self) -> tuple:
         "Changes when something has been written."
-        try: there = {e.name for e in os.scandir(self.store.root) if os.path.exists(f"{e.path}/spec.json")}
+        try: there = {(e.name, *(stamp(f"{e.path}/marks.json") or ())) for e in os.scandir(self.store.root) if os.path.exists(f"{e.path}/spec.json")}
         except OSError: there = set()
         return there, *map(self.stamp, [*self._read])
 

@@ -40,6 +40,7 @@ class Picture:
     "An image."
     pixels: np.ndarray               # (h, w, 3), uint8, the first row on top
     extent: tuple[float, float, float, float] = (0., 1., 0., 1.)    # left, right, bottom, top
+    square: bool = False             # is a unit as long on both axes, whatever the panel's shape?
 
 @dataclass(frozen=True, eq=False)
 class Words:
@@ -147,7 +148,7 @@ class Block:
         "Append a line, a picture or words; its entry in the head."
         if isinstance(item, Words): return {"is": "words", "x": [*map(float, item.x)], "y": [*map(float, item.y)], "texts": [*item.texts]}
         if isinstance(item, Picture):
-            return {"is": "picture", "size": item.pixels.shape[:2], "extent": item.extent, "pixels": self.add(item.pixels.astype(np.uint8))}
+            return {"is": "picture", "size": item.pixels.shape[:2], "extent": item.extent, "square": item.square, "pixels": self.add(item.pixels.astype(np.uint8))}
         x0 = float(item.x[0]) if len(item.x) else 0.
         numbers = lambda v: None if v is None else self.add(np.asarray(v, dtype=np.float64).astype(np.float32))
         with np.errstate(over="ignore"): entry = dict(x0=x0, x=numbers(np.asarray(item.x, dtype=np.float64) - x0), y=numbers(item.y), low=numbers(item.low), high=numbers(item.high))

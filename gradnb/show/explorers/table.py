@@ -11,7 +11,7 @@ from traitlets import List, Unicode
 from ...ground.traces import Trace
 from .canvas import STATIC
 from .lines import quantities
-from ...runs.spec import BESIDE
+from ...runs.spec import BESIDE, MARKS
 
 # %% ../../../nbs/09_show/04_explorers/07_table.ipynb #widget
 class RunTable(AnyWidget):
@@ -20,6 +20,7 @@ class RunTable(AnyWidget):
     columns = List(Unicode()).tag(sync=True)     # names
     rows = List().tag(sync=True)                 # each the run's hash, and a cell for each column
     value = List(Unicode()).tag(sync=True)       # hashes of those that are chosen
+    editable = List(Unicode()).tag(sync=True)    # columns that are written in: a message {run, column, text}
 
 # %% ../../../nbs/09_show/04_explorers/07_table.ipynb #rows
 def short_names(fields: list[str]) -> dict[str, str]:     # by field
@@ -40,7 +41,8 @@ def side_by_side(
 ) -> list[list]:               # a head, then rows
     "The fields of runs beside each other, those that differ first."
     same = [k for k in dict.fromkeys(k for f in runs.values() for k in f) if k not in (*differ, *BESIDE) and any(f.get(k) is not None for f in runs.values())]
-    return [["", *(names[h] for h in runs)], ["run", *runs], *([k, *(plain(f.get(k)) for f in runs.values())] for k in (*differ, *same))] if runs else []
+    said = [k for k in MARKS if any(f.get(k) for f in runs.values())]
+    return [["", *(names[h] for h in runs)], ["run", *runs], *([k, *(plain(f.get(k)) for f in runs.values())] for k in (*said, *differ, *same))] if runs else []
 
 def last_values(
     traces: dict[str, Trace],     # of a run

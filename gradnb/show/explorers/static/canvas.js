@@ -184,9 +184,14 @@ class Plot {                                                       // one panel
       if (i.is === "picture") { grow(x, i.extent[0]); grow(x, i.extent[1]); } else for (const v of i.x) grow(x, v, panel.xlog);
     }
     const range = panel.linked ? board.range(panel.xlog) : this.zoomed ?? (x[0] <= x[1] ? x : [0, 1]);
-    const inside = this.zoomed || panel.linked ? this.shown() : all.filter((i) => !board.hidden.has(i.key)), picture = inside.find((i) => i.is === "picture");
-    const near = panel.linked || this.zoomed ? range : null, y = picture ? picture.extent.slice(2) : yLimits(inside.filter((i) => i.is === "line"), near, panel.xlog, panel.ylog);
-    if (panel.linked || this.zoomed || picture) return { x: range, y };
+    const inside = this.zoomed || panel.linked ? this.shown() : all.filter((i) => !board.hidden.has(i.key)), pictures = inside.filter((i) => i.is === "picture");
+    const near = panel.linked || this.zoomed ? range : null, y = pictures.length ? [Infinity, -Infinity] : yLimits(inside.filter((i) => i.is === "line"), near, panel.xlog, panel.ylog);
+    for (const i of pictures.length ? inside : []) for (const v of i.extent?.slice(2) ?? [...(i.low ?? []), ...(i.high ?? [])]) grow(y, v);
+    if ((this.square = pictures.some((i) => i.square))) {                              // room goes to the right and below
+      const { width, height } = this.plot?.bbox ?? { width: this.host.clientWidth, height: board.height }, unit = Math.max((range[1] - range[0]) / width, (y[1] - y[0]) / height);
+      return { x: [range[0], range[0] + unit * width], y: [y[1] - unit * height, y[1]] };
+    }
+    if (panel.linked || this.zoomed || pictures.length) return { x: range, y };
     if (panel.xlog) { const f = Math.max((range[1] / range[0]) ** 0.02, 1.02); return { x: [range[0] / f, range[1] * f], y }; }
     const d = (range[1] - range[0]) * 0.02 || Math.abs(range[0]) * 0.02 || 0.02;
     return { x: [range[0] - d, range[1] + d], y };
@@ -224,7 +229,7 @@ class Plot {                                                       // one panel
   }
 
   resize() {
-    if (this.plot && this.host.clientWidth) { this.plot.setSize({ width: this.host.clientWidth, height: this.board.height }); }
+    if (this.plot && this.host.clientWidth) { this.plot.setSize({ width: this.host.clientWidth, height: this.board.height }); if (this.square) this.draw(); }
   }
 
   zoom(range) { this.zoomed = range; this.draw(); }
@@ -256,6 +261,8 @@ class Plot {                                                       // one panel
     ctx.save();
     ctx.beginPath(); ctx.rect(left, top, width, height); ctx.clip();
     ctx.lineJoin = "round";
+    const pictured = this.shown().some((i) => i.is === "picture");
+    const border = () => { ctx.save(); ctx.strokeStyle = theme.back; ctx.lineWidth = 5 * ratio; ctx.setLineDash([]); ctx.stroke(); ctx.restore(); };      // seen on any colour
     for (const i of this.shown()) {
       if (i.is === "picture") {
         const [l, r, b, t] = i.extent;
@@ -285,7 +292,7 @@ class Plot {                                                       // one panel
       }
       ctx.globalAlpha = i.faint ? 0.35 : 1;
       ctx.strokeStyle = ctx.fillStyle = color;
-      ctx.lineWidth = (i.style === "dashed" || i.style === "edge" || i.faint ? 1 : 1.5) * ratio;
+      ctx.lineWidth = (i.style === "dashed" || i.style === "edge" || i.faint ? 1 : pictured ? 2 : 1.5) * ratio;
       ctx.setLineDash((i.style === "dashed" || i.style === "edge" ? [5, 3] : dash).map((v) => v * ratio));
       ctx.beginPath();
       if (i.style === "bars") {                                    // x are the left edges, the last one closes
@@ -294,6 +301,7 @@ class Plot {                                                       // one panel
         ctx.globalAlpha = 0.45; ctx.fill(); ctx.globalAlpha = 1;
       } else if (i.style === "points") {
         for (let k = 0; k < n; k++) if (ok(i.y[k])) { const X = px(i.x[k]), Y = py(i.y[k]); ctx.moveTo(X + 2 * ratio, Y); ctx.arc(X, Y, 2 * ratio, 0, 7); }
+        if (pictured) border();
         ctx.fill(); ctx.beginPath();
         ctx.setLineDash([]);
         if (i.low) for (let k = 0; k < n; k++) if (i.low[k] <= i.high[k]) { ctx.moveTo(px(i.x[k]), clipped(i.low[k])); ctx.lineTo(px(i.x[k]), clipped(i.high[k])); }
@@ -309,6 +317,7 @@ class Plot {                                                       // one panel
           }
           before = good;
         }
+        if (pictured && !i.faint) border();
       }
       ctx.stroke();
       ctx.setLineDash([]); ctx.globalAlpha = 1;

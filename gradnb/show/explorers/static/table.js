@@ -34,22 +34,32 @@ export default {
       return rows.sort((a, b) => (rank(a[by]) === 2 || rank(b[by]) === 2 ? order(a[by], b[by]) : order(a[by], b[by]) * (down ? -1 : 1)));      // what has none comes last
     }
 
+    const written = (hash, column, v, row) => {                                // a cell that is an input; Enter or leaving it sends it
+      const line = make("input", { type: "text", defaultValue: cell(v), title: cell(v), attrs: { "data-key": `${column} ${hash}`, "aria-label": `${column} of ${row}`, placeholder: column },
+        onchange: () => model.send({ run: hash, column, text: line.value }), onclick: (e) => e.stopPropagation(), ondblclick: (e) => e.stopPropagation() });
+      return make("td", {}, line);
+    };
+
     function draw() {
-      const columns = model.get("columns"), rows = found(), chosen = new Set(model.get("value"));
-      const focus = root.contains(document.activeElement) && document.activeElement.dataset.key, top = box.scrollTop;
+      const columns = model.get("columns"), rows = found(), chosen = new Set(model.get("value")), open = new Set(model.get("editable"));
+      const active = root.contains(document.activeElement) && document.activeElement, focus = active && active.dataset.key, top = box.scrollTop, left = box.scrollLeft;
+      const typed = focus && active.type === "text" && active.value !== active.defaultValue && active.value;
       const head = columns.map((name, i) => make("th", { attrs: { "aria-sort": by === i + 1 ? (down ? "descending" : "ascending") : "none" } },
         make("button", { type: "button", textContent: `${name}${by === i + 1 ? (down ? " ↓" : " ↑") : ""}`, attrs: { "data-key": `by ${name}`, "aria-label": `sort by ${name}` },
           onclick: () => { down = by === i + 1 && !down; by = i + 1; draw(); } })));
       const body = rows.map(([hash, ...cells]) => {
         const box = make("input", { type: "checkbox", checked: chosen.has(hash), onchange: () => toggle(hash), attrs: { "data-key": hash, "aria-label": `show ${cells.map(cell).join(" ")}` } });
-        const row = make("tr", { title: `${hash}; a double click shows it alone`, ondblclick: () => toggle(hash, true), attrs: { "data-run": hash } }, make("td", {}, box), ...cells.map((v) => make("td", { textContent: cell(v) })));
+        const row = make("tr", { title: `${hash}; a double click shows it alone`, ondblclick: () => toggle(hash, true), attrs: { "data-run": hash } }, make("td", {}, box),
+          ...cells.map((v, i) => (open.has(columns[i]) ? written(hash, columns[i], v, cells.slice(0, 3).map(cell).join(" ")) : make("td", { textContent: cell(v) }))));
         row.onclick = (e) => { if (e.target !== box) box.click(); };
         return row;
       });
       table.replaceChildren(make("thead", {}, make("tr", {}, make("th"), ...head)), make("tbody", {}, ...body));
       count.textContent = `${rows.length} of ${model.get("rows").length} runs, ${chosen.size} shown`;
-      box.scrollTop = top;
-      if (focus) root.querySelector(`[data-key="${CSS.escape(focus)}"]`)?.focus();
+      Object.assign(box, { scrollTop: top, scrollLeft: left });
+      const again = focus && root.querySelector(`[data-key="${CSS.escape(focus)}"]`);
+      if (again && typed !== false) again.value = typed;                       // what is being written stays
+      if (again) again.focus({ preventScroll: true });
     }
 
     for (const name of ["rows", "columns", "value"]) model.on(`change:${name}`, draw);
