@@ -13,7 +13,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 from ..ground.draws import columns
 from ..ground.estimate import Estimate, in_unit, to_unit
-from .basis import apply
+from .basis import InUnit, apply
 from ..ground.roles import check_given
 from ..ground.streams import Stream
 
@@ -63,15 +63,10 @@ def frobenius(
     On seven spectra that decay or end the interval held in 94 to 100 % of 200 draws each, with 32 products."""
     check_given("frobenius", matvec, "product")
     if products < min(p, 6): raise ValueError(f"frobenius needs at least 6 products for a matrix of size {p}, got {products}.")
-    unit = None
-    def product(V):                                                       # float64, in a unit that can be squared
-        nonlocal unit
-        AV = matvec(V.to(dtype)).detach().double()
-        if unit is None: unit = in_unit(AV)[1]
-        return to_unit(AV, unit)
+    product = InUnit(lambda V: matvec(V.to(dtype)).detach().double(), room=None)
     if products >= p:
         square = sum(product(torch.eye(p, dtype=dtype, device=device)[:, i:i + 64]).square().sum().item() for i in range(0, p, 64))
-        return Estimate.normal(sqrt(square), torch.finfo(dtype).eps * sqrt(square)).times(unit)
+        return Estimate.normal(sqrt(square), torch.finfo(dtype).eps * sqrt(square)).times(product.unit)
     k, m = products // 3, products - 2 * (products // 3)
     draw = lambda i: torch.randn(p, generator=(stream / i).generator(), dtype=torch.float64).to(device)
     Q = torch.linalg.qr(product(torch.stack([draw(i) for i in range(k)], 1)))[0]
@@ -86,4 +81,4 @@ def frobenius(
     factor = exp(min(stdtrit(m - 1, .975) * stderr / mean, 700.)) if mean else 1.
     ends = [sqrt(inside + x) for x in (mean, mean / factor, mean * factor)]
     rounding = torch.finfo(dtype).eps * ends[0]
-    return Estimate(ends[0], max(stderr / (2 * ends[0]), rounding) if ends[0] else 0., ends[1] - 2 * rounding, ends[2] + 2 * rounding).times(unit)
+    return Estimate(ends[0], max(stderr / (2 * ends[0]), rounding) if ends[0] else 0., ends[1] - 2 * rounding, ends[2] + 2 * rounding).times(product.unit)

@@ -8,12 +8,12 @@ __all__ = ['Space', 'top_space', 'around', 'overlap', 'subspace_probe', 'widest_
 # %% ../../../nbs/07_measure/09_probes/12_subspace.ipynb #imports
 from math import nan, sqrt
 from typing import NamedTuple
-import torch
 from torch import Tensor
 from ...ground.estimate import Estimate
 from ...ground.roles import check_number
 from ...linalg import Eigs, lanczos
-from ..curvature import sharpness, unit
+from ...linalg.basis import first_directions
+from ..curvature import sharpness
 from .view import PROBES, Probe
 
 # %% ../../../nbs/07_measure/09_probes/12_subspace.ipynb #bounds
@@ -97,8 +97,7 @@ def gauss_newton_probe(
     def measure(view):
         point, p = view.point, view.problem.p
         if k + more > p: raise ValueError(f"probe 'gauss_newton' asks for {k + more} eigenvalues of {p} parameters; give it a smaller k or more.")
-        noise = torch.randn(p, generator=(view.stream / "start").generator(), dtype=torch.float64).to(view.theta)
         H = sharpness(point, k=k + more, tol=tol, stream=view.stream / "hessian", vectors=True)
-        G = lanczos(point.ggn, unit(point.grad) + unit(noise), k + more, tol, stream=view.stream / "ggn", vectors=True)
+        G = lanczos(point.ggn, sum(first_directions(point.grad, view.stream / "start")), k + more, tol, stream=view.stream / "ggn", vectors=True)
         return overlap(top_space(H, k), top_space(G, k)) | dict(hessian=H.values, hessian_errors=H.errors, ggn=G.values, ggn_errors=G.errors, matvecs=H.matvecs + G.matvecs)
     return Probe("gauss_newton", every, measure)

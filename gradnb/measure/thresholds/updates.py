@@ -14,6 +14,7 @@ import torch.autograd.forward_ad as forward
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from ...linalg.basis import first_directions
 from ...problem import Point
 from ...ground.roles import State, check_number
 from ...ground.streams import Stream
@@ -173,9 +174,7 @@ def update_radius(
     check_number("update_radius", "tol", tol, 1e-15, 1)
     check_number("update_radius", "max_products", max_products, 2, whole=True)
     step = UpdateMap(problem, stepper, state, point)
-    noise = torch.randn(problem.p, generator=stream.generator(), dtype=torch.float64).to(state.theta.device)
-    unit = lambda v: v / v.norm().clamp_min(1e-300)
-    start = unit(noise) + unit(state.grad.double())
+    start = sum(first_directions(state.grad.double(), stream))
     theta, *rest = step(start, [torch.zeros_like(t) for t in step.x[2:]])
     scale = [theta.norm() / t.norm() if t.any() else torch.ones_like(theta[0]) for t in rest]
     sizes = [t.numel() for t in rest]

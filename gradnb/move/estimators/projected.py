@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor
-from ...ground.estimate import in_unit, to_unit
 from ...ground.roles import ESTIMATORS, Estimator, check_range, kind
 from ...linalg import lanczos
+from ...linalg.basis import InUnit, first_directions
 from .minibatch import FullBatch, MiniBatch
 
 # %% ../../../nbs/06_move/01_estimators/11_projected.ipynb #projected
@@ -57,17 +57,8 @@ class Projected(Estimator):
 
     def space(self, point, known: Tensor | None, stream) -> Tensor:    # (p, k)
         "The top k eigenvectors at a point, from those nearby."
-        if known is None:
-            noise = torch.randn(point.problem.p, 1, generator=stream.generator(), dtype=torch.float64).to(point.grad)
-            known = torch.column_stack([in_unit(point.grad)[0], noise])
-            known = known / known.norm(dim=0).clamp_min(torch.finfo(known.dtype).tiny)
-        unit = None
-        def product(v):
-            nonlocal unit
-            Hv = point.hvp(v)
-            if unit is None: unit = in_unit(Hv, room=300)[1]
-            return to_unit(Hv, unit)
-        return lanczos(product, known, self.k, self.tol, stream=stream, vectors=True).vectors
+        if known is None: known = torch.column_stack(first_directions(point.grad, stream))
+        return lanczos(InUnit(point.hvp), known, self.k, self.tol, stream=stream, vectors=True).vectors
 
     def sample(self, state, problem, stream): return self.estimator.sample(state.inner, problem, stream)
 

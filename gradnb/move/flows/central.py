@@ -18,6 +18,7 @@ from .complementarity import oscillation, pack
 from .gradient import Downhill
 from .midpoint import midpoint
 from ...linalg import lanczos
+from ...linalg.basis import first_directions
 from ...ground.roles import Rule, State, check_range, kind
 from ..rules.adam import Adam
 from ..rules.gd import GD
@@ -117,8 +118,7 @@ class Motion:
         product = lambda v: self.point.hvp(v / across(v)) / across(v)
         vectors, k = c.vectors, 1 if c.values is None else min(int((c.values > self.flow.bound).sum()) + 1, len(root))
         while True:
-            noise = torch.randn(len(root), generator=(stream / k).generator(), dtype=torch.float64).to(root)
-            fresh = noise / noise.norm() + (g := self.grad / root) / g.norm().clamp_min(torch.finfo(root.dtype).tiny)
+            fresh = sum(first_directions(self.grad / root, stream / k))
             start = fresh if vectors is None else torch.column_stack([vectors[:, :k], fresh])[:, :len(root)]
             eigs = lanczos(product, start, k, 1e-4, stream=stream / k / "lanczos", vectors=True, check=False)
             c, vectors = c._replace(products=c.products + eigs.matvecs), eigs.vectors

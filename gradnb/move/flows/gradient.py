@@ -13,6 +13,7 @@ from torch import Tensor
 from ..estimators.minibatch import FullBatch
 from .integrators import RK4, Chebyshev, DormandPrince
 from ...linalg import lanczos
+from ...linalg.basis import first_directions
 from ...ground.roles import State, check_range, kind
 from ...ground.streams import Stream
 
@@ -49,8 +50,7 @@ def track_sharpness(
 ) -> tuple[float, Tensor, int]:   # an upper estimate of the largest eigenvalue, its vector, Hessian products
     "The sharpness as a step size needs it."
     point = problem.at(theta)
-    noise = torch.randn(problem.p, generator=stream.generator(), dtype=torch.float64).to(theta)
-    fresh = noise / noise.norm() + point.grad / point.grad.norm().clamp_min(torch.finfo(theta.dtype).tiny)
+    fresh = sum(first_directions(point.grad, stream))
     start = fresh if vector is None else torch.column_stack([vector, fresh])[:, :problem.p]
     eigs = lanczos(point.hvp, start, 1, tol, stream=stream / "lanczos", vectors=True, check=False)
     return float(eigs.values[0] + eigs.residuals[0]), eigs.vectors[:, 0].contiguous(), eigs.matvecs

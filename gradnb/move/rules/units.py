@@ -12,6 +12,7 @@ import torch
 from .inplace import over
 from ...ground.roles import KINDS, Rule, check_range
 from ...linalg.krylov import lanczos
+from ...linalg.basis import first_directions
 
 # %% ../../../nbs/06_move/02_rules/20_units.ipynb #units
 class UnitState(NamedTuple):
@@ -43,8 +44,7 @@ class PerSharpness(Rule):
     def measured(self, problem, theta, stream) -> float:
         "2/λ₀. Raises ValueError where the loss curves upwards nowhere."
         point = problem.at(theta)
-        noise = torch.randn(problem.p, generator=stream.generator(), dtype=torch.float64).to(theta)
-        found = lanczos(point.hvp, torch.stack([point.grad, noise / noise.norm() * point.grad.norm()], 1), 1, self.tol, stream=stream)
+        found = lanczos(point.hvp, torch.column_stack(first_directions(point.grad, stream)), 1, self.tol, stream=stream)
         if not (top := float(found.values[0])) > 0: raise ValueError(f"the sharpness is {top:.3g}, and no unit for a learning rate; give the rule its learning rate itself.")
         return 2 / top
 
