@@ -344,6 +344,16 @@ def test_what_cannot_be_stored_is_refused_when_the_rule_is_made(name):
     with pytest.raises(TypeError, match=f"{name} keeps what no stored run could give back.*dtype"): FromTorch(getattr(pytorch_optimizer, name), lr=.01)
 
 
+def test_a_block_that_a_rule_does_not_take_is_named_with_the_remedy():
+    blocks = {"wte": torch.zeros(9, 4), "fc.weight": torch.zeros(4, 4), "fc.bias": torch.zeros(4)}
+    roles = {"wte": "embedding", "fc.weight": "matrix", "fc.bias": "vector"}
+    with pytest.raises(ValueError, match="block 'wte' is an embedding, .9, 4.*Groups.*groups:matrix="): Muon(.02).init(blocks, roles)
+    with pytest.raises(ValueError, match="block 'fc.bias' is a vector, .4,.*Groups"): Muon(.02).init({n: b for n, b in blocks.items() if n != "wte"}, roles)
+    with pytest.raises(ValueError, match="block 'wte' is .9, 4., with one above largest=8.*groups:wte=adam"): Shampoo(.1, largest=8).init(blocks, roles)
+    state = Groups((("matrix", Muon(.02)), ("wte", Adam()), ("*", Shampoo(.1, largest=8)))).init(blocks, roles)
+    assert list(state.states[0].momentum) == ["fc.weight"]
+
+
 def test_a_wrong_word_names_the_class_as_it_is_called():
     with pytest.raises(ValueError, match=r"^torch\.optim\.SGD does not take lr=-1"): FromTorch(torch.optim.SGD, lr=-1)
     with pytest.raises(ValueError, match=r"^SOAP does not take lr=-1"): FromTorch(pytorch_optimizer.SOAP, lr=-1)

@@ -156,7 +156,14 @@ def refuse_inference():
     if torch.is_inference_mode_enabled():
         raise RuntimeError("torch.inference_mode() keeps no graph, so there are no derivatives inside it; take torch.no_grad(), or ask outside.")
 
-def modes(module: nn.Module) -> list[bool]: return [m.training for m in module.modules()]
+def modes(module: nn.Module) -> list[bool]:
+    "Which of its modules are in training mode; asked at every forward pass, and quicker than a walk that builds their names."
+    found, ahead = {}, [module]
+    while ahead:
+        if (m := ahead.pop()) is None or m in found: continue
+        found[m] = m.training
+        ahead.extend(m._modules.values())
+    return list(found.values())
 
 def unwrapped(
     module: nn.Module,
@@ -334,7 +341,7 @@ class Network:
         self.fresh = any((a - b).norm() > 1e-3 * b.norm() for a, b in zip(quick, slopes()))
 
     def _forward(self, module, params, x, buffers):
-        if modes(module) != self._modes.get(module, modes(module)):
+        if (now := modes(module)) != self._modes.get(module, now):
             raise RuntimeError("somebody has called train() or eval() on problem.module, a copy whose mode was fixed when the problem was made; "
                                "make another problem of a network in that mode, or take problem.frozen().")
         tensors = {**params, **buffers}
