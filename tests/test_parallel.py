@@ -1,4 +1,6 @@
 "Data parallelism: ranks agree to the bit, with one process to rounding; from the command line into a store, and resumed. Sharded parameters: what one process says, and the right values."
+import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -213,6 +215,85 @@ def test_sharded_parameters_are_those_of_one_process(n, which, tmp_path):
             if "sharpness" not in name: torch.testing.assert_close(seen[name], alone[name], rtol=1e-8, atol=1e-12, msg=lambda m: f"{kind} {name}: {m}")
     run, = Store(tmp_path / "runs").list()
     assert run.status == "finished" and run.traces["grad_norm"].columns["value"].tolist() == watched[0]["fsdp"]["grad_norm value"].tolist()
+
+
+FAULTS = textwrap.dedent("""
+    import os, sys, time, torch
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+    from gradnb import every, probe, sharpness, watch
+    from gradnb.problem import parallel
+    from gradnb.problem.parallel import Apart, rank, together
+    from gradnb.problem.sharded import Sharded
+
+    parallel.GRACE = .3 if sys.argv[2] == "waits" else 60.
+    with together():
+        mine, how = rank()[0], {"word": None}
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+        for layer in (net[0], net[2], net): fully_shard(layer)
+        x, y = torch.randn(8, 5, dtype=torch.float64), torch.randint(3, (8,))
+        def loss(model):
+            how["calls"] = how.get("calls", 0) + 1
+            if how["word"] == "waits" and mine == 1: raise ValueError("a leaf fell")
+            if how["word"] == "dies" and mine == 1 and how["calls"] > 6: os._exit(9)
+            out = nn.functional.cross_entropy(model(x + mine), y)
+            if how["word"] == "alike": raise ValueError(f"leaf {mine} fell")
+            return out * float("nan") if how["word"] == "nan" and mine == 1 else out
+        problem, said = Sharded(net, loss), {}
+        before = sharpness(problem, tol=1e-2)
+        def attempt(word):
+            how.update(word=word, calls=0)
+            start = time.monotonic()
+            try: sharpness(problem.at(), tol=1e-2)
+            except Exception as e: said[word] = f"{type(e).__name__}: {e}"
+            how["word"], said["seconds"] = None, time.monotonic() - start
+        if sys.argv[2] == "soft":
+            for word in ("alike", "nan"): attempt(word)
+            @probe(every(1), parts=True)
+            def falls(view):
+                if mine == 1: raise ValueError("a probe fell")
+                return 1.
+            with watch(net, lambda model, batch: loss(model), [(x, y)], [falls, "grad_norm:every=1"]) as seen:
+                seen.step()
+            said["probe"] = [*seen.failures["falls"].values()][-1]
+            (problem.loss * 0).item()
+            net.set_requires_gradient_sync(False)                     # half a step's gradient waits to be added up
+            loss(net).backward()
+            look = problem.at().grad
+            net.set_requires_gradient_sync(True)
+            loss(net).backward()
+            twice = problem.layout.join(p.grad for p in net.parameters())
+            said["waiting"] = float((twice - 2 * look).norm()), float((look - problem.grad).norm()), float(look.norm())
+            said["again"] = float((sharpness(problem, tol=1e-2).values - before.values).abs())
+        else: attempt(sys.argv[2])
+        torch.save(said, f"{sys.argv[1]}/{mine}.pt")
+        if sys.argv[2] != "soft": os._exit(0)                         # as a process ends that lets an error through
+""")
+
+
+@pytest.mark.parametrize("how", ["soft", pytest.param("waits", marks=pytest.mark.slow), pytest.param("dies", marks=pytest.mark.slow)])
+def test_a_fault_of_one_process_is_heard_by_all(how, tmp_path):
+    "An error, a NaN and a probe that fails: all raise, and go on. An error where the others wait in a sum, and a death: they end. And a look while half a gradient waits to be added up."
+    (tmp_path / "fault.py").write_text(FAULTS)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}        # no torchrun, which would end the other one
+    both = [subprocess.Popen([sys.executable, tmp_path / "fault.py", tmp_path, how], env=env | {"RANK": str(k)}, stderr=subprocess.PIPE, text=True) for k in range(2)]
+    texts = [p.communicate(timeout=120)[1] for p in both]
+    assert [p.returncode for p in both] == [0, 9 if how == "dies" else 0], texts
+    zero, one = (torch.load(f, weights_only=True) if (f := tmp_path / f"{k}.pt").exists() else {} for k in range(2))
+    if how == "soft":
+        assert "leaf 0 fell" in zero["alike"] and "leaf 1 fell" in one["alike"] and zero["again"] == one["again"] == 0
+        assert zero["nan"] == one["nan"] and zero["nan"].startswith("NotFinite") and "process 1;" in zero["nan"]
+        assert zero["probe"] == "RuntimeError: process 1 failed: ValueError: a probe fell" and one["probe"] == "ValueError: a probe fell"
+        for late, other, size in (zero["waiting"], one["waiting"]): assert late < 1e-12 * size and other < 1e-12 * size
+    elif how == "waits":
+        assert one["waits"] == "Apart: process 1 failed and the others wait for it, so end it: ValueError: a leaf fell"
+        assert zero["waits"] == "Apart: process 1 failed: ValueError: a leaf fell"
+    else: assert zero["dies"] == "Apart: process 1 is gone, or waits, without a word"
+    assert how == "soft" or zero["seconds"] < 20
 
 
 def test_what_cannot_be_sharded_says_so():

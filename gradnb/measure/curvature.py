@@ -7,7 +7,7 @@ __all__ = ['WHICH', 'FEW', 'room', 'sharpness']
 
 # %% ../../nbs/07_measure/02_curvature.ipynb #imports
 import warnings
-from math import inf, isfinite
+from math import inf
 import torch
 from torch import Tensor
 from ..linalg import Eigs, Sketch, lanczos
@@ -42,7 +42,7 @@ def _one_end(point, k, warm, stream, which, check, **options):
 def _in_parts(problem, k, warm, stream, which, tol, memory, **options):
     if which == "magnitude": raise ValueError("of sharded parameters one end is searched at a time: which is 'largest' or 'smallest'.")
     grad, sign, sketch = problem.grad, 1 if which == "largest" else -1, None
-    if not isfinite(size := problem.length(grad)): raise NotFinite("the gradient is not finite; there is no Hessian here.")
+    problem.finite(size := problem.length(grad), "the gradient")
     noise = problem.parts.random(stream).to(grad)
     start = noise / problem.length(noise)
     if size: start += grad / size

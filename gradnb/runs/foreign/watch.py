@@ -9,6 +9,7 @@ __all__ = ['Watch', 'watch']
 import atexit
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from time import perf_counter
 from weakref import WeakMethod
 import numpy as np
@@ -21,7 +22,7 @@ from ...ground.traces import Row, Trace, as_row
 from ...move.estimators.minibatch import MiniBatch
 from ...move.steppers import Descent
 from ...problem import Problem
-from ...problem.parallel import from_first, rank
+from ...problem.parallel import Apart, as_one, from_first, rank
 from ..recordings import settings_of
 from .glance import Glance, InUse, Seen, Untold, bare, constants, differ, known_of, marks, trained, untouched, with_held
 from .loggers import logger_of, numbers
@@ -192,14 +193,15 @@ class Watch:
         for p in due:
             start = perf_counter()
             try:
-                if error is not None: raise error
-                with untouched(self.problem.device) as drew, parted(self._parts): row = as_row(p.measure(view(p)))
+                with as_one() if self.problem.share[1] > 1 else nullcontext():
+                    if error is not None: raise error
+                    with untouched(self.problem.device) as drew, parted(self._parts): row = as_row(p.measure(view(p)))
                 for whose in drew: self._say((p.name, whose), f"probe {p.name!r} drew from {whose} global generator, which was put back; use view.stream.generator().")
                 seconds = perf_counter() - start
                 self._take(p.name, Row({"seconds": seconds, **row} if "seconds" in row else {**row, "seconds": seconds}))
             except Exception as e:
                 self._fail(p.name, e, perf_counter() - start)
-                if self.strict: raise
+                if self.strict or isinstance(e, Apart): raise
             finally:
                 self._cost[p.name] = perf_counter() - start
                 self.seconds, began = self.seconds + perf_counter() - began, perf_counter()
