@@ -129,7 +129,7 @@ article { border: 1px solid var(--line); border-radius: .4rem; padding: .8rem } 
 img { width: 100%; height: 15rem; object-fit: contain; background: #fff } ul { margin: .2rem 0; padding-left: 1.2rem; font-size: .9rem }
 dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem .6rem; font-size: .85rem; margin: .3rem 0 } dt { color: var(--quiet) } dd { margin: 0; overflow-wrap: anywhere }
 .holds { color: var(--good) } .fails { color: var(--bad) } .files { font-size: .9rem } summary { color: var(--quiet); cursor: pointer }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .3rem .6rem; border-top: 1px solid var(--line) }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; vertical-align: top; padding: .3rem .6rem; border-top: 1px solid var(--line) } td:nth-child(2) { overflow-wrap: anywhere; min-width: 8rem } td:nth-child(3) { min-width: 14rem }
 small { color: var(--quiet) } input, select { font: inherit } [hidden] { display: none }
 </style>
 <header><h1><!--TITLE--></h1><span><!--SAYS--></span>
