@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from gradnb import (GD, LAMB, Adam, AutomaticGradientDescent, CentralFlow, Descent, FromTorch, GradientFlow, Groups, MiniBatch, Momentum, ScheduleFreeSGD,
-                    Problem, Spec, Store, Stream, build_model, load_dataset, optim, train)
+                    Problem, Spec, Store, Stream, build_model, load_dataset, measure, optim, train, watch)
 from gradnb.measure.flatness.centre import MEASURES, Centre
 from gradnb.measure.probes.view import PROBES
 from gradnb.ground.roles import ESTIMATORS, RULES
@@ -27,6 +27,7 @@ class Device(_DummyBackendModule):
     "What torch asks of a device; its random numbers are the CPU's."
     def get_rng_state(self, device=None): return torch.get_rng_state()
     def set_rng_state(self, state, device=None): torch.set_rng_state(state)
+    def get_amp_supported_dtype(self): return [torch.float16, torch.bfloat16]
 
 
 _setup_privateuseone_for_python_backend(THERE, backend_module=Device())
@@ -232,6 +233,28 @@ def test_measures(measure):
         p = problem(where)
         return [p.theta0, *map(float, MEASURES.build(measure, Centre(p, p.theta0, None, Stream() / "flatness"))[:3])]
     same(work, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["a Dataset", "batches"])
+def test_a_loop_that_is_watched(kind):
+    "A loop of one's own, with AdamW and BatchNorm; and its last weights after the fact."
+    probes = ["sharpness:every=2", "grad_variance:every=2,draws=4", "preconditioned_sharpness:every=2", "relative_updates:every=2"]
+    def work(where):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 10)).double()
+        with torch.no_grad():
+            for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=Stream(1).generator()) / 4)
+        net, x, y = net.to(where), DIGITS.x.double().to(where), DIGITS.y.to(where)
+        opt, data = torch.optim.AdamW(net.parameters(), .01), DIGITS if kind == "a Dataset" else [(x[i:i + 20], y[i:i + 20]) for i in (0, 20, 40)]
+        seen = watch(net, "ce", data, probes, opt, batch_size=10)
+        for k in range(4):
+            loss = nn.functional.cross_entropy(net(x[10 * k:][:20]), y[10 * k:][:20])
+            opt.zero_grad(), loss.backward(), opt.step()
+            seen.step(loss)
+        seen.close()
+        assert not seen.failures and len(seen.traces["sharpness"]) == 3
+        after = measure(Problem(net, "ce", data), weights=[net.state_dict()], probes=["sharpness"])
+        return [p.detach() for p in net.parameters()], {k: v for k, v in numbers(seen.traces).items() if not k.endswith("seconds")}, numbers(after)
+    same(work, 1e-5)
 
 
 def test_derivatives():
