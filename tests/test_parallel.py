@@ -296,6 +296,43 @@ def test_a_fault_of_one_process_is_heard_by_all(how, tmp_path):
     assert how == "soft" or zero["seconds"] < 20
 
 
+HELD = textwrap.dedent("""
+    import gc, sys, torch
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+    from gradnb import sharpness
+    from gradnb.problem.parallel import rank, together
+    from gradnb.problem.sharded import Sharded
+
+    with together():
+        torch.manual_seed(0)
+        net, x = nn.Sequential(*[m for _ in range(12) for m in (nn.Linear(120, 120), nn.Tanh())]), torch.randn(4, 120)
+        for layer in net[::2]: fully_shard(layer)
+        fully_shard(net)
+        p, held, calls = sum(v.numel() for v in net.parameters()), [], []
+        def loss(model):
+            calls.append(1)
+            if len(calls) % 10 == 0:
+                tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() / 4 / p for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)}
+                held.append([sum(tensors.values()), max(tensors.values())])
+            return (model(x) - x).square().mean()
+        found = sharpness(Sharded(net, loss))
+        torch.save({"held": torch.tensor(held), "converged": found.converged}, f"{sys.argv[1]}/{rank()[0]}.pt")
+""")
+
+
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_what_a_process_holds_falls_as_their_number(n, tmp_path):
+    "All tensors that live while a search takes its gradients: 16 copies of its vectors, parameters and gradient, and none as long as all parameters."
+    (tmp_path / "held.py").write_text(HELD)
+    torchrun(tmp_path / "held.py", tmp_path, n=n)
+    for k in range(n):
+        got = torch.load(tmp_path / f"{k}.pt", weights_only=True)
+        assert got["converged"] and len(got["held"]) > 15
+        most, longest = got["held"].max(0).values.tolist()
+        assert 14 / n < most < 20 / n and longest < 2.6 / n             # a shard's vector in float64, and a little
+
+
 def test_what_cannot_be_sharded_says_so():
     from gradnb.problem.sharded import Sharded
     with pytest.raises(TypeError, match="'weight' is a plain tensor"): Sharded(torch.nn.Linear(2, 2), lambda model: 0.)
