@@ -219,11 +219,11 @@ def mle(record: Magnitudes, level: float) -> Estimate:
         raise TailRefusal(f"the likelihood is largest at alpha = {ALPHA_MIN} or below, where the stable density is not "
                           "tabulated; method='hill' has no such limit.")
     mean, n, s = _mean_loglik(h), h.counts[0].sum().item(), log(scale)
-    t2 = student(level, record)**2 * _design_effect(h, min(alpha, 1.95), s)
-    def beyond(a):                                          # the profile's maximum over the scale, by a parabola
+    best, t = mean(alpha, s), student(level, record) * sqrt(_design_effect(h, min(alpha, 1.95), s))
+    def beyond(a):                                          # the profile's maximum over the scale, by a parabola; the root is nearly straight
         low, mid, high = (mean(a, s + d) for d in (-0.02, 0, 0.02))
         bend = low - 2 * mid + high
-        return 2 * n * (mean(alpha, s) - mid + (high - low)**2 / (8 * bend)) - t2
+        return sqrt(max(2 * n * (best - mid + (high - low)**2 / (8 * bend)), 0)) - t
     edge = lambda end: end if beyond(end) < 0 else brentq(beyond, alpha, end, xtol=1e-4)
     low, high = edge(ALPHA_MIN), edge(2.0)
     return Estimate(alpha, max(alpha - low, high - alpha) / student(level, record), low, high)
