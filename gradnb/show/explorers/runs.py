@@ -216,7 +216,8 @@ class RunExplorer(Explorer):
     def controls(self):
         few, wide = ipywidgets.Layout(width="280px", height="190px"), ipywidgets.Layout(width="300px")
         choice = lambda text, value, first: ipywidgets.Dropdown(options=[(first, "")] + [(value, value)] * bool(value), value=value, description=text, layout=ipywidgets.Layout(width="230px"))
-        return dict(where=ipywidgets.Text(self.look.where, description="where", placeholder="rule=GD, lr > 0.1, adam", continuous_update=False, tooltip="which runs are listed: fields, an expression, or words", layout=wide),
+        return dict(where=ipywidgets.Text(self.look.where, description='<span title="which runs are listed: fields, an expression, or words">where</span>', description_allow_html=True,
+                                         placeholder="rule=GD, lr > 0.1, adam", continuous_update=False, layout=wide),
                     runs=RunTable(editable=[*MARKS], layout=ipywidgets.Layout(flex="1 1 420px", min_width="0")), show=ipywidgets.SelectMultiple(description="panels", layout=few),
                     smooth=ipywidgets.BoundedFloatText(self.look.smooth, min=0, max=1e12, description="smooth", tooltip="steps in which a weight of the mean halves; 0: raw", layout=ipywidgets.Layout(width="160px")),
                     group=choice("group", self.look.group, "each run"), against=choice("x axis", self.look.against, "step"), baseline=choice("less", self.look.baseline, "nothing"))

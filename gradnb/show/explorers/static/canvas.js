@@ -456,9 +456,13 @@ class Board {                                                      // all panels
     const dark = matchMedia("(prefers-color-scheme: dark)"), change = () => { this.readTheme(); this.redraw(); };
     dark.addEventListener("change", change);
     const touch = (e) => { if (this.touched(e.target)) this.ask(); };
-    for (const name of ["pointerdown", "keydown", "change"]) {
-      document.addEventListener(name, touch, true);
-      this.off.push(() => document.removeEventListener(name, touch, true));
+    const keep = (e) => {                                              // nor do they take a key from a control beside it, Ctrl+A in a list
+      const box = this.el.closest(".widget-vbox");
+      if (box?.contains(e.target) && !this.el.contains(e.target)) box.addEventListener("keydown", (key) => key.stopPropagation(), { once: true });
+    };
+    for (const [name, heard] of [["pointerdown", touch], ["keydown", touch], ["change", touch], ["keydown", keep]]) {
+      document.addEventListener(name, heard, true);
+      this.off.push(() => document.removeEventListener(name, heard, true));
     }
     this.off.push(() => this.resized.disconnect(), () => themed.disconnect(), () => dark.removeEventListener("change", change));
     this.load();
