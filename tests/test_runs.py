@@ -98,6 +98,20 @@ class Broken(InPlace):
         return state
 
 
+def test_a_run_that_ends_half_written_before_its_first_checkpoint_is_whole(tmp_path, monkeypatch):
+    "Nothing is missing of it, so that nobody trains it again to mend it."
+    calls = []
+    def update(self, state, blocks, grads, total, ops):
+        for n, b in blocks.items(): b.add_(grads[n])
+        calls.append(1)
+        if len(calls) == 3: raise NotFinite("the gradient is not finite")
+        return state
+    monkeypatch.setattr(Adam, "update", update)
+    with pytest.warns(RuntimeWarning, match="at step 2"): run = Store(tmp_path).run(Spec("digits-60", "fc-tanh:width=4", "ce", Adam(.01), 4), progress=False)
+    assert (run.status, run.manifest["stored"], run.damage()) == ("diverged", None, {}) and "no weights are stored" in run.manifest["message"]
+    assert Store(tmp_path).run(run.spec, verify=True, progress=False).manifest["began"] == run.manifest["began"]
+
+
 @pytest.mark.parametrize("last", [None, 1, 3])
 def test_an_end_in_the_middle_of_a_step_says_whose_weights_are_stored(tmp_path, last):
     record, start, Broken.steps = Recorder(tmp_path / "run", 1e9 if last is None else 0.), torch.tensor([1., 2.]), 0

@@ -181,7 +181,7 @@ class Run:
         manifest = check("manifest.json", lambda: self.manifest) or {"status": None}
         spec = check("spec.json", lambda: self.spec)
         check("marks.json", lambda: self.marks)
-        if manifest["status"] in DONE[:-1] and not isinstance(spec, Imported): needed.add(CHECKPOINTS[0])
+        if manifest["status"] in DONE[:-1] and manifest.get("stored", 0) is not None and not isinstance(spec, Imported): needed.add(CHECKPOINTS[0])
         last, _ = (check(file, lambda: {"about": (stored := read_checkpoint(self.path, file)).about, "tensors": dict(stored)}) for file in CHECKPOINTS)
         for name in manifest["rows"] if manifest["status"] in DONE and "rows" in manifest else trace_names(self.path):
             sound = sound_trace(self.path, name)

@@ -410,7 +410,7 @@ def write_stretch(run: Run, lock: Lock, spec: Spec, problem, stepper, probes, pr
         raise
     finally: recorder.close()
     outcome = traces.outcome
-    note(status=outcome.kind, step=outcome.step, message=outcome.message, rows=recorder.rows)
+    note(status=outcome.kind, step=outcome.step, message=outcome.message, rows=recorder.rows, stored=recorder.stored)
     if outcome.kind == "interrupted": raise KeyboardInterrupt(f"{outcome.message}; the same call resumes run {run.hash}")
     return tidy(run)
 
