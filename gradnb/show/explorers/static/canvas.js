@@ -257,7 +257,7 @@ class Plot {                                                       // one panel
     const { ctx } = u, { left, top, width, height } = u.bbox, ratio = devicePixelRatio, { theme } = this.board, { xlog, ylog } = this.panel;
     const px = (v) => u.valToPos(v, "x", true), py = (v) => u.valToPos(v, "y", true);
     const ok = (v) => Number.isFinite(v) && !(ylog && v <= 0), [bottom, ceiling] = this.limits.y, clipped = (v) => py(Math.min(Math.max(v, bottom), ceiling));
-    const marked = [0, 0];
+    const marked = [0, 0], beyond = [];                              // what is said of the edge stands above all lines
     ctx.save();
     ctx.beginPath(); ctx.rect(left, top, width, height); ctx.clip();
     ctx.lineJoin = "round";
@@ -321,8 +321,9 @@ class Plot {                                                       // one panel
       }
       ctx.stroke();
       ctx.setLineDash([]); ctx.globalAlpha = 1;
-      if (i.style === "edge" || (i.low && i.y.some(Number.isFinite))) [0, 1].forEach((up) => this.markBeyond(ctx, i, up, color, px, marked));
+      if (i.style === "edge" || (i.low && i.y.some(Number.isFinite))) beyond.push([i, color]);
     }
+    for (const [i, color] of beyond) [0, 1].forEach((up) => this.markBeyond(ctx, i, up, color, px, marked));
     ctx.restore();
     this.mark();
   }
