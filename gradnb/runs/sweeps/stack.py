@@ -192,5 +192,5 @@ def write(
     finally: recorder.close()
     write_manifest(recorder, circumstances(spec, member.problem, began, 0, {}) | {
         "seconds": round(about["seconds"] / about["runs"], 3), "damaged": recorder.damaged, "vectorized": about | {"gradient_error": member.error},
-        "status": outcome.kind, "step": outcome.step, "message": outcome.message, "rows": recorder.rows})
+        "status": outcome.kind, "step": outcome.step, "message": outcome.message, "rows": recorder.rows, "stored": recorder.stored})
     return tidy(run)
