@@ -135,7 +135,7 @@ class ClusterExplorer(Explorer):
         shown += [None] * (-len(shown) % columns)
         pixels = grid([None if j is None else tile(x[j]) for j in shown], [j is not None and int(y[j]) != row.label for j in shown], columns)
         high = pixels.shape[0] / pixels.shape[1]
-        said = f"{int(row['size'])} example{'s' * (row['size'] != 1)}, {row.purity:.0%} of label {int(row.label)}", f"loss {row.loss:.3g}, distance {row.distance:.3g}, pull {row.pull:.3g}"
+        said = f"{int(row['size'])} example{'s' * (int(row['size']) != 1)}, {row.purity:.0%} of label {int(row.label)}", f"loss {row.loss:.3g}, distance {row.distance:.3g}, pull {row.pull:.3g}"
         return Picture(pixels, (0., 1., 0., high), square=True), Words([0., 0.], [high + .2, high + .08], said), margin(0., 1., 0., high + .28)
 
     def over(self, column: str) -> Panel:
