@@ -597,11 +597,6 @@ def test_lab_run_explorer(notebook, tmp_path, request):
     assert page.locator(".gradnb-legend button i").get_attribute("style") == colour
     for says in ("which runs are listed: fields, an expression, or words", "steps in which a weight of the mean halves; 0: raw", "logarithmic axis"):
         assert page.locator(f"[title='{says}']").first.is_visible()
-    for box in (panels, page.get_by_label("where")):                       # all of the list or text, not all cells of the notebook
-        box.focus()
-        page.keyboard.press("Control+a")
-        assert page.locator(".jp-Cell.jp-mod-multiSelected").count() == 0
-    assert panels.evaluate("s => [...s.options].every(o => o.selected)")
     panels.select_option([])
     page.get_by_text("no panel is chosen; there are loss,").wait_for()
     panels.select_option(["train.accuracy", "loss"])
@@ -655,6 +650,11 @@ def test_lab_run_explorer(notebook, tmp_path, request):
     page.wait_for_function(f"() => document.querySelector('{CANVAS}').scrollWidth <= document.querySelector('{CANVAS}').clientWidth")
     shoot(page, f"{request.node.name}_half")
 
+    for box in (panels, page.get_by_label("where")):                       # all of the list or text, not all cells of the notebook
+        box.focus()
+        page.keyboard.press("Control+a")
+        assert page.locator(".jp-Cell.jp-mod-multiSelected").count() == 0
+    assert panels.evaluate("s => [...s.options].every(o => o.selected)")
     in_kernel(page, "explorer.refresh(); explorer.close(); explorer.refresh()")
     assert "Error" not in in_kernel(page, "explorer.set(smooth=0.); print('fine')")
 
