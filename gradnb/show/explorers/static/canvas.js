@@ -436,7 +436,6 @@ class Board {                                                      // all panels
     this.about = tag("table");
     this.below = tag("details", { className: "gradnb-about" }, tag("summary", { textContent: "what is shown" }), tag("div", {}, this.about));
     this.el = tag("div", { className: "gradnb-canvas" }, this.bar, this.said, this.legend, this.grid, this.text, this.below);
-    this.el.addEventListener("keydown", (e) => e.stopPropagation());     // the notebook's own keys stay out of it
     el.append(this.el);
     this.readTheme();
     const on = (event, handler) => { model.on(event, handler); this.off.push(() => model.off(event, handler)); };
@@ -457,10 +456,8 @@ class Board {                                                      // all panels
     const dark = matchMedia("(prefers-color-scheme: dark)"), change = () => { this.readTheme(); this.redraw(); };
     dark.addEventListener("change", change);
     const touch = (e) => { if (this.touched(e.target)) this.ask(); };
-    const keep = (e) => {                                              // nor do they take a key from a control beside it, Ctrl+A in a list
-      const box = this.el.closest(".widget-vbox");
-      if (box?.contains(e.target) && !this.el.contains(e.target)) box.addEventListener("keydown", (key) => key.stopPropagation(), { once: true });
-    };
+    const stop = (e) => e.stopPropagation();                             // the notebook's own keys stay out of it and of the controls beside it, Ctrl+A in a list
+    const keep = () => this.el.closest(".widget-vbox")?.addEventListener("keydown", stop);
     for (const [name, heard] of [["pointerdown", touch], ["keydown", touch], ["change", touch], ["keydown", keep]]) {
       document.addEventListener(name, heard, true);
       this.off.push(() => document.removeEventListener(name, heard, true));

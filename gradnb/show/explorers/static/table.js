@@ -18,7 +18,6 @@ export default {
     const table = make("table"), box = make("div", { className: "gradnb-scroll", tabIndex: 0, attrs: { role: "region", "aria-label": "runs" } }, table);
     const root = make("div", { className: "gradnb-table" }, make("div", { className: "gradnb-tools" }, search,
       button("all", "show all that are found", (rows) => choose(rows.map((r) => r[0]))), button("none", "show no run", () => choose([])), count), box);
-    root.addEventListener("keydown", (e) => e.stopPropagation());              // the notebook's own keys, and Ctrl+A, stay out of it
     el.append(root);
 
     const choose = (hashes) => { model.set("value", hashes); model.save_changes(); };
