@@ -10,6 +10,7 @@ __all__ = ['LOSSES', 'with_positions', 'ce', 'mse', 'unit_mse', 'linear_hinge', 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import wraps
+from threading import get_ident
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,10 +111,10 @@ def linear_hinge(
 def lending(
     known: Iterable[nn.Module] = (),    # modules that keep their own buffers
 ):
-    "Whatever other modules are called meanwhile write into copies of their buffers; the list given is of those that were lent."
-    seen, lent = {*known}, []
+    "Whatever other modules this thread calls meanwhile write into copies of their buffers; the list given is of those that were lent."
+    seen, lent, here = {*known}, [], get_ident()
     def lend(m, _):
-        if m in seen: return
+        if m in seen or get_ident() != here: return
         seen.add(m)
         own = [(k, b) for k, b in m._buffers.items() if b is not None]
         lent.extend((m._buffers, k, b) for k, b in own)
