@@ -181,6 +181,8 @@ def test_what_is_up_to_date_is_not_drawn_again(tmp_path, drawn):
     assert [(str(r)[:23], r.ok, len(r.claims)) for r in run_figures(**call)] == [("✓ a is up to date: " + str(out)[:4], True, 1), ("✓ b is up to date: " + str(out)[:4], True, 1)]
     assert dry_run(out=out, store=tmp_path / "runs", folder=home).state.tolist() == ["up to date"] * 2
     run, = Store(tmp_path / "runs").list()
+    Store(tmp_path / "runs").mark(run.hash, "seen")
+    assert not any(r.drawn for r in run_figures(**call))
     causes = {"notebook": lambda: write(home, "a", body="pass  # else"), "file": (out / "a" / "a.svg").unlink, "run": lambda: (run.path / "traces" / "more").write_text("x")}
     for cause, change in causes.items():
         change()

@@ -112,6 +112,27 @@ def test_marks_are_the_old_or_the_new_ones_whenever_their_writer_is_killed(disk,
     assert {h: {k: v for k, v in line.items() if k not in MARKS} for h, line in store.about().items()} == about and train(disk / "count").hash == run.hash
 
 
+def test_two_writers_of_marks_lose_nothing_of_each_other(disk):
+    "One process sets the tags, another the note, at once; what either has set is there until it sets it anew, and the writer of the run takes nothing of it away."
+    run, times = train(disk), 150
+    def write(what):
+        for i in range(times):
+            store.mark(run.hash, **{what: f"{what} {i}"})
+            assert {"tags": run.marks["tags"][:1], "note": run.marks["note"]}[what] in (f"{what} {i}", (f"{what} {i}",))
+            if what == "tags": [part.unlink(missing_ok=True) for part in run.path.glob("*.part")]
+    store = Store(disk)
+    store.mark(run.hash, "", "")
+    if not (child := os.fork()):
+        with suppress(BaseException):
+            write("note")
+            os._exit(0)
+        os._exit(1)
+    try: write("tags")
+    finally: status = os.waitpid(child, 0)[1]
+    assert status == 0 and run.marks == {"tags": (f"tags {times - 1}",), "note": f"note {times - 1}"}
+    assert run.damage() == {} and not [*run.path.glob("*.part"), *(disk / ".marks").glob("new*")]
+
+
 @pytest.mark.parametrize("part", range(2))
 def test_a_full_disk_is_said_and_costs_nothing(disk, whole, calls, part):
     said = 0

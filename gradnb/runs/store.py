@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 from ..ground.commit import commit
-from ..ground.files import parse_json, plain_file, read_small, replace_file, say_once, seal
+from ..ground.files import parse_json, plain_file, read_small, replace_file, say_once, seal, sync
 from ..ground.locks import Lock
 from ..problem.parallel import from_first, split
 from ..ground.registry import unknown
@@ -318,15 +318,18 @@ class Store:
         note: str | None = None,                 # a text; None: as it is
     ) -> Run:
         "Say something of a run, done or not: its hash, its numbers and its state know nothing of it. Raises ValueError on a tag that is no word."
-        run = self.open(which)
+        run, new = self.open(which), self.root / ".marks" / "new.json"
         given = {"tags": (tags.split(",") if tags.strip() else ()) if isinstance(tags, str) else tags, "note": note}
-        marks = {k: v for k, v in given.items() if v is not None}
-        if len(marks) < len(given): marks = run.marks | marks
-        marks["tags"] = [*dict.fromkeys(t.strip() if isinstance(t, str) else t for t in marks["tags"])]
-        for t in marks["tags"]:
-            if not isinstance(t, str) or not t or "," in t: raise ValueError(f"a tag is a word or several, without commas; got {t!r}.")
-        if not isinstance(marks["note"], str): raise ValueError(f"a note is a text; got {marks['note']!r}.")
-        replace_file(run.path / "marks.json", lambda part: part.write_text(seal(marks), "utf-8"))
+        given = {k: v for k, v in given.items() if v is not None}
+        with Lock(new.parent, wait=60.):     # not the run's, which who trains it has for days
+            marks = given if len(given) == 2 else run.marks | given
+            marks["tags"] = [*dict.fromkeys(t.strip() if isinstance(t, str) else t for t in marks["tags"])]
+            for t in marks["tags"]:
+                if not isinstance(t, str) or not t or "," in t: raise ValueError(f"a tag is a word or several, without commas; got {t!r}.")
+            if not isinstance(marks["note"], str): raise ValueError(f"a note is a text; got {marks['note']!r}.")
+            replace_file(new, lambda part: part.write_text(seal(marks), "utf-8"))
+            os.replace(new, run.path / "marks.json")
+            sync(run.path)
         return run
 
     def remove(self,

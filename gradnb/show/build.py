@@ -68,9 +68,9 @@ class Plan:
         return bool(made) and all(is_done(Run(store.root / s.hash)) for s in self.specs.values()) and self.causes(store).items() <= made.items()
 
 def fingerprint(run: Run) -> str:
-    "A digest of everything that a run has stored."
+    "A digest of everything that a run has stored, but for its tags and note."
     digest = sha256()
-    for file in sorted(f for f in run.path.rglob("*") if f.is_file() and f.name != "lock"):
+    for file in sorted(f for f in run.path.rglob("*") if f.is_file() and f.name not in ("lock", "marks.json")):
         with file.open("rb") as data: digest.update(f"{file.relative_to(run.path)} {file_digest(data, sha256).hexdigest()}\n".encode())
     return digest.hexdigest()
 
