@@ -35,9 +35,9 @@ class Histograms(NamedTuple):
         counts, edges = record.counts.sum(0), bin_edges()
         where = counts[1:].nonzero().flatten() + 1
         if len(where) and where[-1] >= FINITE: raise TailRefusal(NOT_FINITE)
-        counts = torch.cat([counts[None], counts - record.counts]).double()
+        without = lambda part: torch.cat([counts[None, part], counts[part] - record.counts[:, part]]).double()
         span = slice(int(where[0]), int(where[-1]) + 1) if len(where) else slice(1, 2)
-        return cls(counts[:, span], counts[:, 0], edges[span], edges[1:][span])
+        return cls(without(span), without(slice(1)).flatten(), edges[span], edges[1:][span])
 
     def half(self, i: int) -> "Histograms":
         "Every second fold, from fold i: all of these, then without each fold of the whole."
@@ -208,7 +208,8 @@ def fit_stable(
     return float(found.x[0]), float(np.exp(found.x[1]))
 
 def _mean_loglik(h: Histograms):
-    share, middle = h.counts[0] / h.counts[0].sum(), h.middle
+    there = h.counts[0] > 0
+    share, middle = h.counts[0, there] / h.counts[0].sum(), h.middle[there]
     return lambda alpha, log_scale: (share @ stable_logpdf(middle, alpha, float(np.exp(log_scale)))).item()
 
 def mle(record: Magnitudes, level: float) -> Estimate:

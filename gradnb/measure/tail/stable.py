@@ -77,13 +77,13 @@ def _log_weighted(
 ) -> Tensor:
     "Logarithm of the tabulated quantity at (x, alpha), by a cubic through four neighbours in x."
     z = 2 * (alpha - ALPHA_MIN) / (2 - ALPHA_MIN) - 1
-    row = (coefficients @ torch.tensor(chebvander(z, _NODES - 1).ravel())).clamp(min=1e-300).log().to(x.device)    # (nodes in x,)
+    row = (coefficients @ torch.tensor(np.cos(np.arange(_NODES) * np.arccos(z)))).clamp(min=1e-300).log().to(x.device)    # (nodes in x,)
+    row = torch.cat([row[1:2], row])                      # from node −1, which is node 1 of an even function
+    first, second, third = (row.diff(n=n) for n in (1, 2, 3))
     at = (x / _KNEE).asinh() / _STEP
-    i = at.floor().long().clamp(0, len(row) - 3)
+    i = at.long().clamp(0, len(third) - 1)
     t = at - i
-    y = [row[j] for j in ((i - 1).abs(), i, i + 1, i + 2)]                # an even function: node −1 is node 1
-    return (-t * (t - 1) * (t - 2) / 6 * y[0] + (t + 1) * (t - 1) * (t - 2) / 2 * y[1]
-            - (t + 1) * t * (t - 2) / 2 * y[2] + (t + 1) * t * (t - 1) / 6 * y[3])
+    return row[i] + (t + 1) * (first[i] + t / 2 * (second[i] + (t - 1) / 3 * third[i]))       # Newton's forward formula, from node i − 1
 
 def _check_law(alpha: float, scale: float, low: float):
     "Raise ValueError unless the index and the scale are those of a law."
@@ -103,9 +103,9 @@ def stable_logpdf(
     _check_law(alpha, scale, ALPHA_MIN)
     x = torch.as_tensor(x).double().abs() / scale
     if alpha > _GAUSS: return -x**2 / 4 - np.log(2 * pi**0.5 * scale)
-    inside = x <= _TABLE_END
-    near = _log_weighted(stable_table().density, x.clamp(max=_TABLE_END), alpha) - (alpha + 1) / 2 * (x * x).log1p()
-    return torch.where(inside, near, tail_series(x.clamp(min=_TABLE_END), alpha, 1).log()) - np.log(scale)
+    log = _log_weighted(stable_table().density, x.clamp(max=_TABLE_END), alpha) - (alpha + 1) / 2 * (x * x).log1p()
+    if (far := x > _TABLE_END).any(): log[far] = tail_series(x[far], alpha, 1).log()
+    return log - np.log(scale)
 
 def stable_cdf(
     x: Tensor,             # any shape
@@ -118,8 +118,8 @@ def stable_cdf(
     x = signed.abs()
     if alpha > _GAUSS: tail = torch.erfc(x / 2) / 2
     else:
-        near = (_log_weighted(stable_table().tail, x.clamp(max=_TABLE_END), alpha) - alpha / 2 * (x * x).log1p()).exp()
-        tail = torch.where(x <= _TABLE_END, near, tail_series(x.clamp(min=_TABLE_END), alpha, 0))
+        tail = (_log_weighted(stable_table().tail, x.clamp(max=_TABLE_END), alpha) - alpha / 2 * (x * x).log1p()).exp()
+        if (far := x > _TABLE_END).any(): tail[far] = tail_series(x[far], alpha, 0)
     return torch.where(signed > 0, 1 - tail, tail)
 
 def stable_sample(
