@@ -134,17 +134,22 @@ def test_a_stored_run_goes_on_bit_for_bit(rule, tmp_path, monkeypatch):
 ALL = [*OURS, Groups((("matrix", Muon(.02)), ("*", Adam(.01)))), GD(.1), Momentum(.1, nesterov=True), Adam(.01), RMSProp(.01), PARTED]
 
 
-@pytest.fixture
-def few(monkeypatch):
+def by_one(monkeypatch):
     from gradnb.move.rules import inplace
     monkeypatch.setattr(inplace.pieces, "__defaults__", (200,))       # entries that one call may take: every block is a piece
 
 
+@pytest.fixture
+def few(monkeypatch): by_one(monkeypatch)
+
+
 @pytest.mark.parametrize("rule", ALL, ids=repr)
-def test_a_run_that_is_written_over_is_the_trajectory(problem, rule, few):
-    "Against states that nothing writes over; the one that a run goes on from stays."
+def test_a_run_that_is_written_over_is_the_trajectory(problem, rule, monkeypatch):
+    "Against states that nothing writes over and whose blocks move all at once; the one that a run goes on from stays."
     descent = Descent(rule, MiniBatch(16))
     states = list(islice(trajectory(problem, descent), 6))
+    by_one(monkeypatch)
+    assert same(descent.step(problem, states[4]), states[5]._replace(grad=None, loss=None, settled=()))
     assert same(train(problem, descent, 5, progress=False)[0], states[5])
     middle = states[2]._replace(rule=deepcopy(states[2].rule))
     assert same(train(problem, descent, 5, state=states[2], progress=False)[0], states[5]) and same(states[2].rule, middle.rule)
@@ -198,6 +203,8 @@ def test_a_run_holds_its_parameters_two_moments_and_a_gradient():
     problem = Problem(torch.nn.Sequential(*[torch.nn.Linear(400, 400) for _ in range(8)]), "mse", Dataset(x, y, x, y))
     held = lambda rule: peak_bytes(lambda: train(problem, Descent(rule), 3, progress=False)) / problem.theta0.nbytes
     assert held(Adam(1e-3)) < 5.1 and held(GD(1e-4)) < 3.1      # the gradient once by blocks as it comes, once in a vector
+    state = next(trajectory(problem, Descent(Adam(1e-3))))
+    assert peak_bytes(lambda: Descent(Adam(1e-3)).step(problem, state)) / problem.theta0.nbytes < 3.15     # the next θ and moments, and what one block needs
 
 
 def test_words():

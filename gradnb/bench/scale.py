@@ -85,7 +85,7 @@ def works(problem: Problem) -> dict[str, tuple[Callable, float | None]]:
     return {"sharpness, k = 1": (lambda: sharpness(point), 16), "sharpness, k = 5": (lambda: sharpness(point, k=5), 32),
             "sharpness, k = 1, memory = 10": (lambda: sharpness(point, memory=10), 10),
             "trace": (lambda: hutchinson(point.hvp, p, 8), None), "density": (lambda: spectrum(point.hvp, p, 2, 10), None),
-            "variance": (probe("grad_variance:draws=8"), 6), "noise scale": (probe("noise_scale"), 6),
+            "variance": (probe("grad_variance:draws=8"), 6), "variance of updates with Adam": (probe("update_variance:draws=8"), 6), "noise scale": (probe("noise_scale"), 6),
             "tail index": (probe("tail_index:draws=80,surrogates=3"), 6),
             "training with Adam": (lambda: train(problem, descent, 3, progress=False), None)}
 

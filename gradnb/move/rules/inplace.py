@@ -21,7 +21,7 @@ class InPlace(Rule):
     "A rule that is written as a move of its blocks in place."
     takes_complex = True    # is the rule of a complex block that of its real and imaginary parts?
     scratch = True          # does an update need further tensors of the blocks' sizes for a while?
-    apart: bool             # is an update of some blocks, with the tally of all, to the bit that of each? Said beside `update`; unsaid: a run is never written over
+    apart: bool             # is an update of some blocks, with the tally of all, to the bit that of each? Said beside `update`; unsaid: all move at once, and a run is never written over
 
     def __init_subclass__(cls, **more):
         super().__init_subclass__(**more)
@@ -44,16 +44,19 @@ class InPlace(Rule):
 
     def move(self, state, blocks, grads):
         "The next state; the blocks are moved, and the old state stays as it is."
-        state, total = self.gather(state, blocks, grads, ANEW)
-        return self.update(state, blocks, grads, total, ANEW)
+        return self._moved(state, blocks, grads, ANEW)
 
     def over(self, state, blocks, grads):
-        "The next state, to the bit that of `move`; the blocks and the old state are written over, a few blocks at a time."
-        (state, total), after = self.gather(state, blocks, grads, OVER), []
+        "The next state, to the bit that of `move`; the blocks and the old state are written over."
+        return self._moved(state, blocks, grads, OVER)
+
+    def _moved(self, state, blocks, grads, ops):
+        (state, total), after = self.gather(state, blocks, grads, ops), []
+        if not self.over: return self.update(state, blocks, grads, total, ops)
         for piece in pieces(list(blocks.items()), None if self.apart else True):
             some = lambda of: {n: of[n] for n, _ in piece}
             part = type(state)(*(some(v) if isinstance(v, dict) else v for v in state)) if state else state
-            after.append(self.update(part, dict(piece), some(grads), total, OVER))
+            after.append(self.update(part, dict(piece), some(grads), total, ops))
         return type(state)(*({n: t for d in of for n, t in d.items()} if isinstance(of[0], dict) else of[0] for of in zip(*after))) if state else state
 
     def step(self, state, blocks, grads):
