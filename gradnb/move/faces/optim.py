@@ -170,27 +170,31 @@ class Face(torch.optim.Optimizer):
                 for _, p, was in kept: p.copy_(was)
 
     def _calls(self, i):
-        group, together = self.param_groups[i], {}
+        group, state = self.param_groups[i], self.state
         rule, sign = self._rule(group), torch._foreach_neg if group["maximize"] else list
         like = state_like(rule)
-        counts = [k for k, v in zip(getattr(like, "_fields", ()), like) if isinstance(v, (int, float))]
-        for j, p in zip(group.get("param_names") or range(len(group["params"])), group["params"]):
-            if (grad := p.grad) is None: continue
-            if grad.is_sparse:
-                raise TypeError(f"{type(self).__name__} takes dense gradients, but that of {j!r} is sparse.")
-            held = self.state[p] if like else {}
-            if like and not held: keep([held], [j], rule.init({j: real(p)}, {j: role(group, p)}))
-            alike = p.device, (dtype := p.dtype), *[held[k] for k in counts]
-            if dtype.is_complex: p, grad = real(p), real(grad)      # asked of the dtype, which is quicker than of a parameter
-            if alike in together: together[alike].append((j, p, grad, held))
-            else: together[alike] = [(j, p, grad, held)]
-        for (device, *_), members in together.items():
-            foreach = True if group["foreach"] is None and not getattr(rule, "scratch", True) else group["foreach"]
+        foreach = True if group["foreach"] is None and not (getattr(rule, "scratch", True) and getattr(rule, "apart", True)) else group["foreach"]
+        names = group.get("param_names") or range(len(group["params"]))
+        found = [(j, p, g, state[p] if like else {}) for j, p in zip(names, group["params"]) if (g := p.grad) is not None]
+        if sparse := [j for j, _, g, _ in found if g.is_sparse]: raise TypeError(f"{type(self).__name__} takes dense gradients, but that of {sparse[0]!r} is sparse.")
+        for j, p, _, held in found if like else ():
+            if not held: keep([held], [j], rule.init({j: real(p)}, {j: role(group, p)}))
+        for device, members in self._alike(found, like):
             for piece in pieces(members, foreach):
                 names, params, grads, held = zip(*piece)
                 field = lambda k, v: {n: h[k] for n, h in zip(names, held)} if isinstance(v, dict) else held[0][k]
                 state = type(like)(*[field(k, v) for k, v in zip(like._fields, like)]) if like else like
                 yield Call(rule, state, dict(zip(names, params)), dict(zip(names, sign(grads))), held, device)
+
+    def _alike(self, found, like):
+        "What can be worked on together: of one device and dtype, and with the same numbers in their states."
+        counts = [k for k, v in zip(getattr(like, "_fields", ()), like) if isinstance(v, (int, float))]
+        kinds = self._group_tensors_by_device_and_dtype([[m[1] for m in found]], with_indices=True) if found else {}
+        for (device, dtype), (_, order) in kinds.items():
+            members, together = found if len(kinds) == 1 else [found[k] for k in order], {}
+            if dtype.is_complex: members = [(j, real(p), real(g), held) for j, p, g, held in members]
+            for member in members if counts else (): together.setdefault(tuple([member[3][k] for k in counts]), []).append(member)
+            for some in together.values() if counts else [members]: yield device, some
 
 # %% ../../../nbs/06_move/05_faces/02_optim.ipynb #call
 class Call(NamedTuple):

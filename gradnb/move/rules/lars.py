@@ -37,6 +37,9 @@ class LARS(InPlace):
     clip: bool = False            # LARC: a layer's learning rate ηr is at most η
 
     @property
+    def scratch(self) -> bool: return self.weight_decay > 0
+
+    @property
     def takes_complex(self) -> bool: return self.adapt != "matrices"     # as pairs of reals vectors look like matrices
 
     def __post_init__(self):
@@ -67,7 +70,8 @@ class LARS(InPlace):
         ratio = torch.where((weight > 0) & (grad > 0), self.trust * weight / (grad + wd * weight + self.eps), 1.)
         if self.clip: ratio = (ratio / self.lr).clamp(max=1)
         adapts = [d and (self.adapt != "decayed" or wd != 0) for d in decays]
-        ratio = [r if a else torch.ones_like(r) for r, a in zip(ratio.unbind(), adapts)]
+        one = torch.ones_like(ratio[0])
+        ratio = [r if a else one for r, a in zip(ratio.unbind(), adapts)]
         if wd: g = [torch.add(a, b, alpha=wd) if d else a for a, b, d in zip(g, w, decays)]
 
         inside, outside = (self.lr, 1.) if self.rate == "inside" else (1., self.lr)

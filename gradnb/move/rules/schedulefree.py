@@ -66,6 +66,9 @@ class ScheduleFreeSGD(ScheduleFree):
     r: float = 0.               # power of k in the weight of an iterate
     power: float = 2.           # s, power of the largest learning rate in it
 
+    @property
+    def scratch(self) -> bool: return self.weight_decay > 0
+
     def __post_init__(self): self.check(("beta", 1e-30, 1))
 
     def init(self, blocks, roles): return ScheduleFreeState(0, 0., 0., {n: b.clone() for n, b in blocks.items()})
