@@ -60,7 +60,10 @@ def as_judged(
     claims: Iterable[Claim],
     size: str,                       # of the figure
 ) -> list[Claim]:
-    "The claims of a figure; none of a smoke test is judged."
+    "The claims of a figure; none of a smoke test is judged, but every one is computed: raises ValueError on one that came out as no number."
+    claims = list(claims)
+    if size == "smoke" and (lost := [c.text for c in claims if not math.isfinite(c.measured.value)]):
+        raise ValueError(f"a smoke test computes every claim, so that its code is tried, and {lost[0]!r} is no number ({len(lost)} of {len(claims)} are none); give it as many runs and steps as its formula needs.")
     return [replace(c, judged=False, note="a smoke test is too short to judge this") if size == "smoke" else c for c in claims]
 
 # %% ../../nbs/09_show/02_claims.ipynb #table
