@@ -47,7 +47,9 @@ def tick_label(
 class LogTicks(Locator):
     "Ticks of a logarithmic axis, as many as it has room for."
     def __call__(self): return self.tick_values(*self.axis.get_view_interval())
-    def tick_values(self, vmin, vmax): return log_ticks(*sorted((vmin, vmax)), min(max(self.axis.get_tick_space(), 3), 9))
+    def tick_values(self, vmin, vmax):
+        room = self.axis.get_tick_space() * (3 if self.axis.axis_name == "x" else 4) // 4        # numbers beside each other are longer than high
+        return log_ticks(*sorted((vmin, vmax)), min(max(room, 3), 9))
 
 def log_axis(axis: Axis):
     "Give an axis that is logarithmic the ticks of `log_ticks`."
@@ -56,6 +58,7 @@ def log_axis(axis: Axis):
     axis.set_minor_locator(NullLocator())
 
 def log_axes(figure: Figure):
-    "The same for every logarithmic axis of a figure whose ticks nobody has chosen."
+    "The same for every logarithmic axis of a figure whose ticks nobody has chosen; one that is linear around zero is worded alike."
     for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
         if axis.get_scale() == "log" and axis.isDefault_majloc: log_axis(axis)
+        if axis.get_scale() == "symlog" and axis.isDefault_majfmt: axis.set_major_formatter(FuncFormatter(lambda v, _: f"{'−' if v < 0 else ''}{tick_label(abs(v))}" if v else "0"))
