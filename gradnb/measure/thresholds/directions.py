@@ -76,14 +76,13 @@ def batch_sharpness(
 ) -> Estimate:                      # in units of 1/η
     "E_B[g_Bᵀ H_B g_B / ‖g_B‖²]: the curvature of a batch's loss along its own gradient (Andreyev & Beneventano 2024)."
     check_given("batch_sharpness", problem, "point")
-    found, mean = [], None
+    found = []
     for batch in batches:
-        point = problem.at(theta, batch)
-        found.append(directional_sharpness(point))
-        if len(found) < max(least, 2): continue
+        found.append(directional_sharpness(problem.at(theta, batch)))
+        if not tol or len(found) < max(least, 2): continue
         mean = Estimate.mean(torch.tensor(found))
         if mean.stderr <= tol * abs(mean.value): break
-    return mean or Estimate.mean(torch.tensor(found))
+    return Estimate.mean(torch.tensor(found))
 
 class Interaction(NamedTuple):
     "Interaction-aware sharpness and its edge in units of 2/η, from the same draws."
