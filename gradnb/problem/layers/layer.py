@@ -8,6 +8,7 @@ __all__ = ['slices', 'Call', 'Layer', 'Rows', 'Scaled']
 # %% ../../../nbs/05_problem/03_layers/02_layer.ipynb #imports
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
@@ -66,12 +67,21 @@ class Layer:
         return total
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        "Rows and their gradients (m, q), a few at a time."
-        for part in slices(self.n, self.row_bytes, self.like.device): yield part, self.example_grads(part)
+        "Rows and their gradients (m, q), a few at a time, to be read; kept where they are smaller than what the layer holds."
+        if self.q < self.outputs: yield from self._kept
+        else: yield from self._made()
+
+    def _made(self):
+        return ((part, self.example_grads(part)) for part in slices(self.n, self.row_bytes, self.like.device))
+
+    @cached_property
+    def _kept(self) -> list: return list(self._made())
+
+    @cached_property
+    def outputs(self) -> int: return sum(d[0].numel() for c in self.calls for d in c.grads)
 
     @property
-    def row_bytes(self) -> int:
-        return self.like.element_size() * (self.q + sum(d[0].numel() for c in self.calls for d in c.grads))
+    def row_bytes(self) -> int: return self.like.element_size() * (self.q + self.outputs)
 
     def sq_norms(self) -> Tensor:                                    # (n,)
         "‖gᵢ‖²."
@@ -80,7 +90,7 @@ class Layer:
     def moments(self, out: Tensor | None = None) -> Tensor:          # (2, q)
         "Σ gᵢ and Σ gᵢ², in one sweep; added to `out` where it is given."
         out = self.like.new_zeros(2, self.q) if out is None else out
-        for _, g in self.pieces(): out[0] += g.sum(0); out[1] += g.square_().sum(0)
+        for _, g in self.pieces(): out[0] += g.sum(0); out[1] += g.square().sum(0)
         return out
 
     def total(self, part: slice) -> Tensor:                          # (q,)
@@ -107,7 +117,7 @@ class Layer:
 
     def paired(self, other: "Layer") -> Tensor:                      # (n,)
         "⟨gᵢ, hᵢ⟩ with the gradients hᵢ of as many other examples, or of these at another θ."
-        return torch.cat([(g * other.example_grads(part)).sum(1) for part, g in self.pieces()])
+        return torch.cat([(g * h).sum(1) for (_, g), (_, h) in zip(self.pieces(), other.pieces(), strict=True)])
 
     def neighbours(self) -> Tensor:                                  # (n − 1,)
         "⟨gᵢ, gᵢ₋₁⟩ of every example but the first."
