@@ -174,9 +174,12 @@ class Ranges(Explorer):
             Panel("negative", (Line(x, -1. - x, key="a"),), ylog=True)]
 
 
+TEXTS = """window.texts = []; const fill = CanvasRenderingContext2D.prototype.fillText;
+    CanvasRenderingContext2D.prototype.fillText = function (t, ...at) { texts.push(t); return fill.call(this, t, ...at); };"""
+
+
 def test_logarithmic_axes_of_any_range(page, alone):
-    page.add_init_script("""window.texts = []; const fill = CanvasRenderingContext2D.prototype.fillText;
-        CanvasRenderingContext2D.prototype.fillText = function (t, ...at) { texts.push(t); return fill.call(this, t, ...at); };""")
+    page.add_init_script(TEXTS)
     texts = {*alone(Ranges()).evaluate("texts")}           # an error in the page fails the test
     assert {"0.12", "0.2", "30", "300", "15", "25", "1e-30", "1e10", "990", "1e-40", "1e40", "2.98", "0.5", "1e20"} <= texts
 
@@ -422,7 +425,8 @@ class Pictures(Explorer):
         tile, shades = np.zeros((4, 16, 3), dtype=np.uint8), np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], 3, 2)
         frame = lambda k: (Picture(tile, (0., 1., 0., .25), square=True), margin(0., 1., 0., .5), Words([0.], [.4], ("above",)))
         return [Panel("tiles", linked=False, axes=False, steps=np.array([0]), frame=frame),
-                Panel("path", (Picture(shades), Line(np.array([0., 1.]), np.array([.5, .5]), key="run")), linked=False)]
+                Panel("path", (Picture(shades), Line(np.array([0., 1.]), np.array([.5, .5]), key="run")), linked=False),
+                Panel("beside", (Picture(shades), Picture(shades, (1.1, 1.2, 0., 1.)), margin(0., 2., 0., 1.)), linked=False)]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -441,6 +445,14 @@ def test_pictures_are_not_squashed_and_a_line_on_them_is_seen(page, alone, schem
         return [.02, .5, .98].map((s) => { const d = c.getContext('2d').getImageData((at.left - of.left + s * at.width) * r, y - 6 * r, 1, 12 * r).data;
             return [...Array(d.length / 4).keys()].map((k) => [d[4 * k], d[4 * k + 1], d[4 * k + 2]]); }); }""")
     for column in seen: assert max(contrast(a, b) for a in column for b in column) > 3, column
+
+
+def test_axes_end_where_a_picture_does(page, alone):
+    page.add_init_script(TEXTS)
+    numbers = {float(t) for t in alone(Pictures()).evaluate("texts") if re.fullmatch(r"[0-9.]+", t)}
+    assert {0., 1.} <= numbers and max(numbers) == 1. < limits(page, "beside")[0][1]                # what is beside it is its colour bar
+    _, _, beside = Pictures().figure().axes
+    assert max(beside.get_xticks()) == 1. < beside.get_xlim()[1]
 
 
 def contrast(a, b):

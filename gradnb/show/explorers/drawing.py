@@ -184,6 +184,8 @@ def draw_panel(
         ends = [p.extent for p in pictures] + [(min(i.x), max(i.x), min(i.low), max(i.high)) for i in items if isinstance(i, Line) and i.low is not None]
         left, right, bottom, top = zip(*ends)
         ax.set(xlim=(min(left), max(right)), ylim=(min(bottom), max(top)))
+        ax.set_xticks([x for x in ax.get_xticks() if left[0] <= x <= right[0]])          # what is beside the first picture is its colour bar
+        ax.grid(False)
         if any(p.square for p in pictures): ax.set_aspect("equal", anchor="NW")
     i = -1 if panel.steps is None else int(np.searchsorted(panel.steps, step, "right")) - 1
     ax.set(xlabel=", ".join(filter(None, [panel.xlabel, f"step {panel.steps[i]}" if i >= 0 else ""])), ylabel=panel.ylabel)

@@ -206,10 +206,11 @@ class Plot {                                                       // one panel
     if (!this.plot) {
       this.made = this.kind();
       const theme = () => board.theme, font = "11px system-ui, sans-serif";
+      const within = (u, ticks, i) => { const at = this.shown().find((e) => e.is === "picture")?.extent.slice(2 * i); return at ? ticks.map((v) => (at[0] <= v && v <= at[1] ? v : null)) : ticks; };      // not beside a picture, where its colour bar is
       const axis = (label, log, room, more) => ({
         show: panel.axes, label, labelSize: label ? 16 : 0, labelFont: font, labelGap: 0, font, stroke: () => theme().text, gap: 3,
-        grid: { stroke: () => theme().grid, width: 1 }, ticks: { stroke: () => theme().grid, width: 1, size: 4 },
-        values: (u, ticks) => ticks.map(log ? tickLabel : brief), filter: (u, ticks) => ticks,
+        grid: { stroke: () => theme().grid, width: 1, filter: within }, ticks: { stroke: () => theme().grid, width: 1, size: 4, filter: within },
+        values: (u, ticks) => ticks.map((v) => (v === null ? null : log ? tickLabel(v) : brief(v))), filter: within,
         ...(log && { incrs: (u, i, low, high) => [Math.max(high - low, 5)], splits: (u, i, low, high) => logTicks(low, high, Math.max(3, Math.floor(room(u) / devicePixelRatio))) }), ...more });
       const scale = (name, log) => ({ time: false, distr: log ? 3 : 1, range: () => this.limits[name] });
       this.plot = new uPlot({
