@@ -1,5 +1,6 @@
 "Explorers without a browser: what their notebooks do not show."
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -197,6 +198,13 @@ def test_memory_does_not_grow_as_the_window_moves():
     tracemalloc.stop()
     explorer.close()
     assert grown < 200_000
+
+
+@pytest.mark.parametrize("path", [*sorted((ROOT / "nbs" / "explore").glob("*.ipynb")), ROOT / "nbs" / "tour.ipynb"], ids=lambda p: p.stem)
+def test_run_all_leaves_a_widget(path):
+    "A notebook shows its explorer in a cell, and no later one closes it."
+    sources = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    assert any(re.search(r"^(explorer|live)$", s.rstrip().rpartition("\n")[2]) for s in sources) and not any(re.search(r"\.close\(|close_all", s) for s in sources)
 
 
 # --- packaging ----------------------------------------------------------------------------------------------------

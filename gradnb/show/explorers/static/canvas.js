@@ -575,7 +575,7 @@ class Board {                                                      // all panels
 
   arrange() {
     const { large } = this, focus = document.activeElement;
-    this.grid.style.setProperty("--gradnb-wide", `${Math.round(400 * this.size)}px`);
+    this.grid.style.setProperty("--gradnb-wide", `${Math.round(420 * this.size)}px`);
     this.arranged().forEach((name, i) => {
       const { el, alone } = this.plots.get(name);
       el.style.display = large && name !== large ? "none" : "";
