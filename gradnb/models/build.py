@@ -14,6 +14,7 @@ from ..data.dataset import Dataset
 from .inits import initialise
 from ..ground.registry import Registry, parse_call, unknown
 from ..ground.streams import Stream
+from ..ground.threads import alone
 
 # %% ../../nbs/04_models/03_build.ipynb #registry
 MODELS = Registry("model", "gradnb.models.*")   # name → builder of (in_shape, outputs, **sizes) that returns an nn.Module
@@ -60,8 +61,8 @@ def drawn_from(
     stream: Stream,    # what the block draws from
 ):
     "Inside, torch's global CPU generator is at the start of a stream, and tensors are made in float32 on the CPU."
-    dtype = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with alone, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        dtype = torch.get_default_dtype()
         torch.set_rng_state(stream.generator().get_state())
         torch.set_default_dtype(torch.float32)
         try: yield

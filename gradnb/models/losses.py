@@ -10,11 +10,11 @@ __all__ = ['LOSSES', 'with_positions', 'ce', 'mse', 'unit_mse', 'linear_hinge', 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import wraps
-from threading import get_ident
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..ground.registry import Registry
+from ..ground.threads import on_calls
 
 # %% ../../nbs/04_models/01_losses.ipynb #check
 def check_outputs(
@@ -112,17 +112,16 @@ def lending(
     known: Iterable[nn.Module] = (),    # modules that keep their own buffers
 ):
     "Whatever other modules this thread calls meanwhile write into copies of their buffers; the list given is of those that were lent."
-    seen, lent, here = {*known}, [], get_ident()
-    def lend(m, _):
-        if m in seen or get_ident() != here: return
+    seen, lent = {*known}, []
+    def lend(m):
+        if m in seen: return
         seen.add(m)
         own = [(k, b) for k, b in m._buffers.items() if b is not None]
         lent.extend((m._buffers, k, b) for k, b in own)
         m._buffers.update((k, b.clone()) for k, b in own)
-    handle = nn.modules.module.register_module_forward_pre_hook(lend)
-    try: yield lent
+    try:
+        with on_calls(lend): yield lent
     finally:
-        handle.remove()
         for held, k, b in lent: held[k] = b
 
 # %% ../../nbs/04_models/01_losses.ipynb #resolve

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from .layers.capture import RULES, Use, record
 from ..ground.layout import Layout
+from ..ground.threads import alone
 
 # %% ../../nbs/05_problem/06_forms.ipynb #cut
 class Cut(NamedTuple):
@@ -22,6 +23,7 @@ class Cut(NamedTuple):
     names: dict[str, str]       # of those that are trained: within the module → in the layout
     still: dict[str, Tensor]    # zeros for the others
 
+    @alone
     def moved(self,
         use: Use,                     # of the layer
         along: dict[str, Tensor],     # v, by name in the layout

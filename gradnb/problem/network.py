@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..ground.layout import ROLES, role_of
 from ..ground.registry import unknown
 from ..ground.streams import Stream
+from ..ground.threads import alone, on_calls
 from ..models.losses import lending
 
 # %% ../../nbs/05_problem/01_network.ipynb #drawing
@@ -37,10 +38,11 @@ def drawing(
     def states(): return [torch.get_rng_state() if d == "cpu" else torch.get_device_module(d).get_rng_state(d) for d in devices]
     def put(new):
         for d, state in zip(devices, new): torch.set_rng_state(state) if d == "cpu" else torch.get_device_module(d).set_rng_state(state, d)
-    kept, start = states(), [noise.generator(d).get_state() for d in devices]
-    put(start)
-    try: yield lambda: not all(map(torch.equal, start, states()))
-    finally: put(kept)
+    with alone:
+        kept, start = states(), [noise.generator(d).get_state() for d in devices]
+        put(start)
+        try: yield lambda: not all(map(torch.equal, start, states()))
+        finally: put(kept)
 
 # %% ../../nbs/05_problem/01_network.ipynb #hush
 class Hush(TorchFunctionMode):
@@ -63,7 +65,7 @@ class Hush(TorchFunctionMode):
 def twice_differentiable():
     "Attention that is computed inside has second derivatives. Raises TypeError that names an operation without."
     try:
-        with sdpa_kernel(SDPBackend.MATH): yield
+        with alone, sdpa_kernel(SDPBackend.MATH): yield
     except RuntimeError as e:
         if "Expected a proper Tensor but got None" in str(e):
             raise TypeError("torch has no second derivative of a normalisation with a bias and without a weight (F.layer_norm(…, weight=None, "
@@ -230,13 +232,11 @@ class Network:
                             "out of its attributes.") from e
         self.device, self.is_frozen, self.buffers, self.places = x.device, False, {}, {self.module: places(self.module)}
         theirs = {id(m): path for path, m in module.named_modules()}
-        def watch(m, _):
+        def watch(m):
             if id(m) in theirs:
                 raise TypeError(f"a forward pass calls layer {theirs[id(m)]!r} of the module itself, not of a copy of it (by a global name?), so "
                                 "that its parameters would be live ones; reach it through self, and in an objective as the model that it is given.")
-        handle = nn.modules.module.register_module_forward_pre_hook(watch)
-        try: self._try_out(params, x)
-        finally: handle.remove()
+        with on_calls(watch): self._try_out(params, x)
         self.lends = bool(self.lends)
         self._modes = {m: modes(m) for m in (self.module, self.loud)}
 
@@ -340,6 +340,7 @@ class Network:
         self.fresh = True
         self.fresh = any((a - b).norm() > 1e-3 * b.norm() for a, b in zip(quick, slopes()))
 
+    @alone
     def _forward(self, module, params, x, buffers):
         if (now := modes(module)) != self._modes.get(module, now):
             raise RuntimeError("somebody has called train() or eval() on problem.module, a copy whose mode was fixed when the problem was made; "
@@ -415,6 +416,7 @@ class Network:
         other.buffers = {k: b.to(dtype) if b.is_floating_point() else b for k, b in self.buffers.items()}
         return other
 
+    @alone
     def _with(self, change: Callable[[nn.Module], nn.Module]) -> "Network":
         other = copy(self)
         other.module = change(self.module)

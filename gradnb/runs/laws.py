@@ -30,7 +30,7 @@ from ..move.rules.gd import GD
 from ..move.rules.inplace import OVER
 from ..move.steppers import Descent, trajectory
 from ..data import Dataset
-from ..ground.streams import Stream, everywhere, generators, moved
+from ..ground.streams import Stream, everywhere, generators, moved, torch_stands
 from .foreign.glance import Unseen
 from .foreign.watch import watch
 from .training import train
@@ -57,12 +57,12 @@ class Watch:
     "Within the context, torch's global generator and the given tensors must stay as they are."
     def __init__(self, culprit, *tensors: Tensor): self.culprit, self.tensors = culprit, tensors
 
-    def __enter__(self): self.before = torch.get_rng_state(), [t.clone() for t in self.tensors]
+    def __enter__(self): self.before = torch_stands(), [t.clone() for t in self.tensors]
 
     def __exit__(self, failed, *rest):
         if failed: return
         rng, copies = self.before
-        drew = not torch.equal(rng, torch.get_rng_state())
+        drew = not torch.equal(rng, torch_stands())
         torch.set_rng_state(rng)
         law(not drew, self.culprit, "drew from torch's global generator; use the stream it is given, stream.generator().")
         law(all(torch.equal(a, b) for a, b in zip(self.tensors, copies)), self.culprit,

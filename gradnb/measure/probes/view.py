@@ -8,6 +8,7 @@ __all__ = ['PROBES', 'every', 'at', 'log_spaced', 'View', 'Probe', 'probe', 'sha
 
 # %% ../../../nbs/07_measure/09_probes/01_view.ipynb #imports
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ...ground.parts import length
 from ...ground.registry import Registry
 from ...ground.draws import KEPT, Draws
 from ...ground.roles import Batch, State, check_number, check_range
-from ...ground.streams import Stream
+from ...ground.streams import Stream, torch_stands
 from ...ground.traces import as_row
 
 # %% ../../../nbs/07_measure/09_probes/01_view.ipynb #when
@@ -141,17 +142,26 @@ class Probe:
     def measure(self, view: View) -> dict:
         "One row. Raises RuntimeError where the probe wrote a tensor of the run or drew from torch's global generator."
         held = [t for t in (*view.state, *dict(view.state.buffers).values()) if isinstance(t, Tensor)]
-        versions, rng = [t._version for t in held], torch.get_rng_state()
+        versions, rng, memory = [t._version for t in held], torch_stands(), dict(view.memory)
         answer = self.fn(view)
         try: row = as_row(answer)
         except TypeError as e: raise TypeError(f"probe {self.name!r}: {e}") from None
         if [t._version for t in held] != versions:
             raise RuntimeError(f"probe {self.name!r} wrote into the run's state at step {view.step}; work on view.theta.clone().")
-        if not torch.equal(rng, torch.get_rng_state()):
+        if not torch.equal(rng, torch_stands()) and self._draws(view, memory):
             torch.set_rng_state(rng)
             raise RuntimeError(f"probe {self.name!r} drew from torch's global generator at step {view.step}; "
                                "pass generator=view.stream.generator().")
         return row
+
+    def _draws(self, view: View, memory: dict) -> bool:
+        "Does it draw each time that it is asked? Else another thread has drawn meanwhile. Processes that wait for each other do not ask again."
+        def again() -> bool:
+            seen, before = copy(view), torch_stands()
+            seen.memory, seen._shared = dict(memory), {}
+            self.fn(seen)
+            return not torch.equal(before, torch_stands())
+        return getattr(view.problem, "share", (0, 1))[1] > 1 or all(again() for _ in range(3))
 
 def probe(
     when: Callable[[int], bool] | int,  # every(50) or 50, at(0, 100), log_spaced(10) or any step → bool

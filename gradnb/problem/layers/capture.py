@@ -19,6 +19,7 @@ from .linear import Linear
 from ...ground.estimate import in_unit
 from ...ground.layout import Layout
 from ...ground.streams import Stream
+from ...ground.threads import alone
 
 # %% ../../../nbs/05_problem/03_layers/05_capture.ipynb #io
 @dataclass(frozen=True, eq=False)
@@ -171,6 +172,7 @@ def check_use(
         raise TypeError(f"an input of {layer} is overwritten in place after its use; write the new value elsewhere.")
 
 # %% ../../../nbs/05_problem/03_layers/05_capture.ipynb #capture
+@alone
 def capture(
     module: nn.Module,                      # the network
     layout: Layout,                         # of its parameters

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .sketch import count_sketch
 from ...ground.estimate import to_unit
 from ...ground.streams import Stream
+from ...ground.threads import alone
 
 # %% ../../../nbs/05_problem/03_layers/02_layer.ipynb #pieces
 def slices(
@@ -51,6 +52,7 @@ class Layer:
     @property
     def like(self) -> Tensor: return next(iter(self.params.values()))
 
+    @alone
     def example_grads(self, part: slice = slice(None)) -> Tensor:    # (m, q)
         "Gradients of some of the examples in this layer's parameters, one by one."
         total = self.like.new_zeros(len(range(*part.indices(self.n))), self.q)
