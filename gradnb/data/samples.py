@@ -14,7 +14,8 @@ import warnings
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset, default_collate
-from ..ground.streams import Stream, everywhere
+from ..ground.shared import everywhere
+from ..ground.streams import Stream
 
 # %% ../../nbs/03_data/10_samples.ipynb #trees
 def mapped(

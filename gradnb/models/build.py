@@ -14,7 +14,7 @@ from ..data.dataset import Dataset
 from .inits import initialise
 from ..ground.registry import Registry, parse_call, unknown
 from ..ground.streams import Stream
-from ..ground.threads import alone
+from ..ground.shared import alone
 
 # %% ../../nbs/04_models/03_build.ipynb #registry
 MODELS = Registry("model", "gradnb.models.*")   # name → builder of (in_shape, outputs, **sizes) that returns an nn.Module

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..ground.registry import Registry
-from ..ground.threads import on_calls
+from ..ground.shared import on_calls
 
 # %% ../../nbs/04_models/01_losses.ipynb #check
 def check_outputs(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from .layers.capture import RULES, Use, record
 from ..ground.layout import Layout
-from ..ground.threads import alone
+from ..ground.shared import alone
 
 # %% ../../nbs/05_problem/06_forms.ipynb #cut
 class Cut(NamedTuple):

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..ground.layout import ROLES, role_of
 from ..ground.registry import unknown
 from ..ground.streams import Stream
-from ..ground.threads import alone, on_calls
+from ..ground.shared import alone, on_calls
 from ..models.losses import lending
 
 # %% ../../nbs/05_problem/01_network.ipynb #drawing

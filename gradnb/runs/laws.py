@@ -30,7 +30,8 @@ from ..move.rules.gd import GD
 from ..move.rules.inplace import OVER
 from ..move.steppers import Descent, trajectory
 from ..data import Dataset
-from ..ground.streams import Stream, everywhere, generators, moved, torch_stands
+from ..ground.shared import everywhere, generators, moved, torch_stands
+from ..ground.streams import Stream
 from .foreign.glance import Unseen
 from .foreign.watch import watch
 from .training import train

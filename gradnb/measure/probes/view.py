@@ -19,7 +19,8 @@ from ...ground.parts import length
 from ...ground.registry import Registry
 from ...ground.draws import KEPT, Draws
 from ...ground.roles import Batch, State, check_number, check_range
-from ...ground.streams import Stream, torch_stands
+from ...ground.shared import torch_stands
+from ...ground.streams import Stream
 from ...ground.traces import as_row
 
 # %% ../../../nbs/07_measure/09_probes/01_view.ipynb #when

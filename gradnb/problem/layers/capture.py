@@ -19,7 +19,7 @@ from .linear import Linear
 from ...ground.estimate import in_unit
 from ...ground.layout import Layout
 from ...ground.streams import Stream
-from ...ground.threads import alone
+from ...ground.shared import alone
 
 # %% ../../../nbs/05_problem/03_layers/05_capture.ipynb #io
 @dataclass(frozen=True, eq=False)

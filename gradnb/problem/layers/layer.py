@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .sketch import count_sketch
 from ...ground.estimate import to_unit
 from ...ground.streams import Stream
-from ...ground.threads import alone
+from ...ground.shared import alone
 
 # %% ../../../nbs/05_problem/03_layers/02_layer.ipynb #pieces
 def slices(

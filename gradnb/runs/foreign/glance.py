@@ -17,7 +17,7 @@ from types import MethodType, SimpleNamespace
 import torch
 from torch import Tensor, nn
 from ...ground.roles import Estimator, Rule, State
-from ...ground.streams import generators, moved, put_back
+from ...ground.shared import generators, moved, put_back
 from ...measure.probes.view import View
 from ...move.rules.fromtorch import FromTorch, TorchState, extras
 from ...problem.network import copied
