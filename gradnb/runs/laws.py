@@ -30,7 +30,7 @@ from ..move.rules.gd import GD
 from ..move.rules.inplace import OVER
 from ..move.steppers import Descent, trajectory
 from ..data import Dataset
-from ..ground.shared import everywhere, generators, moved, torch_stands
+from ..ground.shared import everywhere, generators, moved, put_back, torch_stands
 from ..ground.streams import Stream
 from .foreign.glance import Unseen
 from .foreign.watch import watch
@@ -64,7 +64,7 @@ class Watch:
         if failed: return
         rng, copies = self.before
         drew = not torch.equal(rng, torch_stands())
-        torch.set_rng_state(rng)
+        put_back({"torch": rng})
         law(not drew, self.culprit, "drew from torch's global generator; use the stream it is given, stream.generator().")
         law(all(torch.equal(a, b) for a, b in zip(self.tensors, copies)), self.culprit,
             "wrote into a tensor it was given; return new tensors instead.")

@@ -19,7 +19,7 @@ from ...ground.parts import length
 from ...ground.registry import Registry
 from ...ground.draws import KEPT, Draws
 from ...ground.roles import Batch, State, check_number, check_range
-from ...ground.shared import torch_stands
+from ...ground.shared import put_back, torch_stands
 from ...ground.streams import Stream
 from ...ground.traces import as_row
 
@@ -150,7 +150,7 @@ class Probe:
         if [t._version for t in held] != versions:
             raise RuntimeError(f"probe {self.name!r} wrote into the run's state at step {view.step}; work on view.theta.clone().")
         if not torch.equal(rng, torch_stands()) and self._draws(view, memory):
-            torch.set_rng_state(rng)
+            put_back({"torch": rng})
             raise RuntimeError(f"probe {self.name!r} drew from torch's global generator at step {view.step}; "
                                "pass generator=view.stream.generator().")
         return row
