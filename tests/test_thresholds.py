@@ -1,6 +1,6 @@
 """Thresholds, metrics and update maps against dense matrices on small networks, for every rule."""
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -15,12 +15,13 @@ from gradnb.move.estimators.minibatch import MiniBatch
 from gradnb.move.estimators.sam import ASAM, SAM
 from gradnb.measure.probes.view import PROBES, View
 from gradnb.problem import Quadratic
-from gradnb.ground.roles import Batch, State, draw
+from gradnb.ground.roles import RULES as REGISTRY, Batch, State, draw
 from gradnb.move.rules.adam import Adam, AdamState
 from gradnb.move.rules.ademamix import AdEMAMix
 from gradnb.move.rules.agd import AutomaticGradientDescent
 from gradnb.move.rules.fromtorch import FromTorch
 from gradnb.move.rules.gd import GD
+from gradnb.move.rules.groups import Groups
 from gradnb.move.rules.kfac import KFAC
 from gradnb.move.rules.lamb import LAMB
 from gradnb.move.rules.lars import LARS
@@ -31,7 +32,7 @@ from gradnb.move.rules.rmsprop import RMSProp
 from gradnb.move.rules.schedule import Piecewise, Scheduled
 from gradnb.move.rules.schedulefree import ScheduleFreeAdamW, ScheduleFreeSGD
 from gradnb.move.rules.shampoo import Shampoo
-from gradnb.move.rules.sign import Signum
+from gradnb.move.rules.sign import Lion, Signum
 from gradnb.move.rules.soap import SOAP
 from gradnb.move.rules.sophia import Sophia
 from gradnb.move.rules.steepest import SteepestDescent
@@ -44,6 +45,7 @@ from gradnb.runs.laws import check_probe
 from gradnb.runs.training import train
 
 DOUBLE = torch.float64
+REGISTERED = {name for name, make in REGISTRY.items() if getattr(make, "__module__", "").startswith("gradnb.")}
 
 
 def small(bias=True):
@@ -353,6 +355,57 @@ def test_the_radius_of_newer_rules_is_a_number(rule):
     stepper, state = prepared(problem, rule)
     found = update_radius(problem, stepper, state, tol=1e-2, max_products=20)
     assert found.radius > .5 and found.flip <= found.radius
+
+
+# Every registered rule, at a rate s and with an ε beside which its second moments are nothing, so that its metric stands still; decay takes a share .3 of θ.
+LARGE = 1e3
+ADAM, DECAY = dict(eps=LARGE), lambda s: dict(eps=LARGE, weight_decay=.3 / s)
+AT_RATE = {
+    "adam": lambda s: Adam(s, **ADAM), "ademamix": lambda s: AdEMAMix(s, beta3=.9, **DECAY(s)), "torch": lambda s: FromTorch(torch.optim.AdamW, lr=s, **DECAY(s)),
+    "gd": GD, "momentum": lambda s: Momentum(s, nesterov=True), "rmsprop": lambda s: RMSProp(s, **ADAM), "kfac": lambda s: KFAC(s, .5, damping=1., clip=None),
+    "groups": lambda s: Groups((("matrix", Scheduled(Momentum(s, .5), Piecewise(((1, .5),)))), ("*", Adam(3 * LARGE * s, **ADAM)))),
+    "prodigy": lambda s: Prodigy(s, d0=1., coef=0., **DECAY(s)), "schedulefreesgd": lambda s: ScheduleFreeSGD(s, weight_decay=.1),
+    "schedulefreeadamw": lambda s: ScheduleFreeAdamW(s, weight_decay=.01, **ADAM), "shampoo": lambda s: Shampoo(s, .5, nesterov=True, **DECAY(s)), "soap": lambda s: SOAP(s, **DECAY(s)),
+    **{name: lambda s: AutomaticGradientDescent(s) for name in ("agd", "automaticgradientdescent")},
+    **{name: lambda s, name=name: REGISTRY[name](lr=s, adapt="none", **DECAY(s)) for name in REGISTERED if name.startswith("lamb")},
+    **{name: lambda s, name=name: REGISTRY[name](lr=s, adapt="decayed", weight_decay=0., beta=.7) for name in REGISTERED if name.startswith("lars")},
+    **{name: lambda s, name=name: REGISTRY[name](lr=s, **DECAY(s)) for name in REGISTERED if name.startswith("sophia")},
+}
+NO_METRIC = {"signum": Signum(.01), "lion": Lion(.01), "muon": Muon(.01), "muon-torch": Muon.torch(.01), "steepestdescent": SteepestDescent(.01)}
+
+
+def test_every_rule_diverges_above_its_threshold_and_not_below_or_says_what_stands_in():
+    "Its own steps down a quadratic, a linear regression's, from near the minimum: they shrink at 0.97 of the rate that the threshold gives, and grow at 1.03."
+    gen = Stream(8).generator()
+    x, y, steps = torch.randn(20, 3, generator=gen, dtype=DOUBLE), torch.zeros(20, 2, dtype=DOUBLE), 120
+    assert AT_RATE.keys() | NO_METRIC.keys() == REGISTERED
+    for name, build in AT_RATE.items():
+        agd = name in ("agd", "automaticgradientdescent")            # moves matrices, and loses numbers much below 1
+        problem = Problem(torch.nn.Sequential(torch.nn.Linear(3, 2, bias=not agd)).double(), "mse", Dataset(x, y, x, y, None, "zero"))
+        theta, H = (1e-6 if agd else 1e-25) * torch.randn(problem.p, generator=gen, dtype=DOUBLE), dense_hessian(problem, problem.theta0)
+        def run(s):
+            "Sharpness over threshold at the end, and how much the largest distance has grown within 40 steps."
+            stepper = Descent(build(s))
+            first = next(trajectory(problem, stepper, theta))
+            blocks, inner, far = problem.layout.named(first.theta), first.rule, []
+            for _ in range(steps):
+                blocks, inner = stepper.rule.step(inner, blocks, problem.layout.named(H @ problem.layout.join(blocks.values())))
+                far.append(problem.layout.join(blocks.values()).abs().max().item())
+            here = problem.layout.join(blocks.values())
+            state = State(steps, here, inner, grad=H @ here, loss=here[0])
+            metric = metric_of(problem, stepper, state)
+            sharp = preconditioned_sharpness(problem.at(here), metric, tol=1e-8).values[0].item()
+            return sharp / metric.threshold, max(far[-20:]) / max(far[-60:-40])
+        s = 1e-3 / run(1e-3)[0]
+        (below, shrinks), (_, grows) = run(.97 * s), run(1.03 * s)
+        assert abs(below - .97) < 1e-4 and shrinks < 1 < grows, (name, s, below, shrinks, grows)
+    for name, rule in NO_METRIC.items():
+        problem = small(bias=False)
+        stepper, state = prepared(problem, rule)
+        with pytest.raises(TypeError, match=f"{type(rule).__name__} has no metric .*(update_radius|generalized_sharpness)"): metric_of(problem, stepper, state)
+    for rule in (Signum(.01, weight_decay=.1), Lion(.01)):
+        flips = [update_radius(problem, *prepared(problem, replace(rule, lr=lr)), max_products=20).radius for lr in (.01, 1e3 if not rule.weight_decay else .02)]
+        close(flips, [1 - lr * rule.weight_decay for lr in (.01, .02)], 1e-9)
 
 
 def test_a_rule_of_ones_own_has_a_metric_once_filed():

@@ -170,7 +170,10 @@ def update_radius(
     point: Point | None = None,   # at the state's θ, if there is one
     stream: Stream = Stream() / "update radius",   # of the random part of the start
 ) -> Radius:
-    "The spectral radius of one step of any rule, and its most negative eigenvalue. Raises Grows, a ValueError, where the step makes state anew."
+    """The spectral radius of one step of any rule, and its most negative eigenvalue.
+
+    It is about this step, repeated: clocks, schedules, and what the step leaves as it is (K-FAC's factors) stand still; the gradient moves by the Hessian over all examples, whatever the batches; disturbances are small and begin in θ. Of signs (Signum, Lion) the derivative is zero, and it says nothing. Raises Grows, a ValueError, where the step makes state anew.
+    """
     check_number("update_radius", "tol", tol, 1e-15, 1)
     check_number("update_radius", "max_products", max_products, 2, whole=True)
     step = UpdateMap(problem, stepper, state, point)

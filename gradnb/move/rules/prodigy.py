@@ -65,7 +65,7 @@ class Prodigy(InPlace):
         r = self.beta2 ** .5 * torch.stack([state.r[n] for n in blocks]) + to_r * torch.stack([*map(dot, way, g)]).double()
         s = ops.mul(s, self.beta2 ** .5)
         torch._foreach_addcmul_(s, g, [to_s] * len(s))
-        size = torch.stack([summed(torch.abs(t, out=a)) for a, t in zip(way, s)])
+        size = torch.stack([summed(a.copy_(t).abs_()) for a, t in zip(way, s)])
         return state._replace(r=dict(zip(blocks, r.unbind())), s=dict(zip(blocks, s))), (r.sum(), size.double().sum())
 
     apart = True
@@ -78,10 +78,11 @@ class Prodigy(InPlace):
         m, v = ops.lerp(m, g, 1 - self.beta1), ops.mul(v, self.beta2)
         torch._foreach_addcmul_(v, g, g, 1 - self.beta2)
         if self.weight_decay: torch._foreach_mul_(w, 1 - rate * self.weight_decay)
-        root = [torch.sqrt(b, out=a) for a, b in zip(g, v)]        # where there is room already: fresh memory costs more
+        root = [a.copy_(b) for a, b in zip(g, v)]                  # where there is room already: fresh memory costs more than a copy
+        torch._foreach_sqrt_(root)
         torch._foreach_add_(root, [d * self.eps] * len(root))      # one tensor for all would be read as a number
-        step = [torch.div(a, b, out=b) for a, b in zip(m, root)]
-        torch._foreach_addcmul_(w, step, [-rate] * len(step))
+        torch._foreach_div_(root, -rate)
+        torch._foreach_addcdiv_(w, m, root)
         return ProdigyState(state.step + 1, d, state.r, state.s, state.start, dict(zip(blocks, m)), dict(zip(blocks, v)))
 
 def summed(t: Tensor) -> Tensor:    # ()
