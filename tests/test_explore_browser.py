@@ -132,6 +132,9 @@ def test_page_follows_slider_click_and_keys(alone):
     page.get_by_role("button", name="the step follows the mouse").click()
     over.hover(position=dict(x=width / 4, y=30))
     assert abs(step_of(page) - 250) <= 12
+    marked = page.locator("[data-panel=loss] .gradnb-marker").evaluate_handle("e => { document.querySelector('main').style.display = 'none'; return e; }")
+    page.locator(".gradnb-slider").evaluate("e => { e.value = 3; e.oninput(); }")          # the step moves while a notebook keeps what is out of sight from the layout
+    assert step_of(page) == 6 and marked.evaluate("e => e.style.display") == ""
 
 
 def test_page_zooms_toggles_and_hides(alone):

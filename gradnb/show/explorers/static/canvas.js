@@ -366,7 +366,7 @@ class Plot {                                                       // one panel
   mark() {                                                         // the marker of the step
     if (!this.plot) return;
     const at = this.panel.linked && this.panel.axes && this.board.stops ? this.plot.valToPos(this.board.step, "x") : -1;
-    this.marker.style.display = at >= 0 && at <= this.plot.over.clientWidth ? "" : "none";
+    this.marker.style.display = at >= 0 && at <= this.plot.bbox.width / devicePixelRatio ? "" : "none";       // of the plot itself: an element that is out of sight has no width
     this.marker.style.transform = `translateX(${at}px)`;
   }
 
