@@ -61,7 +61,7 @@ def drawn_from(
     stream: Stream,    # what the block draws from
 ):
     "Inside, torch's global CPU generator is at the start of a stream, and tensors are made in float32 on the CPU."
-    with alone, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with alone(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         dtype = torch.get_default_dtype()
         torch.set_rng_state(stream.generator().get_state())
         torch.set_default_dtype(torch.float32)

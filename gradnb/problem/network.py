@@ -38,7 +38,7 @@ def drawing(
     def states(): return [torch.get_rng_state() if d == "cpu" else torch.get_device_module(d).get_rng_state(d) for d in devices]
     def put(new):
         for d, state in zip(devices, new): torch.set_rng_state(state) if d == "cpu" else torch.get_device_module(d).set_rng_state(state, d)
-    with alone:
+    with alone():
         kept, start = states(), [noise.generator(d).get_state() for d in devices]
         put(start)
         try: yield lambda: not all(map(torch.equal, start, states()))
@@ -65,7 +65,7 @@ class Hush(TorchFunctionMode):
 def twice_differentiable():
     "Attention that is computed inside has second derivatives. Raises TypeError that names an operation without."
     try:
-        with alone, sdpa_kernel(SDPBackend.MATH): yield
+        with alone(), sdpa_kernel(SDPBackend.MATH): yield
     except RuntimeError as e:
         if "Expected a proper Tensor but got None" in str(e):
             raise TypeError("torch has no second derivative of a normalisation with a bias and without a weight (F.layer_norm(…, weight=None, "
