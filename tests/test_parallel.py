@@ -276,6 +276,8 @@ FAULTS = textwrap.dedent("""
             with watch(net, lambda model, batch: loss(model), [(x, y)], [falls, "grad_norm:every=1"]) as seen:
                 seen.step()
             said["probe"] = [*seen.failures["falls"].values()][-1]
+            try: Sharded(net, nn.functional.cross_entropy, [(x, y)] * (1 + mine))
+            except ValueError as e: said["uneven"] = str(e)
             (problem.loss * 0).item()
             net.set_requires_gradient_sync(False)                     # half a step's gradient waits to be added up
             loss(net).backward()
@@ -306,6 +308,7 @@ def test_a_fault_of_one_process_is_heard_by_all(how, tmp_path):
     if how == "soft":
         assert "leaf 0 fell" in zero["alike"] and "leaf 1 fell" in one["alike"] and zero["again"] == one["again"] == 0
         assert zero["nan"] == one["nan"] and zero["nan"].startswith("NotFinite") and "process 1;" in zero["nan"]
+        assert zero["uneven"] == one["uneven"] == "the processes have 1, 2 batches; give all of them 1."
         assert zero["probe"] == "RuntimeError: process 1 failed: ValueError: a probe fell" and one["probe"] == "ValueError: a probe fell"
         for late, other, size in (zero["waiting"], one["waiting"]): assert late < 1e-12 * size and other < 1e-12 * size
     elif how == "waits":

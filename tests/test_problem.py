@@ -649,3 +649,11 @@ def test_the_error_of_differences_covers_them(dtype):
         assert (D - true).norm() <= 3 * error
         small += error < .01 * true.norm()
     assert small > 180
+
+
+@pytest.mark.parametrize("move, words", [(lambda net: net[2].to("meta"), r"on cpu '0\.weight', '0\.bias'; on meta '2\.weight', '2\.bias'; give those on meta their values"),
+                                         (lambda net: setattr(net[0], "bias", None) or net[0].to("meta"), r"on meta '0\.weight'; on cpu '2\.weight', '2\.bias'")])
+def test_a_model_that_is_partly_elsewhere_is_told_which_part(move, words):
+    net, x = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2)), torch.zeros(4, 2)
+    move(net)
+    with pytest.raises(TypeError, match=words): Problem(net, "mse", Dataset(x, x, x, x))

@@ -104,6 +104,7 @@ def sharpness(
     """
     if which not in WHICH: raise ValueError(f"which is {', '.join(map(repr, WHICH))}; got {which!r}.")
     check_number("sharpness", "tol", tol, 0)
+    if memory not in (None, inf): check_number("sharpness", "memory", memory, 0)
     if hasattr(problem, "parts"):
         if theta is not None or batch is not None: problem = problem.at(theta, batch)
         return _in_parts(problem, k, warm, stream, which, tol, room(memory, k, warm, problem.p), max_matvecs=max_matvecs, vectors=vectors, check=check)

@@ -20,7 +20,7 @@ from ..models.losses import LOSSES, accuracy, resolve_loss
 from ..models.means import Ratio, couples, for_examples
 from ..models.objectives import Objective, posed
 from .graphs import keeps_double, wrong_slopes
-from .network import Network, chosen, copied, drawing, leaves, refuse, refuse_inference, scattered, unwrapped
+from .network import Network, chosen, copied, drawing, leaves, one_device, refuse, refuse_inference, scattered, unwrapped
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/08_risk.ipynb #risk
@@ -60,9 +60,7 @@ class Risk:
         if params is not None: module = chosen(module, params)
         self.layout, self.chunk_size = Layout.of(module), chunk_size
         found = dict(module.named_parameters())
-        devices, kinds = {v.device for v in found.values()}, {v.dtype for v in found.values()}
-        if len(devices) > 1: raise TypeError(f"all parameters must share one device, got {sorted(map(str, devices))}.")
-        self.device, = devices
+        self.device, kinds = one_device(found), {v.dtype for v in found.values()}
         exact = isinstance(dataset, (Dataset, Sample)) or all(k.itemsize > 2 for k in kinds)
         self.dtype, = kinds if len(kinds) == 1 and exact else [reduce(torch.promote_types, kinds, torch.float32)]
         self.theta0 = self.layout.join(found[k].detach().to(self.dtype) for k in self.layout.names)

@@ -21,7 +21,7 @@ from ..ground.parts import Parts
 from ..ground.streams import Stream
 from ..models.objectives import Objective, posed
 from .designs import NotFinite
-from .network import twice_differentiable
+from .network import one_device, twice_differentiable
 from .parallel import Apart, as_one, rank
 from .risk import Evaluation
 
@@ -65,6 +65,7 @@ class Cut:
     def __init__(self, model: nn.Module):
         self.shards = [Shard(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not self.shards: raise ValueError(f"{type(model).__name__} has no trainable parameters.")
+        one_device({s.name: s.param for s in self.shards})
         self.names, self.sizes = tuple(s.name for s in self.shards), [s.local.numel() for s in self.shards]
         self.p = sum(s.param.numel() for s in self.shards)
 
@@ -210,13 +211,14 @@ class Sharded:
         "What this process's batches weigh, relative to the mean of all processes'. One batch that several work on is counted once."
         first = self.dataset.x[:1].batch
         mark = [float(getattr(t, "full_tensor", lambda: t)().double().sum()) for t in tensors(first)]
+        counts = [None] * self.share[1]
+        dist.all_gather_object(counts, self.n)
+        if len({*counts}) > 1: raise ValueError(f"the processes have {', '.join(map(str, counts))} batches; give all of them {min(counts)}.")
         with self.untouched():
             if size is None and self._ask(0).ndim == 2: mine = [float(self._ask(i)[:, 1].sum()) for i in range(self.n)]
             else: mine = [float((size or size_of)(self.dataset.x[i:i + 1].batch)) for i in range(self.n)]
         told = [None] * self.share[1]
         dist.all_gather_object(told, (mine, mark))
-        if len(counts := {len(w) for w, _ in told}) > 1:
-            raise ValueError(f"the processes have {', '.join(str(len(w)) for w, _ in told)} batches; give all of them {min(counts)}.")
         mean = sum(sum(w) for w, _ in told) / (self.n * len(told))
         if not 0 < mean < float("inf"): raise ValueError(f"the batches weigh {mean:g} on average; say size=, a function of a batch.")
         self.dataset = replace(self.dataset, each=mean * len({tuple(m) for _, m in told}))
