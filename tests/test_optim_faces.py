@@ -170,6 +170,10 @@ def test_the_average_is_what_its_authors_evaluate(ours, theirs):
         assert torch.equal(idle, torch.ones_like(idle))
         raise KeyError
     assert all(torch.equal(p, y) for p, y in zip(a, before[0])) and str(before[1]) == str(one.state_dict())
+    for wrong, why in ((one.step, "leave `with optimizer.averaged"), (lambda: one.averaged().__enter__(), "at the average already")):
+        with pytest.raises(RuntimeError, match=why), one.averaged(): wrong()
+    assert all(torch.equal(p, y) for p, y in zip(a, before[0])) and str(before[1]) == str(one.state_dict())
+    one.step()
     with pytest.raises(TypeError, match="Adam keeps no average"), optim.Adam(blocks()).averaged(): pass
 
 

@@ -1,5 +1,6 @@
 "Probes of rules against the run itself, stepped by hand."
 import math
+import warnings
 from itertools import islice
 
 import numpy as np
@@ -74,7 +75,10 @@ def test_a_dead_block_has_no_ratio(problem):
 def test_probes_at_the_average(rule, problem):
     "What they find is what they find of a run that sits there."
     stepper, names = Descent(rule, MiniBatch(16)), ["averaged:probe=[sharpness:every=4,tol=1e-9]", "averaged:probe=[train:every=4]", "averaged:probe=[grad_norm:every=4]"]
-    _, traces = train(problem, stepper, 8, [*names, "train:every=4"], progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(problem, stepper, 1, names, progress=False)
+    with pytest.warns(UserWarning, match=r"averaged:probe=\[train\] looks there"): _, traces = train(problem, stepper, 8, [*names, "train:every=4"], progress=False)
     for k, state in zip((0, 4, 8), list(islice(trajectory(problem, stepper), 9))[::4]):
         z, blocks = {}, problem.layout.named(state.theta)
         states = getattr(state.rule, "states", (getattr(state.rule, "inner", state.rule),))

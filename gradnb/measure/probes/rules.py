@@ -128,5 +128,7 @@ def averaged(
         return view.stepper.prepare(view.problem, at, Stream() / "averaged" / view.step)
     def measure(view):
         state, shared = view.once("averaged", lambda: (there(view), {}))
-        return probe.fn(View(view.problem, view.stepper, state, view.stream, view.memory, shared))
+        at = View(view.problem, view.stepper, state, view.stream, view.memory, shared)
+        at.averaged = True
+        return probe.fn(at)
     return replace(probe, name=f"averaged_{probe.name}", fn=measure)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'every', 'at', 'log_spaced', 'View', 'Probe', 'probe', 'sharpness_probe', 'grad_norm_probe', 'descends_all',
-           'evaluation']
+           'keeps_average', 'evaluation']
 
 # %% ../../../nbs/07_measure/09_probes/01_view.ipynb #imports
+import warnings
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class log_spaced:
 # %% ../../../nbs/07_measure/09_probes/01_view.ipynb #view
 class View:
     "A run at one step, as one probe sees it."
+    averaged = False    # is θ the average that the rule answers with?
+
     def __init__(self,
         problem,                       # what is minimised
         stepper,                       # how
@@ -213,12 +216,18 @@ def descends_all(
     while hasattr(estimator, "estimator"): estimator = estimator.estimator      # inside SAM
     return type(estimator).__name__ == "FullBatch"
 
+def keeps_average(rule) -> bool:
+    "Does a rule, or one inside it, answer with an average?"
+    return hasattr(rule, "average") or any(map(keeps_average, [*filter(None, [getattr(rule, "rule", None)]), *(r for _, r in getattr(rule, "rules", ()))]))
+
 def evaluation(
     view: View,
     split: str,                   # "train" or "test"
     frozen: bool | None = None,   # in evaluation mode? None: unless the run descends the loss of all examples
 ) -> dict:                        # loss and accuracy; where the mode matters, frozen: 1 or 0
-    "Loss and accuracy over a whole split, shared by all who ask at this step."
+    "Loss and accuracy over a whole split, shared by all who ask at this step. Warns where the run answers with another point."
+    if not view.averaged and keeps_average(getattr(view.stepper, "rule", None)):
+        warnings.warn(f"{split!r} looks at θ, where gradients are taken, and this run's rule answers with an average; averaged:probe=[{split}] looks there.")
     if frozen is None: frozen = view.problem.noisy or not descends_all(view.stepper)
     modes = view.frozen is not view.problem
     look = lambda: (view.frozen if frozen else view.problem).evaluate(view.theta, split)._asdict() | ({"frozen": float(frozen)} if modes else {})

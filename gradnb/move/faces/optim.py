@@ -139,7 +139,8 @@ class Face(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        "One step; returns the loss of `closure`, evaluated with gradients enabled, if there is one."
+        "One step; returns the loss of `closure`, evaluated with gradients enabled, if there is one. Raises RuntimeError inside `averaged`."
+        if getattr(self, "_away", False): raise RuntimeError(f"{type(self).__name__} steps from where gradients are taken, and its parameters are at the average; leave `with optimizer.averaged():` before backward and step.")
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
@@ -156,7 +157,9 @@ class Face(torch.optim.Optimizer):
     def averaged(self):
         "The parameters at the average that a rule answers with; when it is left they are, to the bit, what they were. Raises TypeError for a rule without one."
         if not hasattr(self.rule, "average"): raise TypeError(f"{type(self).__name__} keeps no average; it answers with its parameters.")
+        if getattr(self, "_away", False): raise RuntimeError(f"the parameters of {type(self).__name__} are at the average already.")
         kept = [(group, p, p.detach().clone()) for group in self.param_groups for p in group["params"] if p in self.state]
+        self._away = True
         try:
             with torch.no_grad():
                 for group, p, _ in kept:
@@ -166,6 +169,7 @@ class Face(torch.optim.Optimizer):
                     real(p).copy_(rule.average(state, {"": real(p)})[""])
             yield
         finally:
+            self._away = False
             with torch.no_grad():
                 for _, p, was in kept: p.copy_(was)
 
