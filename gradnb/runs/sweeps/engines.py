@@ -162,6 +162,7 @@ class Pool:
                 whole = [f for f in finished if not isinstance(f.exception(), BrokenProcessPool)]
                 for future in whole: yield from zip(at_work.pop(future), future.result())
                 if len(whole) < len(finished): return list(at_work.values())
+            pool.shutdown()                                             # who has nothing left to do leaves in order, and no semaphore behind
             return []
         except BaseException:
             workers = [*(pool._processes or {}).values()]
