@@ -19,10 +19,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from gradnb import GD, Adam, FromTorch, FullBatch, Groups, MiniBatch, Momentum, Piecewise, Run, Scheduled, Spec, Store
+from gradnb import GD, Adam, FromTorch, FullBatch, Groups, MiniBatch, Momentum, Piecewise, Run, ScheduleFreeSGD, Scheduled, Spec, Store, train
 from gradnb.cli import main
 from gradnb.ground.processes import safe_children
-from gradnb.ground.roles import Rule, kind
+from gradnb.ground.roles import Rule, average, kind
 from gradnb.move.estimators.sam import SAM
 from gradnb.move.rules.agd import AutomaticGradientDescent
 from gradnb.runs.sweeps.engines import Pool, plugins
@@ -646,6 +646,15 @@ def test_what_could_mislead_is_flagged(tmp_path):
     for rule, says in (("far", "upper end"), ("far", "2 of 2 seeds miss"), ("own", "no learning rate"), ("good", "meet it at the shortest")): assert says in table.flag[rule]
     assert "too few for a sign test" in pairs.flag["far", "good"] and "far is flagged" in pairs.flag["far", "good"] and not pairs.told.any()
     assert table.low["good"] == 0 and table.steps["far"] == inf and table.lr["own"] == () and "!" in str(found)
+
+
+def test_a_rule_that_answers_with_an_average_is_judged_there(tmp_path):
+    found = compare(WHITE, {"plain": GD(.3), "free": ScheduleFreeSGD(.3)}, (0, 1), (.5, 1.), budget=3, rounds=2, store=tmp_path)
+    problem, stepper, _ = replace(found.specs["task", "free", 64], seed=1).build()
+    state, _ = train(problem, stepper, 64, seed=1)
+    there, elsewhere = (problem.evaluate(theta, "train").loss for theta in (average(problem, stepper, state), state.theta))
+    value = found.ends.query("rule == 'free' and horizon == 64 and seed == 1")["value"].item()
+    assert value == pytest.approx(float(there), rel=1e-6) and value != pytest.approx(float(elsewhere), rel=1e-3)
 
 
 def test_gradients_of_a_step_are_counted():

@@ -19,6 +19,7 @@ from ...data.sources import held
 from ...ground.estimate import Estimate
 from ...ground.roles import Rule
 from ...measure.noise.comparing import Counted
+from ...measure.probes.view import keeps_average
 from ...move.rules.schedule import Cosine, Scheduled
 from ...move.steppers import trajectory
 from .. import Run, Spec, Store
@@ -89,8 +90,8 @@ def whole_runs(
     "Tuned specs for every horizon, trained on the seeds that count."
     found, told, rate = {}, {}, getattr(rule, "lr", None)
     for T in horizons:
-        looks = f"train:every={max(T, 1)}"
-        spec = replace(task, rule=rule, steps=T, probes=(looks,), seed=seeds[0], loss_goal=None, acc_goal=None)
+        look = f"train:every={max(T, 1)}"
+        spec = replace(task, rule=rule, steps=T, probes=(f"averaged:probe=[{look}]" if keeps_average(rule) else look,), seed=seeds[0], loss_goal=None, acc_goal=None)
         if rate is not None:
             spec = replace(spec, rule=Scheduled(replace(rule, lr=rate), schedule(T)))
             told[T] = tuned(spec, "rule.rule.hyper.lr" if hasattr(rule, "hyper") else "rule.rule.lr", store=store, **how, **more)
@@ -127,7 +128,7 @@ def target(
 ) -> tuple[float, str]:      # what is to be met, of which the less is better; the criterion that measures it
     "A task's goal. Raises ValueError where it has none, or two."
     if (task.loss_goal is None) == (task.acc_goal is None): raise ValueError(f"task {name!r} needs one target: give its spec loss_goal=… or acc_goal=…, and not both.")
-    return (task.loss_goal, "at_end") if task.acc_goal is None else (-task.acc_goal, "at_end:probe=train,column=accuracy,most=true")
+    return (task.loss_goal, "at_end:probe=train") if task.acc_goal is None else (-task.acc_goal, "at_end:probe=train,column=accuracy,most=true")
 
 @held()
 def compare(
@@ -155,8 +156,9 @@ def compare(
     if not 0 < max(horizons) <= 1 or min(horizons) <= 0: raise ValueError(f"horizons are parts of a task's steps, in (0, 1], got {tuple(horizons)}.")
     specs, told, ends, steps = {}, {}, [], {}
     for name, task in tasks.items():
-        goal, by = goals[name]
+        goal, criterion = goals[name]
         for word, rule in rules.items():
+            by = criterion.replace("probe=train", "probe=averaged_train") if keeps_average(rule) else criterion
             found, trials = whole_runs(task, rule, lengths[name], seeds, schedule, store, dict(by=by, seeds=tuple(tuning), values=values, budget=budget, factor=factor), more)
             judge = CRITERIA.build(by, next(iter(found.values())))
             curves = {T: [judged(Run(store.root / replace(s, seed=k).hash), judge) for k in seeds] for T, s in found.items()}

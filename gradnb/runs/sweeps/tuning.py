@@ -15,6 +15,7 @@ from ...data.sources import held
 from ...ground.estimate import Estimate
 from ...ground.registry import Registry, unknown
 from ...ground.roles import check_number
+from ...measure.probes.view import PROBES
 from .. import Run, Spec, Store
 from ..run import DONE
 from .grid import grid
@@ -35,7 +36,7 @@ def final_loss(spec: Spec, share: float = .1) -> Callable:
 @CRITERIA.add("at_end")
 def at_end(spec: Spec, probe: str = "train", column: str = "loss", most: bool = False) -> Callable:
     "The last value of a probe's column; with most=true the more the better."
-    if not any(p.partition(":")[0] == probe for p in spec.probes):
+    if all(PROBES.build(p).name != probe for p in spec.probes):
         raise ValueError(f"at_end needs a probe that the spec has, got {probe!r}; give it probes=('{probe}:every={max(1, spec.steps)}',).")
     def judge(run):
         columns = run.trace(probe).columns
