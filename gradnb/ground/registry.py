@@ -116,7 +116,8 @@ class Registry(UserDict):
                 if key not in named: raise unknown(f"argument of {self.kind} {name!r}", key, named)
         missing = [k for k in named if takes[k].default is inspect.Parameter.empty and k not in kwargs | more]
         if missing: raise ValueError(f"{self.kind} {name!r} needs {', '.join(missing)}: write {name}:{missing[0]}=VALUE.")
-        return builder(*args, **kwargs, **more)
+        words = [k for k, v in kwargs.items() if v is None and k in takes and takes[k].annotation is str]    # of which "none" is one
+        return builder(*args, **kwargs | dict.fromkeys(words, "none"), **more)
 
     def about(self,
         name: str,    # of a builder
