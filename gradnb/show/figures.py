@@ -274,7 +274,8 @@ def beside(
         yield made
         for file in sorted(made.iterdir()): os.replace(file, folder / file.name)
     except BaseException as e:
-        if (executed := made / f"{folder.name}.ipynb").exists() and not isinstance(e, OSError): os.replace(executed, failed)
+        disk = isinstance(e, OSError) and not isinstance(e, TimeoutError)       # which is one to Python
+        if (executed := made / f"{folder.name}.ipynb").exists() and not disk: os.replace(executed, failed)
         raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
