@@ -13,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from gradnb import (Batch, Dataset, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, build_model, check_problem, grad_variance,
                     load_dataset, sharpness, train, trajectory)
+from gradnb.ground import roles
 from gradnb.linalg import lanczos
 from gradnb.linalg.spectra import spectrum, xtrace
 from gradnb.measure.flatness.centre import measure_flatness
 from gradnb.measure.noise.coordinates import Moments, gsnr
 from gradnb.measure.noise.spread import Spread, noise_scale
+from gradnb.move.estimators.sam import SAM
 from gradnb.problem.designs import exact_variance
 from gradnb.problem.network import drawing
 from gradnb.runs.laws import check_stepper
@@ -58,6 +60,20 @@ def test_the_module_and_the_generator_stay_as_they_were():
     before = copy.deepcopy(module.state_dict())
     train(Problem(module, "ce", DIGITS, chunk_size=32), Descent(GD(.1), MiniBatch(40)), 5, [PROBES.build("sharpness:every=2")], progress=False)
     assert same(before, module.state_dict()) and torch.equal(rng, torch.get_rng_state()) and module.training
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("estimator", [MiniBatch(30), FullBatch(), SAM(.05, MiniBatch(30))])
+def test_running_statistics_move_with_the_gradient_as_in_a_pass_of_their_own(estimator, chunk_size, monkeypatch):
+    problem, stepper = Problem(network(), "ce", DIGITS, chunk_size=chunk_size), Descent(GD(.1), estimator)
+    state = stepper.init(problem, problem.theta0)
+    for k in range(2):
+        with monkeypatch.context() as once:
+            once.setattr(Problem, "settle", None)
+            state = stepper.prepare(problem, state, Stream(k))
+        batch = roles.draw(estimator, state.estimator, problem, Stream(k) / "batch")
+        assert same(state.settled, problem.settle(state.theta, state.buffers, batch)) and not same(state.settled, state.buffers)
+        state = stepper.step(problem, state)
 
 
 def test_probes_do_not_disturb_and_runs_resume_bitwise():

@@ -64,8 +64,8 @@ class Descent:
         estimator = self.estimator.refresh(state.estimator, problem, theta, k, stream / "refresh")
         rule = self.rule.refresh(state.rule, problem, theta, k, stream / "rule")
         batch = draw(self.estimator, estimator, problem, stream / "batch")
-        grad, loss = self.estimator.estimate(estimator, problem, theta, batch)
-        return State(k, theta, rule, estimator, grad, loss, state.buffers, problem.settle(theta, state.buffers, batch))
+        with problem.settling(theta, state.buffers, batch) as settled: grad, loss = self.estimator.estimate(estimator, problem, theta, batch)
+        return State(k, theta, rule, estimator, grad, loss, state.buffers, settled())
 
     def step(self, problem, state: State) -> State:
         "The state at k + 1."

@@ -385,9 +385,10 @@ class Network:
         params: dict[str, Tensor],      # parameters by name
         x: Tensor,                      # inputs, an example a row
         noise: Stream | None = None,    # of what it draws; None: Dropout off, all else one fixed draw
+        buffers: dict[str, Tensor] | None = None,   # running statistics, which move; None: a copy of its own
     ) -> Tensor:                        # outputs
-        "The outputs, and no trace of having been asked."
-        buffers = self.buffers if self.is_frozen else {k: v.clone() for k, v in self.buffers.items()}
+        "The outputs, and no trace of having been asked but in the buffers that are given."
+        if buffers is None: buffers = self.buffers if self.is_frozen else {k: v.clone() for k, v in self.buffers.items()}
         if noise is None or not self.noisy: return self._quiet(params, x, buffers)
         with drawing(noise, self.device): return self._forward(self.loud, params, x, buffers)
 
@@ -400,9 +401,7 @@ class Network:
     ) -> dict[str, Tensor]:             # and after it
         "What training on this batch does to the running statistics."
         after = {k: v.clone() for k, v in buffers.items()}
-        if noise is None or not self.noisy: self._quiet(params, x, after)
-        else:
-            with drawing(noise, self.device): self._forward(self.loud, params, x, after)
+        self(params, x, noise, after)
         return after
 
     def frozen(self,

@@ -42,14 +42,15 @@ class Estimated:
         self.state = self.estimator.refresh(self.state, self.problem, theta, self.steps, stream / "refresh")
         batch = draw(self.estimator, self.state, self.problem, stream / "batch")
         if hasattr(self.optimizer, "observe"): self._show(batch)
-        grad, loss = self.estimator.estimate(self.state, self.problem, theta, batch)
+        buffers = {k: self.buffers[k] for k in self.problem.buffers}
+        with self.problem.settling(theta, buffers, batch) as settled: grad, loss = self.estimator.estimate(self.state, self.problem, theta, batch)
         before = [p.grad for p in self.params]
         try:
             for p, g in zip(self.params, self.problem.layout.split(grad)): p.grad = g.clone()
             self.optimizer.step()
         finally:
             for p, g in zip(self.params, before): p.grad = g
-        for k, b in self.problem.settle(theta, {k: self.buffers[k] for k in self.problem.buffers}, batch).items(): self.buffers[k].copy_(b)
+        for k, b in settled().items(): self.buffers[k].copy_(b)
         self.steps += 1
         return loss
 

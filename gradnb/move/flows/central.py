@@ -195,12 +195,10 @@ class CentralFlow:
         if state.grad is not None: return state
         c, theta, k = state.rule, state.theta, state.step
         if k < self.start:
-            grad, loss = problem.grad_and_loss(theta)
-            c = c._replace(grads=c.grads + 1)
-        else:
-            motion = Motion(problem, theta, c, self, Stream() / "central flow" / k)
-            grad, loss, c = motion.grad, motion.loss, motion.state
-        return state._replace(rule=c, grad=grad, loss=loss, settled=problem.settle(theta, state.buffers))
+            with problem.settling(theta, state.buffers) as settled: grad, loss = problem.grad_and_loss(theta)
+            return state._replace(rule=c._replace(grads=c.grads + 1), grad=grad, loss=loss, settled=settled())
+        motion = Motion(problem, theta, c, self, Stream() / "central flow" / k)
+        return state._replace(rule=motion.state, grad=motion.grad, loss=motion.loss, settled=problem.settle(theta, state.buffers))
 
     def step(self, problem, state: State) -> State:
         "The state at k + 1."

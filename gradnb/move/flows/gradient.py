@@ -80,14 +80,14 @@ class GradientFlow:
     def prepare(self, problem, state: State, stream: Stream) -> State:
         "Gradient, loss, and the sharpness where it is due."
         k, theta, flow, grad, loss = state.step, state.theta, state.rule, state.grad, state.loss
-        if grad is None:
-            grad, loss = problem.grad_and_loss(theta)
-            flow = flow._replace(grads=flow.grads + 1)
+        with problem.settling(theta, state.buffers) as settled:
+            if grad is None:
+                grad, loss = problem.grad_and_loss(theta)
+                flow = flow._replace(grads=flow.grads + 1)
         if self.method.needs_rate and k % self.measure_every == 0 and flow.measured != k and bool(grad.isfinite().all()):
             sharpness, vector, products = track_sharpness(problem, theta, flow.vector, stream / "sharpness")
             flow = flow._replace(measured=k, sharpness=sharpness, vector=vector, products=flow.products + products)
-        settled = state.settled if state.settled else problem.settle(theta, state.buffers)
-        return state._replace(rule=flow, grad=grad, loss=loss, settled=settled)
+        return state._replace(rule=flow, grad=grad, loss=loss, settled=state.settled or settled())
 
     def step(self, problem, state: State) -> State:
         "The state at k + 1."
