@@ -90,6 +90,9 @@ def test_probes_at_the_average(rule, problem):
         assert traces["averaged_train"].columns["loss"][k // 4] == pytest.approx(problem.loss(x).item(), rel=1e-12)
         assert traces["averaged_sharpness"].columns["value"][k // 4] == pytest.approx(gradnb.sharpness(problem, x, tol=1e-9).values[0].item(), rel=1e-6)
     assert traces["averaged_train"].columns["loss"][-1] != traces["train"].columns["loss"][-1]
+    ends = traces["averaged_train"].columns["loss"]
+    outcome = train(problem, stepper, 8, loss_goal=ends[1] * (1 + 1e-9), goal_every=4, progress=False)[1].outcome
+    assert ends[0] > ends[1] and outcome.step == 4 and f"training loss {ends[1]:.4g} <" in outcome.message
     with pytest.raises(TypeError, match="GD keeps no average"): train(problem, Descent(GD(.1)), 1, names[-1:], progress=False)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ahead', 'block_norms', 'weight_norms', 'grad_norms', 'update_norms', 'update_rms', 'update_angles',
            'relative_updates', 'effective_rates', 'by_block', 'rule_states', 'field_of', 'rule_probe',
-           'trust_ratio_probe', 'agd_probe', 'averaged']
+           'trust_ratio_probe', 'agd_probe', 'at_average', 'averaged']
 
 # %% ../../../nbs/07_measure/09_probes/04_rules.ipynb #imports
 from collections.abc import Callable
@@ -116,6 +116,16 @@ def agd_probe(
     return Probe("agd", every, measure)
 
 # %% ../../../nbs/07_measure/09_probes/04_rules.ipynb #averaged
+def at_average(view: View) -> View:
+    "The same run at the average that its rule answers with. Raises TypeError where it keeps none."
+    def there():
+        at = view.state._replace(theta=average(view.problem, view.stepper, view.state))
+        return view.stepper.prepare(view.problem, at, Stream() / "averaged" / view.step)
+    state, shared = view.once("averaged", lambda: (there(), {}))
+    at = View(view.problem, view.stepper, state, view.stream, view.memory, shared)
+    at.averaged = True
+    return at
+
 @PROBES.add("averaged")
 def averaged(
     probe: Probe | str,    # that looks at the average in place of θ
@@ -123,12 +133,4 @@ def averaged(
     "A probe at the average that the run's rule answers with. Raises TypeError where it keeps none."
     if isinstance(probe, str): probe = PROBES.build(probe.removeprefix("[").removesuffix("]"))
     if not isinstance(probe, Probe): raise TypeError(f"averaged looks by a probe, probe=[sharpness], got probe={probe!r:.60}.")
-    def there(view):
-        at = view.state._replace(theta=average(view.problem, view.stepper, view.state))
-        return view.stepper.prepare(view.problem, at, Stream() / "averaged" / view.step)
-    def measure(view):
-        state, shared = view.once("averaged", lambda: (there(view), {}))
-        at = View(view.problem, view.stepper, state, view.stream, view.memory, shared)
-        at.averaged = True
-        return probe.fn(at)
-    return replace(probe, name=f"averaged_{probe.name}", fn=measure)
+    return replace(probe, name=f"averaged_{probe.name}", fn=lambda view: probe.fn(at_average(view)))
