@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RULES', 'ESTIMATORS', 'FLOWS', 'Batch', 'State', 'Estimator', 'Rule', 'Stepper', 'draw', 'kind', 'later',
-           'learning_rate', 'average', 'check_range', 'check_number', 'check_given']
+           'learning_rate', 'keeps_average', 'average', 'check_range', 'check_number', 'check_given']
 
 # %% ../../nbs/01_ground/08_roles.ipynb #imports
 import sys
@@ -124,6 +124,10 @@ def learning_rate(stepper: Stepper, step: int, state=None) -> float | None:
     return getattr(rule.at(step) if hasattr(rule, "at") else rule, "lr", None)
 
 # %% ../../nbs/01_ground/08_roles.ipynb #average
+def keeps_average(moves) -> bool:      # a stepper or a rule
+    "Is there a rule in it that answers with an average?"
+    return hasattr(moves, "average") or any(map(keeps_average, [*filter(None, [getattr(moves, "rule", None)]), *(r for _, r in getattr(moves, "rules", ()))]))
+
 def average(
     problem,            # what is minimised
     stepper: Stepper,   # how

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from tqdm.auto import tqdm
 from ..measure.probes.rules import at_average
-from ..measure.probes.view import PROBES, Probe, View, evaluation, keeps_average
+from ..measure.probes.view import PROBES, Probe, View, evaluation
 from ..problem.designs import NotFinite
-from ..ground.roles import Rule, State, Stepper, check_given, check_number
+from ..ground.roles import Rule, State, Stepper, check_given, check_number, keeps_average
 from ..move.steppers import spare
 from ..ground.streams import Stream
 from ..ground.traces import Trace, as_row
@@ -42,7 +42,7 @@ def goal_reached(
     acc_goal: float | None,    # stop when the training accuracy is at least this
 ) -> Outcome | None:
     "The outcome, once the training set meets a goal; its loss and accuracy are those of probe `train`, at the average where the rule answers with one."
-    found = evaluation(at_average(view) if keeps_average(getattr(view.stepper, "rule", None)) else view, "train")
+    found = evaluation(at_average(view) if keeps_average(view.stepper) else view, "train")
     loss, acc = found["loss"], found["accuracy"]
     if loss_goal is not None and loss < loss_goal:
         return Outcome("goal", view.step, f"training loss {loss:.4g} < {loss_goal:g} at step {view.step}")

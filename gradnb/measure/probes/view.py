@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'every', 'at', 'log_spaced', 'View', 'Probe', 'probe', 'sharpness_probe', 'grad_norm_probe', 'descends_all',
-           'keeps_average', 'evaluation']
+           'evaluation']
 
 # %% ../../../nbs/07_measure/09_probes/01_view.ipynb #imports
 import warnings
@@ -19,7 +19,7 @@ from ...problem.graphs import check_free
 from ...ground.parts import length
 from ...ground.registry import Registry
 from ...ground.draws import KEPT, Draws
-from ...ground.roles import Batch, State, check_number, check_range
+from ...ground.roles import Batch, State, check_number, check_range, keeps_average
 from ...ground.shared import put_back, torch_stands
 from ...ground.streams import Stream
 from ...ground.traces import as_row
@@ -216,17 +216,13 @@ def descends_all(
     while hasattr(estimator, "estimator"): estimator = estimator.estimator      # inside SAM
     return type(estimator).__name__ == "FullBatch"
 
-def keeps_average(rule) -> bool:
-    "Does a rule, or one inside it, answer with an average?"
-    return hasattr(rule, "average") or any(map(keeps_average, [*filter(None, [getattr(rule, "rule", None)]), *(r for _, r in getattr(rule, "rules", ()))]))
-
 def evaluation(
     view: View,
     split: str,                   # "train" or "test"
     frozen: bool | None = None,   # in evaluation mode? None: unless the run descends the loss of all examples
 ) -> dict:                        # loss and accuracy; where the mode matters, frozen: 1 or 0
     "Loss and accuracy over a whole split, shared by all who ask at this step. Warns where the run answers with another point."
-    if not view.averaged and keeps_average(getattr(view.stepper, "rule", None)):
+    if not view.averaged and keeps_average(view.stepper):
         warnings.warn(f"{split!r} looks at θ, where gradients are taken, and this run's rule answers with an average; averaged:probe=[{split}] looks there.")
     if frozen is None: frozen = view.problem.noisy or not descends_all(view.stepper)
     modes = view.frozen is not view.problem

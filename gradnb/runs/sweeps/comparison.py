@@ -17,9 +17,8 @@ import numpy as np
 import pandas as pd
 from ...data.sources import held
 from ...ground.estimate import Estimate
-from ...ground.roles import Rule
+from ...ground.roles import Rule, keeps_average
 from ...measure.noise.comparing import Counted
-from ...measure.probes.view import keeps_average
 from ...move.rules.schedule import Cosine, Scheduled
 from ...move.steppers import trajectory
 from .. import Run, Spec, Store
