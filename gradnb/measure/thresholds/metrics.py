@@ -6,9 +6,9 @@
 __all__ = ['METRICS', 'SIGNS', 'INSTEAD', 'threshold', 'Metric', 'refuse_flow', 'metric_of', 'frozen', 'gd_metric',
            'momentum_metric', 'adam_inverse', 'adam_metric', 'rmsprop_metric', 'decays', 'lamb_metric', 'lars_metric',
            'agd_metric', 'kfac_metric', 'shampoo_metric', 'soap_metric', 'prodigy_metric', 'sophia_metric',
-           'ademamix_metric', 'groups_metric', 'free_threshold', 'free_sgd_metric', 'free_adamw_metric', 'torch_state',
-           'by_rate', 'settings', 'bent', 'torch_sgd_metric', 'torch_adam_metric', 'torch_nadam_metric',
-           'torch_rmsprop_metric', 'torch_adagrad_metric', 'Preconditioned', 'preconditioned_sharpness']
+           'ademamix_metric', 'together', 'groups_metric', 'free_threshold', 'free_sgd_metric', 'free_adamw_metric',
+           'torch_metric', 'adam_like', 'torch_sgd', 'torch_adam', 'torch_nadam', 'torch_rmsprop', 'torch_adagrad',
+           'Preconditioned', 'preconditioned_sharpness']
 
 # %% ../../../nbs/07_measure/04_thresholds/01_metrics.ipynb #imports
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def frozen(rule, state, blocks: dict[str, Tensor], grads: dict[str, Tensor]) -> 
     while hasattr(rule, "schedule"): rule, state = rule.at(state.step - 1), state.inner
     name = f"torch.{rule.cls.__name__}" if hasattr(rule, "cls") else type(rule).__name__
     if name in METRICS: return METRICS[name](rule, state, blocks, grads)
-    why = INSTEAD.get(name, f"file one with METRICS.add({name!r}), or measure update_radius, which takes the derivative of any rule's step")
+    why = INSTEAD.get(name.removeprefix("torch."), f"file one with METRICS.add({name!r}), or measure update_radius, which takes the derivative of any rule's step")
     raise TypeError(f"{name} has no metric (known: {', '.join(sorted(METRICS))}): {why}.")
 
 # %% ../../../nbs/07_measure/04_thresholds/01_metrics.ipynb #plain
@@ -184,15 +184,25 @@ def ademamix_metric(rule, state, blocks, grads):
     size = rule.lr * ((1 - rule.beta1) / (1 - rule.beta1 ** k) / (1 + rule.beta1) + alpha * (1 - beta3) / (1 + beta3))
     return (2 - rule.lr * rule.weight_decay) / size if size else float("inf"), adam_inverse(state.exp_avg_sq, 1 - rule.beta2 ** k, 1, rule.eps), {}
 
+def together(
+    found: list[tuple],        # threshold, P⁻¹ and D of each part, as METRICS has them
+    names: list[list[str]],    # its blocks
+) -> tuple:
+    "Parts that are moved each in a way of its own as one, in units of the smallest threshold."
+    edge = min(e for e, *_ in found)
+    share = [1. if e == edge else edge / e for e, *_ in found]
+    shift = {n: d for *_, shift in found for n, d in shift.items()}
+    if not any(callable(inverse) for _, inverse, _ in found):
+        return edge, {n: s * inverse.get(n, 1.) for s, (_, inverse, _), some in zip(share, found, names) for n in some}, shift
+    rooted = lambda inverse, v: inverse(v) if callable(inverse) else {n: t * torch.as_tensor(inverse.get(n, 1.)).sqrt() for n, t in v.items()}
+    root = lambda v: {n: s ** .5 * t for s, (_, inverse, _), some in zip(share, found, names) for n, t in rooted(inverse, {n: v[n] for n in some}).items()}
+    return edge, root, shift
+
 @METRICS.add("Groups")
 def groups_metric(rule, state, blocks, grads):
-    some = lambda tensors, i: {n: t for n, t in tensors.items() if state.member[n] == i}
-    found = [frozen(one, inner, some(blocks, i), some(grads, i)) for i, ((_, one), inner) in enumerate(zip(rule.rules, state.states))]
-    edge = min(e for e, *_ in found)
-    rooted = lambda inverse, v: inverse(v) if callable(inverse) else {n: t * torch.as_tensor(inverse.get(n, 1.)).sqrt() for n, t in v.items()}
-    share = [(edge / e) ** .5 if e < float("inf") else 0. for e, *_ in found]
-    root = lambda v: {n: share[i] * t for i, (_, inverse, _) in enumerate(found) for n, t in rooted(inverse, some(v, i)).items()}
-    return edge, root, {n: d for *_, shift in found for n, d in shift.items()}
+    names = [[n for n in blocks if state.member[n] == i] for i in range(len(rule.rules))]
+    some = lambda tensors, i: {n: tensors[n] for n in names[i]}
+    return together([frozen(one, inner, some(blocks, i), some(grads, i)) for i, ((_, one), inner) in enumerate(zip(rule.rules, state.states))], names)
 
 def free_threshold(rule, state) -> float:
     weight = state.step ** rule.r * state.lr_max ** rule.power
@@ -209,81 +219,56 @@ def free_adamw_metric(rule, state, blocks, grads):
     return free_threshold(rule, state), inverse, {n: rule.weight_decay / p for n, p in inverse.items()}
 
 # %% ../../../nbs/07_measure/04_thresholds/01_metrics.ipynb #torch
-def torch_state(state, blocks, *shared: str) -> tuple[dict, Callable]:
-    "Settings of a torch optimizer by block, and the entry of that name by block. Raises TypeError where groups differ in what must be shared."
-    groups, kept = state.optimizer["param_groups"], state.optimizer["state"]
-    number = {n: i for i, n in enumerate(blocks) if any(i in g["params"] for g in groups)}
-    hyper = {n: next(g for g in groups if i in g["params"]) for n, i in number.items()}
-    if any(g.get("maximize") for g in hyper.values()): raise TypeError("this optimizer goes uphill (maximize=True), and no sharpness keeps it from that.")
-    for word in shared:
-        found = {repr(g[word][0] if word == "betas" else g[word]) for g in hyper.values()}
-        if len(found) > 1: raise TypeError(f"groups of parameters with {word} {' and '.join(sorted(found))} are no single momentum descent; measure update_radius.")
-    return hyper, lambda name: {n: kept[i][name] for n, i in number.items()}
+def torch_metric(
+    *names: str,    # "torch." and the class
+):                  # of a function (settings of a parameter's group, what the optimizer keeps of it) → its threshold, P⁻¹ and D
+    "File the metric of a torch optimizer, each of whose parameters is a part for itself. It raises TypeError for one that goes uphill."
+    def file(one: Callable):
+        def metric(rule, state, blocks, grads):
+            groups, kept = state.optimizer["param_groups"], state.optimizer["state"]
+            hyper = {n: (next((g for g in groups if i in g["params"]), None), kept.get(i)) for i, n in enumerate(blocks)}
+            if any(g and g.get("maximize") for g, _ in hyper.values()): raise TypeError("this optimizer goes uphill (maximize=True), and no sharpness keeps it from that.")
+            def of(n, group, held):
+                edge, inverse, shift = one(group, held)
+                return edge, {n: inverse}, {n: shift}
+            edge, inverse, shift = together([of(n, *h) for n, h in hyper.items() if h[0]], [[n] for n, h in hyper.items() if h[0]])
+            return edge, {n: inverse.get(n, 0.) for n in blocks}, shift
+        METRICS.add(*names)(metric)
+        return one
+    return file
 
-def by_rate(
-    rates: dict[str, float],    # learning rates of the blocks that move
-    inverse: dict,              # P⁻¹ by block; 1 where it is left out
-    blocks,
-) -> tuple[float, dict]:        # the largest, and P⁻¹ in its units
-    top = max(rates.values())
-    return top, {n: inverse.get(n, 1.) * (rates[n] / top if top else 1.) if n in rates else 0. for n in blocks}
+def adam_like(group: dict, rate: float, beta: float, second: Tensor, correct: float, first: float) -> tuple:
+    "With its weight decay, of either kind."
+    inverse, decay = adam_inverse({"": second}, correct, first, group["eps"])[""], float(group["weight_decay"])
+    edge = threshold(rate, beta, weight=1 - beta)
+    return (edge, inverse * 2 / (2 - float(group["lr"]) * decay), 0.) if group.get("decoupled_weight_decay") else (edge, inverse, decay)
 
-def settings(hyper: dict, word: str) -> dict[str, float]: return {n: float(g[word]) for n, g in hyper.items()}
+@torch_metric("torch.SGD")
+def torch_sgd(group, held):
+    momentum = group["momentum"]
+    return threshold(float(group["lr"]), momentum, group["nesterov"], 1 - group["dampening"] if momentum else 1.), 1., float(group["weight_decay"])
 
-def bent(hyper: dict, inverse: dict) -> tuple[dict, dict]:
-    "P⁻¹ under decoupled weight decay, and the shift of the other kind."
-    free = {n: g.get("decoupled_weight_decay", False) for n, g in hyper.items()}
-    lr, wd = settings(hyper, "lr"), settings(hyper, "weight_decay")
-    return {n: v * 2 / (2 - lr[n] * wd[n]) if free[n] else v for n, v in inverse.items()}, {n: 0. if free[n] else wd[n] for n in hyper}
+@torch_metric("torch.Adam", "torch.AdamW")
+def torch_adam(group, held):
+    (beta1, beta2), k = map(float, group["betas"]), int(held["step"])
+    return adam_like(group, float(group["lr"]), beta1, held["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"], 1 - beta2 ** k, 1 - beta1 ** k)
 
-@METRICS.add("torch.SGD")
-def torch_sgd_metric(rule, state, blocks, grads):
-    hyper, _ = torch_state(state, blocks, "momentum", "nesterov", "dampening")
-    (lr, inverse), one = by_rate(settings(hyper, "lr"), {}, blocks), next(iter(hyper.values()))
-    edge = threshold(lr, one["momentum"], one["nesterov"], 1 - one["dampening"] if one["momentum"] else 1.)
-    return edge, inverse, settings(hyper, "weight_decay")
+@torch_metric("torch.NAdam")
+def torch_nadam(group, held):
+    (beta, beta2), k, product = map(float, group["betas"]), int(held["step"]), float(held["mu_product"])
+    mu, after = (beta * (1 - .5 * .96 ** (i * group["momentum_decay"])) for i in (k, k + 1))
+    a, b = (1 - mu) / (1 - product), after / (1 - product * after)
+    return adam_like(group, float(group["lr"]) * (a + b * (1 - beta) / (1 + beta)), 0., held["exp_avg_sq"], 1 - beta2 ** k, 1)
 
-@METRICS.add("torch.Adam", "torch.AdamW")
-def torch_adam_metric(rule, state, blocks, grads):
-    hyper, entry = torch_state(state, blocks, "betas", "amsgrad")
-    second, k, one = entry("exp_avg_sq"), entry("step"), next(iter(hyper.values()))
-    if one["amsgrad"]: second = entry("max_exp_avg_sq")
-    corrections = {n: [1 - beta ** int(k[n]) for beta in g["betas"]] for n, g in hyper.items()}
-    inverse = {n: adam_inverse({n: second[n]}, b2, b1, hyper[n]["eps"])[n] for n, (b1, b2) in corrections.items()}
-    inverse, shift = bent(hyper, inverse)
-    (lr, inverse), beta = by_rate(settings(hyper, "lr"), inverse, blocks), float(one["betas"][0])
-    return threshold(lr, beta, weight=1 - beta), inverse, shift
+@torch_metric("torch.RMSprop")
+def torch_rmsprop(group, held):
+    second = held["square_avg"] - held["grad_avg"].square() if group["centered"] else held["square_avg"]
+    return threshold(float(group["lr"]), group["momentum"]), adam_inverse({"": second}, 1, 1, group["eps"])[""], float(group["weight_decay"])
 
-@METRICS.add("torch.NAdam")
-def torch_nadam_metric(rule, state, blocks, grads):
-    hyper, entry = torch_state(state, blocks, "betas")
-    second, k, product, rates, inverse = entry("exp_avg_sq"), entry("step"), entry("mu_product"), {}, {}
-    for n, g in hyper.items():
-        beta, t, mus = g["betas"][0], int(k[n]), float(product[n])
-        mu, after = (beta * (1 - .5 * .96 ** (i * g["momentum_decay"])) for i in (t, t + 1))
-        a, b = (1 - mu) / (1 - mus), after / (1 - mus * after)
-        rates[n] = float(g["lr"]) * (a + b * (1 - beta) / (1 + beta))
-        inverse |= adam_inverse({n: second[n]}, 1 - g["betas"][1] ** t, 1, g["eps"])
-    inverse, shift = bent(hyper, inverse)
-    lr, inverse = by_rate(rates, inverse, blocks)
-    return threshold(lr), inverse, shift
-
-@METRICS.add("torch.RMSprop")
-def torch_rmsprop_metric(rule, state, blocks, grads):
-    hyper, entry = torch_state(state, blocks, "momentum", "centered")
-    second, one = entry("square_avg"), next(iter(hyper.values()))
-    if one["centered"]: second = {n: v - entry("grad_avg")[n].square() for n, v in second.items()}
-    inverse = {n: adam_inverse({n: v}, 1, 1, hyper[n]["eps"])[n] for n, v in second.items()}
-    lr, inverse = by_rate(settings(hyper, "lr"), inverse, blocks)
-    return threshold(lr, one["momentum"]), inverse, settings(hyper, "weight_decay")
-
-@METRICS.add("torch.Adagrad")
-def torch_adagrad_metric(rule, state, blocks, grads):
-    hyper, entry = torch_state(state, blocks)
-    k, total = entry("step"), entry("sum")
-    rates = {n: lr / (1 + (int(k[n]) - 1) * hyper[n]["lr_decay"]) for n, lr in settings(hyper, "lr").items()}
-    lr, inverse = by_rate(rates, {n: adam_inverse({n: v}, 1, 1, hyper[n]["eps"])[n] for n, v in total.items()}, blocks)
-    return threshold(lr), inverse, settings(hyper, "weight_decay")
+@torch_metric("torch.Adagrad")
+def torch_adagrad(group, held):
+    rate = float(group["lr"]) / (1 + (int(held["step"]) - 1) * group["lr_decay"])
+    return threshold(rate), adam_inverse({"": held["sum"]}, 1, 1, group["eps"])[""], float(group["weight_decay"])
 
 # %% ../../../nbs/07_measure/04_thresholds/01_metrics.ipynb #sharpness
 class Preconditioned(Point):

@@ -24,7 +24,7 @@ from ...move.steppers import Descent
 from ...problem import Problem
 from ...problem.parallel import Apart, as_one, from_first, rank
 from ..recordings import settings_of
-from .glance import Glance, InUse, Seen, Untold, bare, constants, differ, known_of, marks, trained, untouched, with_held
+from .glance import Glance, Seen, Untold, bare, constants, differ, in_use, known_of, marks, trained, untouched, with_held
 from .loggers import logger_of, numbers
 from ..store import Store
 from ..training import Watching, check_probes
@@ -37,7 +37,7 @@ class Watch:
     def __init__(self,
         problem,                        # of the live network, problem.given
         probes=(),
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer=None,                 # of torch, or several
         record: Callable | None = None, # → an open run (`Store.record`), where rows go as they come
         log=None,
         strict: bool = False,
@@ -51,7 +51,7 @@ class Watch:
             raise TypeError(f"a watch reads the weights of a network that somebody trains, and {problem!r:.80} has none.")
         if budget is not None: check_number("watch", "budget", budget, 1e-6, 1)
         check_number("watch", "start", start, 0, whole=True)
-        self.optimizer, self.run, self.log, self.strict, self.budget = bare(optimizer), None, log, strict, budget
+        self.optimizers, self.run, self.log, self.strict, self.budget = bare(optimizer), None, log, strict, budget
         if log is not None: self.log = logger_of(log)
         self.steps, self.seconds, self.remake = start, 0., remake
         self.traces, self.failures = {}, {}       # by name; by name and step, in words
@@ -62,7 +62,7 @@ class Watch:
                             "and train, and probes of yours that add up entries by gradnb.ground.parts and say so: @probe(every(50), parts=True).")
         size = 1 if getattr(problem.dataset, "whole", False) else batch_size or getattr(problem.dataset, "count", 0)
         self._estimator = MiniBatch(size, replace=size > problem.n) if size else Untold()
-        if self.optimizer is not None: InUse(self.optimizer, self._live())       # or an error
+        if self.optimizers: in_use(self.optimizers, self._live())       # or an error
         self._trained, self._kind = trained(problem.given), {(p.dtype, p.device) for p in self._live().values()}
         self._last, self._columns, self._waiting, self._losses, self._cost, self._said = None, {}, {}, [], {}, set()
         first = rank()[0] == 0
@@ -97,20 +97,21 @@ class Watch:
         self._advance()
 
     def attach(self,
-        optimizer: torch.optim.Optimizer | None = None,    # None: the one that the watch was given
+        optimizer=None,    # of torch, or several; None: what the watch was given
     ) -> "Watch":
         """Count the optimizer's own steps: nothing is needed in the loop but, if it is to be kept, watch.step(loss).
 
-        What is due is measured before the next step, under the learning rate that this one will have, and after the last by `close`."""
-        optimizer = self.optimizer if optimizer is None else bare(optimizer)
-        if optimizer is None: raise TypeError("attach counts the steps of an optimizer; say which: watch.attach(optimizer).")
+        What is due is measured before the next step, under the learning rate that this one will have, and after the last by `close`.
+        Of several optimizers the last one's steps count, so that is to be the one that steps last."""
+        optimizers = bare(optimizer) or self.optimizers
+        if not optimizers: raise TypeError("attach counts the steps of an optimizer; say which: watch.attach(optimizer).")
         if self._hooks: raise RuntimeError("this watch is attached already, and would count each step twice.")
         def stepped(optimizer, *_):
             inf = getattr(optimizer, "found_inf", None)        # of a GradScaler, for optimizers that skip by themselves
             if self.closed or inf is not None and float(inf): return
             self.steps += 1
             self._hold()
-        self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._look()), optimizer.register_step_post_hook(stepped)]
+        self._hooks = [one.register_step_pre_hook(lambda *_: self._look()) for one in optimizers] + [optimizers[-1].register_step_post_hook(stepped)]
         return self
 
     def close(self,
@@ -231,10 +232,10 @@ class Watch:
         theta = theta.to(problem.device, problem.dtype)
         shared, rule = {}, Untold()
         once = lambda key, make: shared[key] if key in shared else shared.setdefault(key, make())
-        if self.optimizer is not None: rule = InUse(self.optimizer, live)
+        if self.optimizers: rule, remembered = in_use(self.optimizers, live)
         watching.stepper = Descent(rule, self._estimator)
         state = Seen(self.steps, theta, self._held, lambda: once("point", lambda: problem.at(theta)).grad,
-                     lambda: once("rule", lambda: rule.state(problem.dtype)) if self.optimizer is not None else (), lambda: once("latest", self._latest))
+                     lambda: once("rule", lambda: remembered(problem.dtype)) if self.optimizers else (), lambda: once("latest", self._latest))
         return lambda p: watching.view(p, state, shared, Glance)
 
     def _latest(self) -> tuple[float | None, float | None]:
@@ -293,7 +294,7 @@ def watch(
     objective=None,               # as for Problem
     data=None,                    # as for Problem
     probes=(),                    # what to measure, as for train: words such as "sharpness:every=50", or probes
-    optimizer: torch.optim.Optimizer | None = None,    # for thresholds, preconditioned sharpness, updates, and attach
+    optimizer=None,               # of torch, or several that share the parameters out: for thresholds, preconditioned sharpness, updates, and attach
     store=None,                   # a Store or its folder: the run is kept there as it comes
     name: str | None = None,      # of the run; None: the network's class
     config=None,                  # what else describes it: a dict, a Namespace, a dataclass
