@@ -19,7 +19,7 @@ from gradnb.ground.roles import RULES as REGISTRY, Batch, State, draw
 from gradnb.move.rules.adam import Adam, AdamState
 from gradnb.move.rules.ademamix import AdEMAMix
 from gradnb.move.rules.agd import AutomaticGradientDescent
-from gradnb.move.rules.fromtorch import FromTorch
+from gradnb.move.rules.fromtorch import FromTorch, TorchState
 from gradnb.move.rules.gd import GD
 from gradnb.move.rules.groups import Groups
 from gradnb.move.rules.kfac import KFAC
@@ -406,6 +406,15 @@ def test_every_rule_diverges_above_its_threshold_and_not_below_or_says_what_stan
     for rule in (Signum(.01, weight_decay=.1), Lion(.01)):
         flips = [update_radius(problem, *prepared(problem, replace(rule, lr=lr)), max_products=20).radius for lr in (.01, 1e3 if not rule.weight_decay else .02)]
         close(flips, [1 - lr * rule.weight_decay for lr in (.01, .02)], 1e-9)
+
+
+def test_half_precision_inside_a_step_has_no_part_in_its_derivative():
+    "torch's Muon, which rounds to bfloat16 and loses derivatives on the way, and ours that rounds likewise, against ours in double precision."
+    problem, exact, torchs = small(bias=False), Muon.torch(.02, precision="own"), FromTorch(torch.optim.Muon, lr=.02)
+    state = next(islice(trajectory(problem, Descent(exact)), 3, None))
+    held = torchs.init(problem.layout.named(state.theta), {}).optimizer | {"state": {i: {"momentum_buffer": v} for i, v in enumerate(state.rule.momentum.values())}}
+    radius = lambda moves, **more: update_radius(problem, Descent(moves), state._replace(**more), tol=1e-4)[:4:2]
+    for other in (radius(Muon.torch(.02)), radius(torchs, rule=TorchState(held))): close(other, radius(exact), 2e-4)
 
 
 def test_a_rule_of_ones_own_has_a_metric_once_filed():

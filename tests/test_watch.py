@@ -365,9 +365,83 @@ def test_groups_against_a_dense_matrix():
     S = (lr / P).sqrt()                              # stable below (2 + 2β)/(1 − β)
     top = torch.linalg.eigvalsh(S[:, None] * (H + D.diag()) * S)[-1].item()
     assert row["value"] / row["threshold"] == pytest.approx(top / 38, rel=1e-6)
-    opt.param_groups[0]["betas"] = .5, .95
-    with pytest.warns(RuntimeWarning, match="betas .* no single momentum descent"):
-        gradnb.watch(model, "mse", data, "preconditioned_sharpness:every=3", opt).close()
+
+
+SPLIT = {
+    "groups": lambda a, b: torch.optim.SGD([dict(params=a, lr=.02, momentum=.9), dict(params=b, lr=.03, momentum=0., weight_decay=.1)], .1),
+    "several": lambda a, b: [torch.optim.SGD(a, .02, momentum=.9), torch.optim.SGD(b, .03, weight_decay=.1)],
+    "face and torch": lambda a, b: [gradnb.optim.Momentum(a, .02, .9), torch.optim.SGD(b, .03, weight_decay=.1)],
+    "face in groups": lambda a, b: gradnb.optim.Momentum([dict(params=a, lr=.02, momentum=.9), dict(params=b, momentum=.5)], .03),
+}
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_of_parts_with_momentum_of_their_own_the_whole_flips_at_the_threshold(kind):
+    "By the eigenvalues of the step's matrix, with all rates at 0.97 and at 1.03 of where sharpness meets threshold."
+    model, data = small()
+    parts = [[*model[0].parameters()], [*model[2].parameters()]]
+    opts = SPLIT[kind](*parts)
+    steps = opts if isinstance(opts, list) else [opts]
+    problem, seen = Problem(model, "mse", data), gradnb.watch(model, "mse", data, "preconditioned_sharpness:every=1,tol=1e-10", opts)
+    (model(data.x) - data.y).square().mean().backward()
+    for one in steps: one.step()
+    seen.step()
+    seen.close()
+    last = seen.traces["preconditioned_sharpness"].frame().iloc[-1]
+    ratio = last["value"] / last["threshold"]
+    H = problem.hvp(problem.layout.join(p.detach() for p in model.parameters()), torch.eye(problem.p, dtype=DOUBLE))
+    column = lambda of: torch.cat([torch.full((sum(p.numel() for p in g["params"]),), float(of(g)), dtype=DOUBLE) for one in steps for g in one.param_groups])
+    lr, beta, decay = column(lambda g: g["lr"]), column(lambda g: g["momentum"]), column(lambda g: g.get("weight_decay", 0.))
+    def flip(s):
+        G, B = s * lr[:, None] * (H + decay.diag()), beta.diag()       # v' = βv + G θ, θ' = θ − v'
+        return torch.linalg.eigvals(torch.cat([torch.cat([torch.eye(len(lr)) - G, -B], 1), torch.cat([G, B], 1)])).real.min().item()
+    assert flip(.97 / ratio) > -1 > flip(1.03 / ratio)
+
+
+FACES = {
+    "GD": dict(lr=.05), "Momentum": dict(lr=.05, momentum=.9, nesterov=True), "Adam": dict(lr=.01), "RMSProp": dict(lr=.01), "LAMB": dict(lr=.01, max_grad_norm=1.), "LARS": dict(lr=.1),
+    "AdEMAMix": dict(lr=.01), "Prodigy": {}, "Shampoo": dict(lr=.01), "SOAP": dict(lr=.01), "ScheduleFreeSGD": dict(lr=.1), "ScheduleFreeAdamW": dict(lr=.01),
+}
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_a_face_of_ours_in_somebodys_loop_has_the_metric_of_its_rule(name):
+    model, data = small()
+    opt, words = getattr(gradnb.optim, name)([*model.parameters()], **FACES[name]), ["preconditioned_sharpness:every=2,tol=1e-8"]
+    theirs = plain(model, data, opt, gradnb.watch(model, "mse", data, words, opt), 4)["preconditioned_sharpness"]
+    _, ours = train(Problem(small()[0], "mse", data), Descent(opt._rule(opt.param_groups[0])), 4, words, progress=False)
+    for column in ("value", "threshold"): np.testing.assert_allclose(theirs.columns[column], ours["preconditioned_sharpness"].columns[column], rtol=1e-6)
+
+
+def test_of_several_optimizers_the_last_ones_steps_are_counted_and_each_has_parameters_of_its_own(tmp_path):
+    model, data = small()
+    muon, adam = torch.optim.Muon([model[0].weight, model[2].weight], lr=.01), torch.optim.AdamW([model[0].bias, model[2].bias], .003)
+    scheds = [torch.optim.lr_scheduler.ExponentialLR(o, .5) for o in (muon, adam)]
+    def loop(seen=None):
+        for _ in range(4):
+            (model(data.x) - data.y).square().mean().backward()
+            for one in (muon, adam): one.step(), one.zero_grad()
+            for one in scheds: one.step()
+        return [p.detach().clone() for p in model.parameters()]
+    start = deepcopy([x.state_dict() for x in (model, muon, adam, *scheds)])
+    blind = loop()
+    for x, was in zip((model, muon, adam, *scheds), start): x.load_state_dict(was)
+    words, looks = ["grad_norm:every=1", "update_radius:every=2", "preconditioned_sharpness:every=4"], []
+    @probe(every(1))
+    def here(view):
+        looks.append(torch.equal(view.theta, view.problem.layout.join(p.detach() for p in model.parameters())))
+        return 0.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seen = gradnb.watch(model, "mse", data, [*words, here], [muon, adam], tmp_path, "both").attach()
+        assert all(map(torch.equal, loop(), blind)) and seen.steps == 4 and all(looks)
+        seen.close()
+    assert seen.traces["grad_norm"].steps.tolist() == [0, 1, 2, 3, 4] and np.isfinite(seen.traces["update_radius"].columns["flip"][1:]).all()
+    assert "normalized" in seen.failures["preconditioned_sharpness"][0]
+    assert seen.run.spec.settings["optimizer"] == "Muon, AdamW" and seen.run.spec.settings["optimizer.lr"] == [.01, .003]
+    with pytest.raises(ValueError, match="0.weight is moved by Muon and by SGD"): gradnb.watch(model, "mse", data, optimizer=[muon, torch.optim.SGD(model.parameters(), .1)])
+    with pytest.raises(ValueError, match="AdamW moves no parameter of this network"): gradnb.watch(model, "mse", data, optimizer=[muon, torch.optim.AdamW(small()[0].parameters())])
+    with pytest.raises(TypeError, match="or a list of several, got str"): gradnb.watch(model, "mse", data, optimizer=[muon, "adam"])
 
 
 def test_noise_is_that_of_our_own_run_with_the_batch_size():
@@ -579,7 +653,7 @@ def test_a_word_for_what_is_wrong():
     opt = torch.optim.SGD(model.parameters(), .05)
     with pytest.raises(ValueError, match="moves no parameter of this network"): gradnb.watch(deepcopy(model), "mse", data, optimizer=opt)
     with pytest.raises(TypeError, match="has none"): gradnb.watch(type("Mine", (), dict(layout=None, grad_and_loss=None))())
-    with pytest.raises(TypeError, match="torch.optim.Optimizer, got str"): gradnb.watch(model, "mse", data, optimizer="sgd")
+    with pytest.raises(TypeError, match="torch.optim.Optimizer, or a list of several, got str"): gradnb.watch(model, "mse", data, optimizer="sgd")
     with pytest.raises(TypeError, match="say which"): gradnb.watch(model, "mse", data).attach()
     lbfgs = torch.optim.LBFGS(model.parameters())
     with pytest.warns(RuntimeWarning, match="LBFGS evaluates the loss several times"): gradnb.watch(model, "mse", data, "update_norms", lbfgs)

@@ -20,6 +20,8 @@ from ...ground.roles import Estimator, Rule, State
 from ...ground.shared import generators, moved, put_back
 from ...measure.probes.view import View
 from ...move.rules.fromtorch import FromTorch, TorchState, extras
+from ...move.faces.worn import worn
+from ...move.rules.gd import GD
 from ...move.rules.groups import Groups, GroupsState
 from ...problem.network import copied
 
@@ -92,10 +94,17 @@ def in_use(
     movers = {n: [i for i, ids in enumerate(own) if id(p) in ids] for n, p in params.items()}
     if twice := next((n for n, some in movers.items() if len(some) > 1), None):
         raise ValueError(f"{twice} is moved by {' and by '.join(type(optimizers[i]).__name__ for i in movers[twice])}; give the watch the optimizers that step by turns on different parameters, or leave one out.")
-    member = {n: some[0] if some else 0 for n, some in movers.items()}
-    rules = [InUse(o, {n: p for n, p in params.items() if member[n] == i}) for i, o in enumerate(optimizers)]
-    if len(rules) == 1: return rules[0], rules[0].state
-    return Groups(tuple((rule.cls.__name__, rule) for rule in rules)), lambda dtype: GroupsState(member, tuple(rule.state(dtype) for rule in rules))
+    parts = []
+    for i, one in enumerate(optimizers):
+        moved = {n: p for n, p in params.items() if movers[n] == [i]}
+        used = InUse(one, moved if len(optimizers) > 1 else params)
+        parts += worn(one, moved) or [(used, [*used.params], used.state)]
+    member = {n: i for i, (_, names, _) in enumerate(parts) for n in names}
+    if still := [n for n in params if n not in member]:
+        member |= dict.fromkeys(still, len(parts))
+        parts.append((GD(0.), still, lambda dtype: ()))
+    if len(parts) == 1: return parts[0][0], parts[0][2]
+    return Groups(tuple((type(rule).__name__, rule) for rule, *_ in parts)), lambda dtype: GroupsState(member, tuple(state(dtype) for *_, state in parts))
 
 # %% ../../../nbs/08_runs/13_foreign/01_glance.ipynb #about
 def trained(module: nn.Module) -> dict[str, tuple]:
