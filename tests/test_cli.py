@@ -136,7 +136,7 @@ def test_names_lists_what_there_is(tmp_path):
 
 @pytest.mark.parametrize("words, said", [
     ("probe sharpness", r"every: int = 10 +steps"), ("rule lamb", r"beta1: float = 0\.9 +decay"), ("model fc-tanh", r"width: int = 200"),
-    ("loss mse", "squared error"), ("dataset digits", "digits"), ("flow gradientflow", r"method: RK4"), ("figure spectrum", r"size = .smoke. +smoke")])
+    ("loss mse", "squared error"), ("dataset digits", "digits"), ("flow gradientflow", r"method: RK4"), ("figure spectrum", r"size = .smoke. +smoke"), ("losses mse", "squared error"), ("probes flatness", "pac_bayes")])
 def test_names_explains_one(words, said, capsys):
     assert main(["names", *words.split()]) == 0
     assert re.search(said, capsys.readouterr().out)

@@ -14,9 +14,10 @@ KINDS = dict(dataset="data.SOURCES", model="models.MODELS", loss="models.losses.
 
 def add_names(commands):
     "gradnb names"
+    singular = {f"{kind}{'es' if kind.endswith('s') else 's'}": kind for kind in KINDS}
     p = commands.add_parser("names", help="list what there is to choose from", description="The words that the other commands understand.",
         epilog="example: gradnb names probe sharpness")
-    p.add_argument("kind", nargs="?", choices=tuple(KINDS), help="only this kind")
+    p.add_argument("kind", nargs="?", choices=tuple(KINDS), type=lambda word: singular.get(word, word), help="only this kind")
     p.add_argument("name", nargs="?", help="what this one is, and its arguments")
     p.set_defaults(go=names)
 

@@ -16,7 +16,7 @@ from ...ground.roles import Batch
 # %% ../../../nbs/07_measure/09_probes/07_flatness.ipynb #probe
 @PROBES.add("flatness")
 def flatness_probe(
-    measure: str,                  # a name in gradnb.measure.flatness.centre.MEASURES: sam, keskar, trace, …
+    measure: str,                  # asam, average, eps_radius, eps_volume, fisher_rao, frobenius, keskar, lambda_max, pac_bayes, relative_flatness, sam, trace, or one of yours in gradnb.measure.flatness.centre.MEASURES
     every: int = 100,              # steps between measurements
     examples: int | None = 2000,   # the first so many of the training set; None: all
     frozen: bool = True,           # in evaluation mode? BatchNorm then normalises by its running statistics
