@@ -8,7 +8,7 @@ __all__ = ['lenet']
 # %% ../../nbs/04_models/15_lenet.ipynb #imports
 from collections import OrderedDict
 from torch import nn
-from .build import MODELS, check_size, features
+from .build import MODELS, ChannelsLast, check_size, features
 
 # %% ../../nbs/04_models/15_lenet.ipynb #lenet
 @MODELS.add("lenet")
@@ -20,7 +20,7 @@ def lenet(
     "LeNet (LeCun et al. 1998) with 20 and 50 channels, ReLU and max-pooling."
     check_size("width", width)
     body = nn.Sequential(OrderedDict(
-        conv1=nn.Conv2d(in_shape[0], 20, 5), act1=nn.ReLU(), pool1=nn.MaxPool2d(2),
+        order=ChannelsLast(), conv1=nn.Conv2d(in_shape[0], 20, 5), act1=nn.ReLU(), pool1=nn.MaxPool2d(2),
         conv2=nn.Conv2d(20, 50, 5), act2=nn.ReLU(), pool2=nn.MaxPool2d(2), flatten=nn.Flatten()))
     head = dict(fc=nn.Linear(features(body, in_shape), width), act3=nn.ReLU(), out=nn.Linear(width, outputs))
     return nn.Sequential(OrderedDict([*body.named_children(), *head.items()]))

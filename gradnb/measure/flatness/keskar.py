@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'PROTOCOLS', 'keskar_box', 'lbfgsb', 'keskar_sharpness']
 # %% ../../../nbs/07_measure/05_flatness/03_keskar.ipynb #imports
 from math import inf, isfinite
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import Bounds, minimize
 from .ball import Ascent, Ball, worst
 from .centre import MEASURES, Centre, Reading, check_count, check_positive
 
@@ -42,15 +42,15 @@ def lbfgsb(
 ) -> Ascent:
     "The highest place seen by SciPy's L-BFGS-B from the centre of a box."
     scale, best = ball.scale.cpu(), [None, -inf, 0.]
+    side = scale.numpy()
     def falling(z):
         u = torch.where(scale > 0, torch.from_numpy(z) / scale, 0.).to(ball.scale)
         grad, loss = centre.grad_at(ball.displacement(u))
         g = ball.pull(grad)                                           # dL/du = s dL/dz
         if isfinite(loss) and loss > best[1]: best[:] = u, loss, ball.promise(g) - (g @ u).item()
         return -loss, -torch.where(scale > 0, g.cpu() / scale, 0.).numpy()
-    bounds = list(zip((-scale).tolist(), scale.tolist()))
     options = dict(maxiter=iterations) | (dict(ftol=0., gtol=0., maxfun=iterations) if strict else {})
-    minimize(falling, torch.zeros_like(scale).numpy(), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    minimize(falling, torch.zeros_like(scale).numpy(), jac=True, method="L-BFGS-B", bounds=Bounds(-side, side), options=options)
     u, loss, gap = best
     return Ascent(u, loss, gap, 0 < loss - centre.loss and gap <= tol * (loss - centre.loss))     # without a rise it has seen nothing
 
