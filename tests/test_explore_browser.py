@@ -279,6 +279,21 @@ class Errors(Explorer):
         return [Panel("first", tuple(lines)), Panel("second", tuple(lines[:3]))]
 
 
+class Gap(Explorer):
+    "A quantity that is not defined at one step."
+    def panels(self, look): return [Panel("edge", (Line(np.arange(3), np.array([1., np.nan, 3.]), key="run"),))]
+
+
+def test_what_is_undefined_is_no_number(alone):
+    page = alone(Gap(step=1))
+    assert reading(page, "edge") == "–" and "NaN" not in page.locator("body").inner_text()
+    for where, name in ((".gradnb-reading", "title"), (".gradnb-host", "aria-label")):
+        assert "undefined: no finite value was measured" in page.locator(f"[data-panel=edge] {where}").get_attribute(name)
+    page.locator(".gradnb-slider").focus()
+    page.keyboard.press("End")
+    assert reading(page, "edge") == "3"
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_values_at_the_pointer_are_read_in_all_panels(page, alone, scheme):
     page.emulate_media(color_scheme=scheme)
@@ -454,6 +469,10 @@ def test_axes_end_where_a_picture_does(page, alone):
     page.add_init_script(TEXTS)
     numbers = {float(t) for t in alone(Pictures()).evaluate("texts") if re.fullmatch(r"[0-9.]+", t)}
     assert {0., 1.} <= numbers and max(numbers) == 1. < limits(page, "beside")[0][1]                # what is beside it is its colour bar
+    beside_bar = page.evaluate("""() => { const c = document.querySelector('[data-panel=beside] canvas'), o = document.querySelector('[data-panel=beside] .u-over'), r = devicePixelRatio,
+        at = o.getBoundingClientRect(), of = c.getBoundingClientRect(), d = c.getContext('2d').getImageData((at.left - of.left + .65 * at.width) * r, (at.top - of.top + 2) * r, 1, (at.height - 4) * r).data;
+        return new Set(Array.from({ length: d.length / 4 }, (_, k) => d.slice(4 * k, 4 * k + 4).join())).size; }""")
+    assert beside_bar == 1                                                                          # and no grid
     _, _, beside = Pictures().figure().axes
     assert max(beside.get_xticks()) == 1. < beside.get_xlim()[1]
 

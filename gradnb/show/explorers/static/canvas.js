@@ -207,9 +207,10 @@ class Plot {                                                       // one panel
       this.made = this.kind();
       const theme = () => board.theme, font = "11px system-ui, sans-serif";
       const within = (u, ticks, i) => { const at = this.shown().find((e) => e.is === "picture")?.extent.slice(2 * i); return at ? ticks.map((v) => (at[0] <= v && v <= at[1] ? v : null)) : ticks; };      // not beside a picture, where its colour bar is
+      const bare = (u, ticks, i) => (this.shown().some((e) => e.is === "picture") ? ticks.map(() => null) : ticks);            // a grid would show beside a picture only
       const axis = (label, log, room, more) => ({
         show: panel.axes, label, labelSize: label ? 16 : 0, labelFont: font, labelGap: 0, font, stroke: () => theme().text, gap: 3,
-        grid: { stroke: () => theme().grid, width: 1, filter: within }, ticks: { stroke: () => theme().grid, width: 1, size: 4, filter: within },
+        grid: { stroke: () => theme().grid, width: 1, filter: bare }, ticks: { stroke: () => theme().grid, width: 1, size: 4, filter: within },
         values: (u, ticks) => ticks.map((v) => (v === null ? null : log ? tickLabel(v) : brief(v))), filter: within,
         ...(log && { incrs: (u, i, low, high) => [Math.max(high - low, 5)], splits: (u, i, low, high) => logTicks(low, high, Math.max(3, Math.floor(room(u) / devicePixelRatio))) }), ...more });
       const scale = (name, log) => ({ time: false, distr: log ? 3 : 1, range: () => this.limits[name] });
@@ -390,10 +391,10 @@ class Plot {                                                       // one panel
       const parts = [], all = [], several = this.board.head.keys.length > 1;
       for (const i of this.shown()) {
         if (i.is !== "line" || i.faint) continue;
-        const k = upTo(i.x, step), value = k < 0 ? "" : (i.thinned ? "≈ " : "") + brief(i.y[k]);
+        const k = upTo(i.x, step), none = k >= 0 && !Number.isFinite(i.y[k]), value = k < 0 ? "" : none ? "–" : (i.thinned ? "≈ " : "") + brief(i.y[k]);
         const aside = i.style === "dashed" || i.style === "edge";
-        if (!value || (aside && Number.isNaN(i.y[k]))) continue;
-        all.push([several ? this.board.nameOf(i.key) : "", i.label, value].filter(Boolean).join(" "));
+        if (!value || (aside && none)) continue;
+        all.push([several ? this.board.nameOf(i.key) : "", i.label, none ? "undefined: no finite value was measured at this step" : value].filter(Boolean).join(" "));
         if (parts.length < 8 && !(several && aside))                        // of several runs only the values have room
           parts.push(tag("span", { textContent: several ? value : [i.label, value].filter(Boolean).join(" "), style: `color:${this.board.ink(i.key)}` }));
       }
