@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.collections import PolyCollection
 import nbformat
 import numpy as np
 import pytest
@@ -362,8 +363,9 @@ def test_specs_cell_must_define_specs(tmp_path, specs):
 
 def faults(fig):
     "What an editor would send back: measured on the figure's objects, by matplotlib's own paths and boxes."
+    fig.set_dpi(250)     # as it is printed
     fig.draw_without_rendering()
-    found, inside = [], fig.bbox.padded(3)
+    found, inside, em = [], fig.bbox.padded(3), fig.dpi / 72 * 7.5
     if fig.get_size_inches()[0] not in (3.4, 7.): found.append(f"width {fig.get_size_inches()[0]}")
     shown = [t for t in fig.findobj(plt.Text) if t.get_visible() and t.get_text().strip()]
     found += [f"{t.get_text()!r} has {t.get_fontsize()} pt" for t in shown if not 7. <= t.get_fontsize() <= 9.]
@@ -381,11 +383,22 @@ def faults(fig):
         span = "colspan" if axis is ax.xaxis else "rowspan"
         beside = [o for o in panels if {*getattr(o.get_subplotspec(), span)} & {*getattr(ax.get_subplotspec(), span)}]
         if not boxes: found.append(f"no tick numbers on the {axis.axis_name} axis of {ax.get_title('left')!r}")
-        if any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]): found.append(f"tick numbers of {ax.get_title('left')!r} on each other")
-        if re.match("[−0-9.]", ticks[0].get_text()) and not any((o.xaxis if axis is ax.xaxis else o.yaxis).label.get_text() for o in beside): found.append(f"no {axis.axis_name} label in {ax.get_title('left')!r}")
+        near = (lambda box: type(box).from_extents(box.x0 - .2 * em, box.y0, box.x1 + .2 * em, box.y1)) if axis is ax.xaxis else (lambda box: box)
+        if any(near(a).overlaps(near(b)) for i, a in enumerate(boxes) for b in boxes[:i]): found.append(f"tick numbers of {ax.get_title('left')!r} run into each other")
+        if ticks and re.match("[−0-9.]", ticks[0].get_text()) and not any((o.xaxis if axis is ax.xaxis else o.yaxis).label.get_text() for o in beside): found.append(f"no {axis.axis_name} label in {ax.get_title('left')!r}")
+    found += [f"{t.get_text()!r} is no title in words" for t, _ in titles if re.search(r"\w=\w|_", t.get_text())]
+    numbers = [(f"a tick number of {ax.get_title('left')!r}", t.get_window_extent()) for ax, axis in axes for t in axis.get_ticklabels() if t.get_visible() and t.get_text() and ax.bbox.padded(em).overlaps(t.get_window_extent())]
+    words = [(t.get_text(), t.get_window_extent()) for ax in panels for t in ax.texts if t.get_visible() and t.get_text()]
+    found += [f"{a!r} on {b!r}" for i, (a, x) in enumerate(words) for b, y in words[:i] if x.padded(-.1 * em).overlaps(y.padded(-.1 * em))]
     for ax in fig.axes:
         if legend := ax.get_legend():
             box = legend.get_window_extent().padded(-1)
+            other = [(t.get_text(), b) for t, b in titles + labels] + numbers + words
+            found += [f"the legend of {ax.get_title('left')!r} lies on {what!r}" for what, at in other if at.overlaps(box)]
+            marks = [c.get_offset_transform().transform(c.get_offsets()) for c in ax.collections if len(c.get_offsets()) > 1]
+            if any(box.contains(*at) for c in marks for at in c): found.append(f"the legend of {ax.get_title('left')!r} lies on marks")
+            bands = [path.transformed(c.get_transform()) for c in ax.collections if isinstance(c, PolyCollection) for path in c.get_paths()]
+            if any(path.intersects_bbox(box) for path in bands): found.append(f"the legend of {ax.get_title('left')!r} lies on a band")
             found += [f"the legend of {ax.get_title('left')!r} lies on {line.get_label()!r}" for line in ax.lines
                       if len(line.get_path()) > 1 and line.get_path().transformed(line.get_transform()).intersects_bbox(box, filled=False)]
     return found

@@ -49,6 +49,8 @@ def plot_line(
     ax.set(xlabel="α", ylabel="loss", yscale="log")
     right.set(ylabel="accuracy (thin)", ylim=(0, 1.02))
     right.grid(False)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low * (low / high) ** .12, high)           # room below for the names
     for x, name in zip((0, 1), ends):
         ax.axvline(x, color="0.6", linewidth=.8, zorder=0)
         ax.annotate(name, (x, 0), xycoords=("data", "axes fraction"), xytext=(3, 3), textcoords="offset points", va="bottom", fontsize="small")

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 from ...ground.estimate import Estimate
 from ...ground.layout import Layout
@@ -47,7 +47,7 @@ def plot_against(
     ax.fill_between(frame[x], frame.low, frame.high, color=lines[0].get_color(), alpha=.18, linewidth=0)
     ax.set(xscale="log", xlabel=x)
     if (frame[x] % 1 == 0).all(): ax.set_xticks(frame[x], [f"{v:g}" for v in frame[x]])
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
     return lines
 
 def plot_rows(
@@ -101,7 +101,7 @@ def plot_columns(
     draw = lambda z, **look: ax.hist(column_indices(z, m).clamp(.4, 4).numpy(), bins, density=True, **look)
     draw(noise, alpha=.5, color=DATA, label="parameters")
     draw(null, histtype="step", color=GREY, label=f"all at {alpha:.2f}")
-    ax.set(title="single parameters", xlabel="index", ylabel="density", yticks=[])
+    ax.set(title="single parameters", xlabel="index", ylabel="density")
     ax.legend()
 
 def plot_quantiles(
@@ -163,7 +163,7 @@ def plot_layers(
     plot_rows(ax, frame, DATA, label="noise")
     plot_rows(ax, frame.assign(value=frame.gaussian, low=frame.gaussian_low, high=frame.gaussian_high), GREY, .2, label="gaussian")
     ax.set(title="layers", xlabel="index")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=.2)
+    ax.legend()
 
 def caption(
     noise: Tensor,                     # (n, p)
@@ -221,7 +221,7 @@ def tail_panels(
             shares = np.geomspace(max(1e-4, 10 / x.numel()), .2, 20).tolist()
             plot_against(axes["extremes"], k_plot(Magnitudes.of(near_one(x), logs=False), shares), "k", label=label, color=color, marker=None)
         axes["extremes"].set(title="Hill's index", xlabel="share of draws in the tail", ylabel="index", ylim=(0, 12))
-        axes["extremes"].legend()
+        axes["extremes"].legend(handlelength=.8, handletextpad=.4)
         for x, label, color, shift in ((z, "noise", DATA, 0.), (gauss, "gaussian", GREY, .2)):
             plot_rows(axes["normal"], normality_rows(gaussianity(x, stream / "gaussianity", 200)), color, shift, label=label)
         axes["normal"].axvline(.05, color="0.2", linewidth=.7, linestyle=(0, (4, 3)))

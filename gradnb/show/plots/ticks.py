@@ -61,4 +61,5 @@ def log_axes(figure: Figure):
     "The same for every logarithmic axis of a figure whose ticks nobody has chosen; one that is linear around zero is worded alike."
     for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
         if axis.get_scale() == "log" and axis.isDefault_majloc: log_axis(axis)
+        if axis.get_scale() == "log" and axis.isDefault_minloc: axis.set_minor_locator(NullLocator())
         if axis.get_scale() == "symlog" and axis.isDefault_majfmt: axis.set_major_formatter(FuncFormatter(lambda v, _: f"{'−' if v < 0 else ''}{tick_label(abs(v))}" if v else "0"))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'COLUMN', 'PAGE', 'LETTERS', 'style', 'palette', 'plot_trace', 'eigenvalue_errors', 'plot_sharpness',
-           'label_end', 'plain_text', 'for_print', 'thin_ticks', 'wrap_text', 'covered', 'clear_legend', 'save_figure']
+           'label_end', 'plain_text', 'for_print', 'thin_ticks', 'wrap_text', 'part_ends', 'covered', 'clear_legend',
+           'save_figure']
 
 # %% ../../../nbs/09_show/01_plots/01_traces.ipynb #imports
 import re
@@ -15,10 +16,12 @@ from textwrap import wrap
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PathCollection, PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter, FixedLocator, LogFormatter, MaxNLocator, ScalarFormatter
+from matplotlib.legend import Legend
+from matplotlib.text import Annotation, Text
+from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator, ScalarFormatter
 from ...ground.traces import Trace
 from .ticks import log_axes
 
@@ -109,16 +112,20 @@ COLUMN, PAGE = 3.4, 7.     # inches: of one column, and of two
 LETTERS = 7., 9.           # points: the smallest and the largest
 
 def for_print(figure: Figure):
-    "One column wide for a single panel, else two; letters beside several panels' titles; numbers at the ticks of every panel, those of steps whole."
-    width, height = figure.get_size_inches()
+    "One column wide for a single panel, else two; letters beside several panels' titles, which are in words; numbers at the ticks of every panel, those of steps whole."
+    (width, height), dpi = figure.get_size_inches(), figure.dpi
+    figure.set_dpi(plt.rcParams["savefig.dpi"])                  # letters are not equally wide at every resolution
     panels = [ax for ax in figure.axes if ax.axison and not hasattr(ax, "_colorbar") and ax.get_subplotspec() is not None]
     wide = COLUMN if len(panels) < 2 and width < PAGE else PAGE
     rows = max((ax.get_subplotspec().get_gridspec().nrows for ax in panels), default=1)
     if width not in (COLUMN, PAGE): figure.set_size_inches(wide, max(height * wide / width * 1.15, 2.2 * rows))
     first = [ax for i, ax in enumerate(panels) if ax.get_subplotspec() not in [a.get_subplotspec() for a in panels[:i]]]     # a second scale is no panel
     for letter, ax in zip(ascii_lowercase, first if len(first) > 1 else ()):
-        if not ax.get_title("left").startswith(f"{letter}  "): ax.set_title(f"{letter}  {ax.get_title('left')}".rstrip(), loc="left")
+        words = re.sub(r"[:,](\w+)=(?=\S)", r", \1 ", ax.get_title("left"))             # fc-tanh:width=50
+        if words[:1] != letter or words[1:2].strip(): words = f"{letter}\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}{words}".rstrip()
+        ax.set_title(words, loc="left")
     for text in figure.findobj(Text): text.set_fontsize(min(max(text.get_fontsize(), LETTERS[0]), LETTERS[1]))
+    for legend in figure.findobj(Legend): legend.set_alignment("left")
     for ax in panels:
         if re.search(r"\bsteps?\b", ax.get_xlabel()) and ax.get_xscale() == "linear" and ax.xaxis.isDefault_majloc: ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         for side, shared in (("labelbottom", ax.get_shared_x_axes()), ("labelleft", ax.get_shared_y_axes())):
@@ -130,32 +137,54 @@ def for_print(figure: Figure):
     log_axes(figure)
     figure.draw_without_rendering()
     for ax in panels: thin_ticks(ax.xaxis)
-    for ax in panels:
-        if ax.get_legend(): clear_legend(ax)
+    for ax in panels: part_ends(ax)
+    for _ in range(2):                                           # room for one legend moves the others
+        figure.draw_without_rendering()
+        for ax in panels:
+            if ax.get_legend(): clear_legend(ax)
+    figure.set_dpi(dpi)
 
 def thin_ticks(axis):
-    "Leave out every second tick of a horizontal axis until its numbers stand apart, unless somebody has chosen their words."
-    while axis.get_visible() and not isinstance(axis.get_major_formatter(), FixedFormatter):
+    "Leave out every second tick of a horizontal axis until its numbers stand apart; words stay."
+    while axis.get_visible():
         low, high = sorted(axis.get_view_interval())
         ticks = [t for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
-        boxes = [t.label1.get_window_extent() for t in ticks]
-        if len(ticks) < 3 or all(a.x1 + 4 <= b.x0 or b.x1 + 4 <= a.x0 for a, b in zip(boxes, boxes[1:])): return
+        boxes, apart = [t.label1.get_window_extent() for t in ticks], .8 * axis.figure.dpi / 72 * ticks[0].label1.get_fontsize() if ticks else 0
+        if len(ticks) < 3 or re.search("[A-Za-z]{2}", "".join(t.label1.get_text() for t in ticks)): return
+        if all(a.x1 + apart <= b.x0 or b.x1 + apart <= a.x0 for a, b in zip(boxes, boxes[1:])): return
         axis.set_major_locator(FixedLocator([t.get_loc() for t in ticks[::2]]))
         axis.figure.draw_without_rendering()
 
 def wrap_text(text: Text, room: float):     # pixels
-    "Break a text into lines that have room."
+    "Break a text into lines that have room, behind a comma or a stroke if that is enough."
     extent = text.get_window_extent()
     need, words = (extent.height if text.get_rotation() == 90 else extent.width), text.get_text()
     if not words or need <= room: return
     width = max(int(len(words) * room / need), 8)
-    text.set_text("\n".join(wrap(words.replace("\n", " "), width, break_on_hyphens=any(len(w) > width for w in words.split()))))
+    flat = words.replace("\n", " ")
+    halves = min(((flat[:m.start() + 1], flat[m.end():]) for m in re.finditer("[,/] ", flat)), key=lambda h: max(map(len, h)), default=(flat,))
+    if max(map(len, halves)) > width: halves = wrap(flat, width, break_long_words=False, break_on_hyphens=any(len(w) > width for w in words.split()))
+    text.set_text("\n".join(halves))
+
+def part_ends(ax: Axes):
+    "Move words beside the ends of lines apart where one stands on another."
+    ends = [t for t in ax.texts if isinstance(t, Annotation) and t.xycoords == ("axes fraction", "data")]
+    ends.sort(key=lambda t: t.get_window_extent().y0)
+    for low, high in [*zip(ends, ends[1:])] * len(ends):
+        over = (low.get_window_extent().y1 - high.get_window_extent().y0) * 72 / ax.figure.dpi
+        for text, by in ((low, -over / 2), (high, over / 2)) if over > 0 else (): text.xyann = text.xyann[0], text.xyann[1] + by
 
 def covered(
     ax: Axes,
     box,         # of pixels
 ) -> bool:
-    "Does a line of the axes go through a box?"
+    "Does a line, a band, a bar, a mark or a word of the axes reach into a box?"
+    goes, filled = lambda artist, path, fill: path.transformed(artist.get_transform()).intersects_bbox(box, fill), (PolyCollection, LineCollection)
+    bars = [p for p in ax.patches if all(p.get_transform().contains_branch_seperately(ax.transData))]
+    if any(goes(p, p.get_path(), True) for p in bars) or any(t.get_window_extent().overlaps(box) for t in ax.texts if t.get_text()): return True
+    if any(goes(c, path, isinstance(c, PolyCollection)) for c in ax.collections if isinstance(c, filled) for path in c.get_paths()): return True
+    marks = [c.get_offset_transform().transform(c.get_offsets()) for c in ax.collections if isinstance(c, PathCollection)]
+    if any(((at > box.min) & (at < box.max)).all(1).any() for at in marks): return True
     for line in ax.lines:
         at = line.get_transform().transform(np.asarray(line.get_xydata(), dtype=float))
         at = at[np.isfinite(at).all(1)]
@@ -165,14 +194,15 @@ def covered(
     return False
 
 def clear_legend(ax: Axes):
-    "Put a legend where it covers no line; where there is no such place, make room above."
+    "Put a legend where it covers nothing; where there is no such place, make room above."
     legend = ax.get_legend()
     for loc in (None, *range(1, 11)):
         if loc: legend.set_loc(loc)
-        if not covered(ax, legend.get_window_extent()): return
+        if not covered(ax, legend.get_window_extent().padded(ax.figure.dpi / 72)): return
     share, (low, high) = legend.get_window_extent().height / ax.get_window_extent().height + .05, ax.get_ylim()
     if share < .6: ax.set_ylim(top=low * (high / low) ** (1 / (1 - share)) if ax.get_yscale() == "log" else low + (high - low) / (1 - share))
     legend.set_loc("upper right")
+    if covered(ax, legend.get_window_extent()): ax.set_ylim(low, high), legend.set_loc("best")       # what is there goes on beyond the top
 
 def save_figure(
     fig: Figure,
