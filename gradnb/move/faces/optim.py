@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields
+from operator import itemgetter
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
@@ -174,31 +175,33 @@ class Face(torch.optim.Optimizer):
                 for _, p, was in kept: p.copy_(was)
 
     def _calls(self, i):
-        group, state = self.param_groups[i], self.state
-        rule, sign = self._rule(group), torch._foreach_neg if group["maximize"] else list
-        like = state_like(rule)
-        foreach = True if group["foreach"] is None and not (getattr(rule, "scratch", True) and getattr(rule, "apart", True)) else group["foreach"]
-        names = group.get("param_names") or range(len(group["params"]))
-        found = [(j, p, g, state[p] if like else {}) for j, p in zip(names, group["params"]) if (g := p.grad) is not None]
-        if sparse := [j for j, _, g, _ in found if g.is_sparse]: raise TypeError(f"{type(self).__name__} takes dense gradients, but that of {sparse[0]!r} is sparse.")
-        for j, p, _, held in found if like else ():
-            if not held: keep([held], [j], rule.init({j: real(p)}, {j: role(group, p)}))
-        for device, members in self._alike(found, like):
-            for piece in pieces(members, foreach):
-                names, params, grads, held = zip(*piece)
-                field = lambda k, v: {n: h[k] for n, h in zip(names, held)} if isinstance(v, dict) else held[0][k]
+        group, rule = self.param_groups[i], self._rule(self.param_groups[i])
+        like, sign = state_like(rule), torch._foreach_neg if group["maximize"] else list
+        params, grads = group["params"], [p.grad for p in group["params"]]
+        names = [j for j, g in zip(group.get("param_names") or range(len(params)), grads) if g is not None]
+        if len(names) < len(params): params, grads = ([t for t, g in zip(of, grads) if g is not None] for of in (params, grads))
+        if sparse := [j for j, g in zip(names, grads) if g.is_sparse]: raise TypeError(f"{type(self).__name__} takes dense gradients, but that of {sparse[0]!r} is sparse.")
+        held = [self.state[p] for p in params] if like else params
+        for j, p, h in zip(names, params, held) if like else ():
+            if not h: keep([h], [j], rule.init({j: real(p)}, {j: role(group, p)}))
+        for device, *fields in self._alike(names, params, grads, held, like):
+            for piece in pieces(rule, fields[1], group["foreach"]):
+                some, w, g, mine = (of[piece] for of in fields)
+                field = lambda k, v: {j: h[k] for j, h in zip(some, mine)} if isinstance(v, dict) else mine[0][k]
                 state = type(like)(*[field(k, v) for k, v in zip(like._fields, like)]) if like else like
-                yield Call(rule, state, dict(zip(names, params)), dict(zip(names, sign(grads))), held, device)
+                yield Call(rule, state, dict(zip(some, w)), dict(zip(some, sign(g))), mine, device)
 
-    def _alike(self, found, like):
+    def _alike(self, names, params, grads, held, like):
         "What can be worked on together: of one device and dtype, and with the same numbers in their states."
-        counts = [k for k, v in zip(getattr(like, "_fields", ()), like) if isinstance(v, (int, float))]
-        kinds = self._group_tensors_by_device_and_dtype([[m[1] for m in found]], with_indices=True) if found else {}
-        for (device, dtype), (_, order) in kinds.items():
-            members, together = found if len(kinds) == 1 else [found[k] for k in order], {}
-            if dtype.is_complex: members = [(j, real(p), real(g), held) for j, p, g, held in members]
-            for member in members if counts else (): together.setdefault(tuple([member[3][k] for k in counts]), []).append(member)
-            for some in together.values() if counts else [members]: yield device, some
+        counts = [k for k, v in zip(like._fields, like) if isinstance(v, (int, float))] if like else []
+        numbers = [*map(itemgetter(*counts), held)] if counts else []
+        for (device, dtype), (_, order) in self._group_tensors_by_device_and_dtype([params], with_indices=True).items() if params else ():
+            together = {}
+            for k in order if counts else (): together.setdefault(numbers[k], []).append(k)
+            for some in together.values() if counts else [order]:
+                fields = (names, params, grads, held) if len(some) == len(params) else [[of[k] for k in some] for of in (names, params, grads, held)]
+                if dtype.is_complex: fields = fields[0], [*map(real, fields[1])], [*map(real, fields[2])], fields[3]
+                yield device, *fields
 
 # %% ../../../nbs/06_move/05_faces/02_optim.ipynb #call
 class Call(NamedTuple):

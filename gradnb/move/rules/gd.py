@@ -7,6 +7,7 @@ __all__ = ['GD']
 
 # %% ../../../nbs/06_move/02_rules/02_gd.ipynb #imports
 from dataclasses import dataclass
+from math import inf
 import torch
 from ...ground.roles import check_range, kind
 from .inplace import InPlace, columns
@@ -18,7 +19,7 @@ class GD(InPlace):
     "Gradient descent: θ ← θ − η g."
     lr: float   # η, in units of θ per gradient
 
-    scratch = False
+    entries = inf     # one pass
 
     def __post_init__(self): check_range(self, "lr", 0)
 

@@ -6,7 +6,8 @@
 __all__ = ['ANEW', 'OVER', 'InPlace', 'columns', 'pieces', 'over', 'check_choice']
 
 # %% ../../../nbs/06_move/02_rules/01_inplace.ipynb #imports
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 import torch
@@ -20,7 +21,7 @@ ANEW, OVER = (SimpleNamespace(mul=getattr(torch, f"_foreach_mul{end}"), add=geta
 class InPlace(Rule):
     "A rule that is written as a move of its blocks in place."
     takes_complex = True    # is the rule of a complex block that of its real and imaginary parts?
-    scratch = True          # does an update need further tensors of the blocks' sizes for a while?
+    entries = 2 ** 18       # how many go into one call on a CPU, so that what several passes and their temporaries touch stays in its caches
     apart: bool             # is an update of some blocks, with the tally of all, to the bit that of each? Said beside `update`; unsaid: all move at once, and a run is never written over
 
     def __init_subclass__(cls, **more):
@@ -53,10 +54,11 @@ class InPlace(Rule):
     def _moved(self, state, blocks, grads, ops):
         (state, total), after = self.gather(state, blocks, grads, ops), []
         if not self.over: return self.update(state, blocks, grads, total, ops)
-        for piece in pieces(list(blocks.items()), None if self.apart else True):
-            some = lambda of: {n: of[n] for n, _ in piece}
+        names = list(blocks)
+        for piece in pieces(self, list(blocks.values())):
+            some = lambda of: {n: of[n] for n in names[piece]}
             part = type(state)(*(some(v) if isinstance(v, dict) else v for v in state)) if state else state
-            after.append(self.update(part, dict(piece), some(grads), total, ops))
+            after.append(self.update(part, some(blocks), some(grads), total, ops))
         return type(state)(*({n: t for d in of for n, t in d.items()} if isinstance(of[0], dict) else of[0] for of in zip(*after))) if state else state
 
     def step(self, state, blocks, grads):
@@ -69,23 +71,22 @@ def columns(
     *fields: dict[str, Tensor],    # tensors by name
 ) -> list[list[Tensor]]:           # a list for each field, as torch._foreach_… takes them
     "Tensors by name as lists of one order."
-    return [[field[n] for n in names] for field in fields]
+    return [list(field.values()) if field is names else [*map(field.__getitem__, names)] for field in fields]
 
 def pieces(
-    members: list,            # (name, tensor, …) of one device and dtype
-    foreach: bool | None,     # all at once, one by one, or None
-    entries: int = 2 ** 18,   # of all tensors together, at most, unless one alone has more
-):                            # members in their order, some at a time
-    "What goes into one call."
-    if foreach or foreach is None and members[0][1].device.type != "cpu": yield members; return
-    piece, size = [], 0
-    for member in members:
-        if piece and (foreach is False or size + member[1].numel() > entries):
-            yield piece
-            piece, size = [], 0
-        piece.append(member)
-        size += member[1].numel()
-    yield piece
+    rule: Rule,
+    tensors: list[Tensor],         # of one device and dtype
+    foreach: bool | None = None,   # all at once, one by one, or None: as many as are quick
+) -> Iterator[slice]:              # of the tensors, in their order
+    "What goes into one call: on a CPU so much that what several passes read stays in its caches."
+    together = foreach or foreach is None and (not getattr(rule, "apart", True) or tensors[0].device.type != "cpu")
+    most, start, size = inf if together else 0 if foreach is False else getattr(rule, "entries", 2 ** 18), 0, 0
+    for i, n in enumerate(sizes) if most < inf and sum(sizes := [*map(Tensor.numel, tensors)]) > most else ():
+        if start < i and size + n > most:
+            yield slice(start, i)
+            start, size = i, 0
+        size += n
+    yield slice(start, None)
 
 def over(
     rule: Rule,

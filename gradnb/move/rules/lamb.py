@@ -105,8 +105,9 @@ class LAMB(InPlace):
         torch._foreach_add_(u, self.eps * root)
         for a in u:                                        # where v is zero in half precision; a root that is not is four times as large
             if a.dtype == torch.float16: a.clamp_(min=torch.finfo(a.dtype).tiny)
-        torch._foreach_reciprocal_(u)
-        torch._foreach_mul_(u, m)
+        if u[0].is_cpu:
+            for a, b in zip(u, m): torch.div(b, a, out=a)  # no foreach does that in one pass
+        else: torch._foreach_mul_(torch._foreach_reciprocal_(u), m)
         if wd and any(decays):
             if self.decay == "outside": torch._foreach_mul_(some(w), 1 - self.lr * wd)
             if self.decay == "inside": torch._foreach_add_(some(u), some(w), alpha=wd / scale)

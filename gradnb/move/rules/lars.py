@@ -37,7 +37,7 @@ class LARS(InPlace):
     clip: bool = False            # LARC: a layer's learning rate ηr is at most η
 
     @property
-    def scratch(self) -> bool: return self.weight_decay > 0
+    def entries(self) -> int: return 2 ** 18 if self.weight_decay else 2 ** 20     # without temporaries
 
     @property
     def takes_complex(self) -> bool: return self.adapt != "matrices"     # as pairs of reals vectors look like matrices

@@ -27,7 +27,7 @@ class Momentum(InPlace):
     nesterov: bool = False    # step along g + βv instead of v
 
     @property
-    def scratch(self) -> bool: return self.nesterov
+    def entries(self) -> int: return 2 ** 18 if self.nesterov else 2 ** 20     # without temporaries
 
     def __post_init__(self):
         check_range(self, "lr", 0)

@@ -56,34 +56,34 @@ class Prodigy(InPlace):
         return state.d * (self.lr * ((1 - self.beta2 ** k) ** .5 / (1 - self.beta1 ** k) if self.bias_correction else 1.))
 
     def gather(self, state, blocks, grads, ops):
-        "The next r and s, and the tally r, ‖s‖₁."
+        "The next r, s and moments, and the tally r, ‖s‖₁."
         weight = state.d / self.d0
         to_r = to_s = weight * self.rate(state)
         if self.safeguard: to_s = weight * state.d
-        w, g, s, start = columns(blocks, blocks, grads, state.s, state.start)
-        way = torch._foreach_sub(start, w)
-        r = self.beta2 ** .5 * torch.stack([state.r[n] for n in blocks]) + to_r * torch.stack([*map(dot, way, g)]).double()
+        w, g, s, start, m, v = columns(blocks, blocks, grads, state.s, state.start, state.exp_avg, state.exp_avg_sq)
+        room = torch._foreach_sub(start, w)                        # once, and all that follows in it: fresh memory costs more than a pass
+        r = self.beta2 ** .5 * torch.stack([state.r[n] for n in blocks]) + to_r * torch.stack([*map(dot, room, g)]).double()
         s = ops.mul(s, self.beta2 ** .5)
         torch._foreach_addcmul_(s, g, [to_s] * len(s))
-        size = torch.stack([summed(a.copy_(t).abs_()) for a, t in zip(way, s)])
-        return state._replace(r=dict(zip(blocks, r.unbind())), s=dict(zip(blocks, s))), (r.sum(), size.double().sum())
+        size = torch.stack([summed(torch.abs(t, out=a)) for a, t in zip(room, s)])
+        for a, t in zip(room, g): torch.mul(t, state.d, out=a)
+        m, v = ops.lerp(m, room, 1 - self.beta1), ops.mul(v, self.beta2)
+        torch._foreach_addcmul_(v, room, room, 1 - self.beta2)
+        new = (dict(zip(blocks, t)) for t in (r.unbind(), s, m, v))
+        return state._replace(**dict(zip(("r", "s", "exp_avg", "exp_avg_sq"), new))), (r.sum(), size.double().sum())
 
     apart = True
 
     def update(self, state, blocks, grads, total, ops):
         rate = self.rate(state)
         d = torch.where(total[1] > 0, torch.maximum(state.d, self.coef * total[0] / total[1]), state.d)
-        w, g, m, v = columns(blocks, blocks, grads, state.exp_avg, state.exp_avg_sq)
-        g = torch._foreach_mul(g, state.d)
-        m, v = ops.lerp(m, g, 1 - self.beta1), ops.mul(v, self.beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - self.beta2)
+        w, m, v = columns(blocks, blocks, state.exp_avg, state.exp_avg_sq)
         if self.weight_decay: torch._foreach_mul_(w, 1 - rate * self.weight_decay)
-        root = [a.copy_(b) for a, b in zip(g, v)]                  # where there is room already: fresh memory costs more than a copy
-        torch._foreach_sqrt_(root)
+        root = torch._foreach_sqrt(v)
         torch._foreach_add_(root, [d * self.eps] * len(root))      # one tensor for all would be read as a number
         torch._foreach_div_(root, -rate)
         torch._foreach_addcdiv_(w, m, root)
-        return ProdigyState(state.step + 1, d, state.r, state.s, state.start, dict(zip(blocks, m)), dict(zip(blocks, v)))
+        return state._replace(step=state.step + 1, d=d)
 
 def summed(t: Tensor) -> Tensor:    # ()
     "Σ of a block, in its own precision and float32 at least."

@@ -67,7 +67,7 @@ class ScheduleFreeSGD(ScheduleFree):
     power: float = 2.           # s, power of the largest learning rate in it
 
     @property
-    def scratch(self) -> bool: return self.weight_decay > 0
+    def entries(self) -> int: return 2 ** 18 if self.weight_decay else 2 ** 20     # without temporaries
 
     def __post_init__(self): self.check(("beta", 1e-30, 1))
 
