@@ -39,6 +39,7 @@ class Prodigy(InPlace):
     coef: float = 1.                # c, multiplies later ones
     bias_correction: bool = False   # Adam's, of both moments
     safeguard: bool = False         # leave η out of s, for schedules that begin with a warm-up
+    entries = 2 ** 20               # measured; it asks for room once and keeps it
 
     def __post_init__(self):
         for name, low, high in (("lr", 0, inf), ("beta1", 0, 1), ("beta2", 0, 1), ("eps", 0, inf), ("weight_decay", 0, inf), ("d0", 1e-300, inf), ("coef", 0, inf)):
