@@ -413,6 +413,16 @@ def test_a_face_of_ours_in_somebodys_loop_has_the_metric_of_its_rule(name):
     for column in ("value", "threshold"): np.testing.assert_allclose(theirs.columns[column], ours["preconditioned_sharpness"].columns[column], rtol=1e-6)
 
 
+def test_the_average_of_a_schedule_free_face_is_looked_at():
+    model, data = small()
+    opt, words = gradnb.optim.ScheduleFreeSGD([*model.parameters()], lr=.2), ["averaged:probe=[train:every=2]", "averaged:probe=[sharpness:every=2,tol=1e-8]"]
+    problem, seen = Problem(model, "mse", data), gradnb.watch(model, "mse", data, words, opt)
+    plain(model, data, opt, seen, 4)
+    with opt.averaged(): there = problem.layout.join(p.detach().clone() for p in model.parameters())
+    assert seen.traces["averaged_train"].frame().iloc[-1]["loss"] == pytest.approx(problem.loss(there).item(), rel=1e-12)
+    assert seen.traces["averaged_sharpness"].values[-1] == pytest.approx(torch.linalg.eigvalsh(problem.hvp(there, torch.eye(50, dtype=DOUBLE)))[-1].item(), rel=1e-6)
+
+
 def test_of_several_optimizers_the_last_ones_steps_are_counted_and_each_has_parameters_of_its_own(tmp_path):
     model, data = small()
     muon, adam = torch.optim.Muon([model[0].weight, model[2].weight], lr=.01), torch.optim.AdamW([model[0].bias, model[2].bias], .003)

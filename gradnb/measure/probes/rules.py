@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from .view import PROBES, Probe, View
 from ...ground.roles import State, average
-from ...ground.streams import Stream
 
 # %% ../../../nbs/07_measure/09_probes/04_rules.ipynb #blocks
 def ahead(view: View) -> State:
@@ -118,11 +117,8 @@ def agd_probe(
 # %% ../../../nbs/07_measure/09_probes/04_rules.ipynb #averaged
 def at_average(view: View) -> View:
     "The same run at the average that its rule answers with. Raises TypeError where it keeps none."
-    def there():
-        at = view.state._replace(theta=average(view.problem, view.stepper, view.state))
-        return view.stepper.prepare(view.problem, at, Stream() / "averaged" / view.step)
-    state, shared = view.once("averaged", lambda: (there(), {}))
-    at = View(view.problem, view.stepper, state, view.stream, view.memory, shared)
+    state, shared = view.once("averaged", lambda: (view.state_at(average(view.problem, view.stepper, view.state)), {}))
+    at = type(view)(view.problem, view.stepper, state, view.stream, view.memory, shared)
     at.averaged = True
     return at
 

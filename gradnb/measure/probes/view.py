@@ -108,6 +108,10 @@ class View:
     @property
     def full_loss(self) -> Tensor: return self.point.loss    # ()
 
+    def state_at(self, theta: Tensor) -> State:
+        "The prepared state at another place, the average that the rule answers with."
+        return self.stepper.prepare(self.problem, self.state._replace(theta=theta), Stream() / "averaged" / self.step)
+
     def draws(self, n: int, of: str = "grads") -> Draws:     # (p,) each
         "n independent gradients from the run's own estimator at θ_k, or `updates` θ_{k+1} − θ_k, one at a time: for as many as one likes."
         stream = self.stream / of

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
+from functools import cache
 from types import MethodType, SimpleNamespace
 import torch
 from torch import Tensor, nn
@@ -185,6 +186,10 @@ class Glance(View):
 
     @property
     def latest(self) -> tuple[float | None, float | None]: return self.state.latest()
+
+    def state_at(self, theta: Tensor) -> State:
+        s = self.state
+        return Seen(s.step, theta, s.buffers, cache(lambda: self.problem.at(theta).grad), lambda: s.rule, s.latest)
 
     @property
     def loss(self) -> Tensor:
