@@ -53,7 +53,8 @@ def problem():
 def test_every_rule_has_a_face():
     rules = {cls for cls in RULES.values() if isinstance(cls, type) and issubclass(cls, Rule) and cls.__module__.startswith("gradnb.")}
     assert rules and rules <= {cls.rule for cls in (*FACES.values(), optim.KFAC, optim.Sophia)}
-    makers = {f"{cls.__name__}.{k}" for cls in rules - {optim.Sophia.rule} for k, v in vars(cls).items() if isinstance(v, classmethod)}
+    makers = {f"{cls.__name__}.{k}" for cls in rules - {optim.Sophia.rule} for k, v in vars(cls).items() if isinstance(v, classmethod) and k[0] != "_"}
+    assert isinstance(optim.GD([torch.ones(1)], .1), torch.optim.Optimizer) and issubclass(optim.GD, torch.optim.Optimizer) and not issubclass(optim.GD, optim.Adam)
     assert makers <= {name for name, _ in CASES} and {f.rule.__name__ for f in FACES.values()} <= {name for name, _ in CASES}
 
 

@@ -244,7 +244,7 @@ def face(
             return cls(params, **to_torch(values(make(*args, **from_torch(hyper)))), maximize=maximize, foreach=foreach)
         build.__name__, build.__doc__ = make.__name__, make.__doc__
         return classmethod(build)
-    makers = {name: named(getattr(rule, name)) for name, v in vars(rule).items() if isinstance(v, classmethod)}
+    makers = {name: named(getattr(rule, name)) for name, v in vars(rule).items() if isinstance(v, classmethod) and name[0] != "_"}
     takes, words = tuple(inspect.signature(rule).parameters), tuple(to_torch({f.name: None for f in fields(rule)}))
     about = dict(rule=rule, takes=takes, words=words, __doc__=rule.__doc__, __module__=module or rule.__module__, __qualname__=rule.__name__)
     return type(rule.__name__, (Face,), makers | about)
