@@ -198,7 +198,7 @@ def clear_legend(ax: Axes):
     legend = ax.get_legend()
     for loc in (None, *range(1, 11)):
         if loc: legend.set_loc(loc)
-        if not covered(ax, legend.get_window_extent().padded(ax.figure.dpi / 72)): return
+        if not covered(ax, legend.get_window_extent().padded(2.5 * ax.figure.dpi / 72)): return            # half a mark
     share, (low, high) = legend.get_window_extent().height / ax.get_window_extent().height + .05, ax.get_ylim()
     if share < .6: ax.set_ylim(top=low * (high / low) ** (1 / (1 - share)) if ax.get_yscale() == "log" else low + (high - low) / (1 - share))
     legend.set_loc("upper right")
