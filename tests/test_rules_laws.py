@@ -20,7 +20,7 @@ from gradnb.measure.probes.view import every, probe
 from gradnb.runs.laws import check_rule, check_stepper, same, stored
 from gradnb.models import build_model
 from gradnb.problem import Problem
-from gradnb.ground.roles import RULES
+from gradnb.ground.roles import RULES, Passing
 from gradnb.ground.trees import flatten, unflatten
 from gradnb.move.rules.adam import Adam
 from gradnb.move.rules.ademamix import AdEMAMix
@@ -145,11 +145,12 @@ def few(monkeypatch): by_one(monkeypatch)
 
 @pytest.mark.parametrize("rule", ALL, ids=repr)
 def test_a_run_that_is_written_over_is_the_trajectory(problem, rule, monkeypatch):
-    "Against states that nothing writes over and whose blocks move all at once; the one that a run goes on from stays."
+    "Against states that nothing writes over and whose blocks move all at once, and so is a step for θ alone; the state that a run goes on from stays."
     descent = Descent(rule, MiniBatch(16))
     states = list(islice(trajectory(problem, descent), 6))
     by_one(monkeypatch)
     assert same(descent.step(problem, states[4]), states[5]._replace(grad=None, loss=None, settled=()))
+    assert torch.equal(descent.step(problem, Passing(*states[4])).theta, states[5].theta)
     assert same(train(problem, descent, 5, progress=False)[0], states[5])
     middle = states[2]._replace(rule=deepcopy(states[2].rule))
     assert same(train(problem, descent, 5, state=states[2], progress=False)[0], states[5]) and same(states[2].rule, middle.rule)

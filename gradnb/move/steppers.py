@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, optim
 from torch.utils._pytree import tree_map_only
 from .estimators.minibatch import FullBatch
-from ..ground.roles import Estimator, Rule, State, check_given, draw
+from ..ground.roles import Estimator, Passing, Rule, State, check_given, draw
 from ..ground.streams import Stream
 
 # %% ../../nbs/06_move/03_steppers.ipynb #spare
@@ -74,6 +74,9 @@ class Descent:
         if isinstance(state, Spare):
             theta = state.theta
             rule = self.rule.over(state.rule, layout.named(theta), grads)
+        elif isinstance(state, Passing) and (leap := getattr(self.rule, "leap", None)):
+            theta = state.theta.clone()
+            rule = leap(state.rule, layout.named(theta), grads)
         elif move := getattr(self.rule, "move", None):     # all blocks are one copy
             theta = state.theta.clone()
             rule = move(state.rule, layout.named(theta), grads)

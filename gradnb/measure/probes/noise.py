@@ -125,7 +125,7 @@ def update_variance_probe(
 ) -> Probe:
     """Tr Cov of θ_{k+1} − θ_k given the state at k, without K-FAC's KL clip; columns value, stderr, low, high, normalized and norm_sq.
 
-    Costs two steps a draw, one where all fit in 8 MB, and holds 2 copies of θ beside what a step takes: 6 with Adam.
+    Costs two steps a draw, one where all fit in 8 MB, and holds 2 copies of θ beside a gradient and the next θ.
     """
     def measure(view):
         rule, stepper = getattr(view.stepper, "rule", None), view.stepper

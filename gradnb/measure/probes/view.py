@@ -19,7 +19,7 @@ from ...problem.graphs import check_free
 from ...ground.parts import length
 from ...ground.registry import Registry
 from ...ground.draws import KEPT, Draws
-from ...ground.roles import Batch, State, check_number, check_range, keeps_average
+from ...ground.roles import Batch, Passing, State, check_number, check_range, keeps_average
 from ...ground.shared import put_back, torch_stands
 from ...ground.streams import Stream
 from ...ground.traces import as_row
@@ -117,7 +117,7 @@ class View:
         stream = self.stream / of
         if of == "grads": return Draws.of(self.problem, self.stepper.estimator, self.theta, n, stream, self.state.estimator)
         if of != "updates": raise ValueError(f"draws are of 'grads' or 'updates', got {of!r}.")
-        return Draws(lambda i: self.stepper.step(self.problem, self.stepper.prepare(self.problem, self.state, stream / i)).theta - self.theta, n)
+        return Draws(lambda i: self.stepper.step(self.problem, Passing(*self.stepper.prepare(self.problem, self.state, stream / i))).theta - self.theta, n)
 
     def grads(self, n: int) -> Tensor:                       # (n, p)
         "The draws of gradients in one matrix, n copies of θ. Raises MemoryError before they are made where they do not fit."

@@ -28,8 +28,8 @@ class InPlace(Rule):
         super().__init_subclass__(**more)
         own = vars(cls)
         if "step" in own: cls.move = None            # who writes a step of their own is asked for that
-        if "step" in own or "move" in own or "update" in own and "apart" not in own: cls.over = None
-        elif "update" in own: cls.over = InPlace.over
+        if "step" in own or "move" in own or "update" in own and "apart" not in own: cls.over = cls.leap = None
+        elif "update" in own: cls.over, cls.leap = InPlace.over, InPlace.leap
 
     def tally(self, state, blocks: dict[str, Tensor], grads: dict[str, Tensor]) -> tuple:
         "What must be known of all blocks before any of them moves, each entry a sum over blocks."
@@ -51,15 +51,20 @@ class InPlace(Rule):
         "The next state, to the bit that of `move`; the blocks and the old state are written over."
         return self._moved(state, blocks, grads, OVER)
 
-    def _moved(self, state, blocks, grads, ops):
+    def leap(self, state, blocks, grads):
+        "The blocks are moved, to the bit as by `move`, and nobody asks for the next state, which is dropped piece by piece."
+        self._moved(state, blocks, grads, ANEW, False)
+
+    def _moved(self, state, blocks, grads, ops, keep=True):
         (state, total), after = self.gather(state, blocks, grads, ops), []
         if not self.over: return self.update(state, blocks, grads, total, ops)
         names = list(blocks)
         for piece in pieces(self, list(blocks.values())):
             some = lambda of: {n: of[n] for n in names[piece]}
             part = type(state)(*(some(v) if isinstance(v, dict) else v for v in state)) if state else state
-            after.append(self.update(part, some(blocks), some(grads), total, ops))
-        return type(state)(*({n: t for d in of for n, t in d.items()} if isinstance(of[0], dict) else of[0] for of in zip(*after))) if state else state
+            new = self.update(part, some(blocks), some(grads), total, ops)
+            if keep: after.append(new)
+        return type(state)(*({n: t for d in of for n, t in d.items()} if isinstance(of[0], dict) else of[0] for of in zip(*after))) if state and keep else state
 
     def step(self, state, blocks, grads):
         "The next blocks and the next state; what came in stays as it is."
