@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'WEIGHTS', 'matrix', 'ball', 'dual_norm', 'check', 'weight', 'sided', 'Generalized', 'generalized_sharpness',
-           'dot', 'ascend']
+           'inside', 'dot', 'ascend']
 
 # %% ../../../nbs/07_measure/04_thresholds/04_norms.ipynb #imports
 from math import inf
@@ -14,6 +14,7 @@ from torch import Tensor
 from ...ground.registry import unknown
 from ...ground.roles import check_number
 from ...ground.streams import Stream
+from ..curvature import sharpness
 from .metrics import Metric, preconditioned_sharpness
 from ...linalg import Sketch
 from ...problem import Point
@@ -102,7 +103,7 @@ def generalized_sharpness(
     point: Point,                           # where: problem.at(theta)
     norm: str = "linf",                     # or "spectral", "l2": of each block, the largest of them all
     units: dict[str, float] | None = None,  # length of a step by block; None: 1
-    starts: int = 2,                        # of the ascent at random, beside ∇L and the top eigenvector; the best after four steps goes on
+    starts: int = 2,                        # of the ascent at random, beside ∇L and top eigenvectors
     tol: float = 1e-3,                      # relative gain at which an ascent rests; and error of the eigenvalue, where the bounds are so close
     max_steps: int = 30,                    # of an ascent; each takes a product a start
     warm: Tensor | Generalized | None = None,   # an earlier answer, or its direction (p,); then it takes their place
@@ -110,7 +111,7 @@ def generalized_sharpness(
 ) -> Generalized:
     """max dᵀHd over the unit ball of a norm (Islamov et al. 2026), from both sides: S is between `low` and `high`.
 
-    A first look costs some four times the products of a sharpness, one from an earlier answer twice to three times those of its sketch. Raises ValueError on an unknown norm, TypeError on what is no point.
+    A first look costs two to four times the products of a sharpness, one from an earlier answer twice to three times those of its sketch. Raises ValueError on an unknown norm, TypeError on what is no point.
     """
     if not isinstance(point, Point): raise TypeError(f"generalized_sharpness takes a point, problem.at(theta), got {type(point).__name__}.")
     check(norm)
@@ -119,32 +120,62 @@ def generalized_sharpness(
     layout, theta = point.problem.layout, point.theta.detach()
     scaled = lambda named: {n: v * (units or {}).get(n, 1.) for n, v in named.items()}
     far = lambda v: layout.join(scaled(ball(norm, scaled(layout.named(v)))[0]).values())
-    def above(i, Hd, fine, sketch=None, spent=0):
+    def rooted(i, Hd):
         roots, total = weight(norm, scaled(layout.named(Hd)), *WEIGHTS[i])
-        whole = lambda v: layout.join(scaled(roots(layout.named(v))).values())
+        return lambda v: layout.join(scaled(roots(layout.named(v))).values()), total
+    def above(i, Hd, fine, sketch=None, spent=0):
+        whole, total = rooted(i, Hd)
         metric = Metric(inf, whole, torch.zeros_like(theta))
         eigs = preconditioned_sharpness(point, metric, tol=.1 * tol if fine else max(tol, .05), warm=sketch, stream=stream / i)
         if not fine and (eigs.errors > .1 * eigs.values).any():                              # of a wide spectrum
             return above(i, Hd, True, eigs.sketch, spent + eigs.matvecs)
         return max(0., (eigs.values[0] + eigs.errors[0]).item()) * total, i, eigs, spent + eigs.matvecs
-    seen = [above(0, theta, False)] if warm is None or isinstance(warm, Tensor) else []
+    plain = None if isinstance(warm, Generalized) else sharpness(point, tol=max(tol, .05), check=norm == "linf", stream=stream / 0)   # for ℓ∞ the identity is mostly the best W
+    spent = plain.matvecs if plain else 0
+    many = warm is None and norm == "linf"                            # whose maxima are many, and not seen from a subspace
     noise = torch.randn(0 if warm is not None else starts, len(theta), generator=stream.generator(), dtype=torch.float64).to(theta)
-    d = [far(v) for v in (point.grad, *[eigs.vectors[:, 0] for *_, eigs, _ in seen], *noise)]
+    d = [far(v) for v in (point.grad, *(plain.sketch.vectors.T[:1 if many else 2].to(theta) if warm is None else ()), *noise)]
     d = torch.stack([*d, *([] if warm is None else [getattr(warm, "direction", warm).to(theta)])], 1)
-    d, Hd, first, rest = ascend(point, far, d, tol, min(max_steps, 4 if warm is None else 2))
-    best = dot(d, Hd).argmax()
-    d, Hd, spent, rest = ascend(point, far, d[:, best, None], tol, max_steps, Hd[:, best, None])
-    low, near = max(0., dot(d, Hd).item()), lambda: low == 0 or min(bound for bound, *_ in seen) <= 1.15 * low
-    if not seen: seen = [above(warm.weight, Hd[:, 0], warm.high <= 1.15 * warm.low, warm.sketch if norm != "spectral" else None)]      # the other norm's W has turned since
-    elif not near(): seen.append(above(1, Hd[:, 0], False))
-    if near() and seen[-1][1] < 2: seen.append(above(2, Hd[:, 0], True, seen[-1][2].sketch if seen[-1][1] else None))
+    if warm is None and not many: d = inside(d, far, plain.sketch, tol)
+    d, Hd, more, rest = ascend(point.hvp, far, d, tol, min(max_steps, 4 if many else 2))
+    best, spent = dot(d, Hd).argmax(), spent + more
+    d, Hd, more, rest = ascend(point.hvp, far, d[:, best, None], .5 * tol if warm is None else tol, max_steps, Hd[:, best, None])
+    low, spent = max(0., dot(d, Hd).item()), spent + more
+    known = plain is not None and bool(plain.errors.isfinite().all())
+    identity = inf if plain is None else max(0., (plain.values + plain.errors if known else plain.values)[0].item()) * rooted(0, theta)[1]   # at least
+    if plain is None: seen = [above(warm.weight, Hd[:, 0], warm.high <= 1.15 * warm.low, warm.sketch if norm != "spectral" else None)]      # the other norm's W has turned since
+    elif known: seen = [(identity, 0, plain, 0)]
+    elif identity <= 1.15 * low or low == 0: seen = [above(0, theta, low > 0, plain.sketch)]
+    else: seen = [above(2 if norm == "l2" else 1, Hd[:, 0], norm == "l2")]                  # as few blocks are nearly always bounded best
+    least = lambda: min(bound for bound, *_ in seen)
+    near = lambda: low == 0 or least() <= 1.15 * low
+    if plain and not near() and seen[0][1] != 1:
+        whole, total = rooted(1, Hd[:, 0])
+        z, spent = whole(Hd[:, 0]), spent + 1                           # at a maximum its eigenvector; so much the bound has to be
+        if (dot(whole(z), point.hvp(whole(z))) / dot(z, z)).item() * total < least(): seen.append(above(1, Hd[:, 0], False))
+    if identity < least() and all(i for _, i, *_ in seen): seen.append(above(0, theta, False, plain.sketch))
+    if near() and all(bound > 1.01 * low and i < 2 for bound, i, *_ in seen): seen.append(above(2, Hd[:, 0], True, seen[-1][2].sketch if seen[-1][1] else None))
     bound, i, eigs, _ = min(seen, key=lambda s: s[0])
-    return Generalized(low, max(bound, low), d[:, 0].contiguous(), first + spent + sum(s[-1] for s in seen), bool(rest) and bool(eigs.converged), i, eigs.sketch)
+    if bound > (1 + tol) * low > 0:                                  # the bound's own vector is where a d would reach it
+        other, Ho, more, calm = ascend(point.hvp, far, far(rooted(i, Hd[:, 0])[0](eigs.vectors[:, 0]))[:, None], tol, min(max_steps, 2))
+        spent += more
+        if dot(other, Ho).item() > low:
+            d, Hd, more, rest = ascend(point.hvp, far, other, tol, max_steps, Ho) if not calm.all() else (other, Ho, 0, calm)
+            low, spent = dot(d, Hd).item(), spent + more
+    return Generalized(low, max(bound, low), d[:, 0].contiguous(), spent + sum(s[-1] for s in seen), bool(rest) and bool(eigs.converged), i, eigs.sketch)
+
+def inside(d: Tensor, far, sketch: Sketch, tol: float) -> Tensor:     # (p, 2)
+    "The best two ends of ascents in what a search for the top eigenvalue has seen of H, which take no products."
+    known, Q = sketch.values.to(d), sketch.vectors.to(d)
+    d, Hd, *_ = ascend(lambda v: Q @ (known[:, None] * (Q.T @ v)), far, d, tol, 4)
+    order = dot(d, Hd).argsort(descending=True)
+    alike = (d.T @ d[:, order[0]]).abs() > .99 * d[:, order[0]].norm() * d.norm(dim=0)
+    return d[:, [order[0], next((i for i in order if not alike[i]), order[-1])]]
 
 def dot(a: Tensor, b: Tensor) -> Tensor: return (a.double() * b.double()).sum(0)
 
 def ascend(
-    point: Point,
+    product,             # v (p, r) → Hv
     far,                 # v (p,) → the direction of the ball with the largest product with it
     d: Tensor,           # (p, r), starts in the ball
     tol: float,
@@ -152,10 +183,10 @@ def ascend(
     Hd: Tensor | None = None,    # (p, r), where it is known
 ) -> tuple:              # d, Hd, products, and which of the r rest
     "Frank–Wolfe ascent of dᵀHd from several starts at once, each step to the best point of its segment."
-    Hd, products = (point.hvp(d), d.shape[1]) if Hd is None else (Hd, 0)
+    Hd, products = (product(d), d.shape[1]) if Hd is None else (Hd, 0)
     for k in range(max_steps):
         s = torch.stack([far(v) for v in Hd.T], 1)
-        Hs, products = point.hvp(s), products + d.shape[1]
+        Hs, products = product(s), products + d.shape[1]
         here, there, across = dot(d, Hd), dot(s, Hs), dot(s, Hd)
         curved, slope = there - 2 * across + here, across - here           # q(t) = here + 2 t slope + t² curved
         t = torch.where((curved < 0) & (slope < -curved), slope / -curved, 1.).clamp(0, 1)
