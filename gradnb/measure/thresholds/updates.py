@@ -9,6 +9,7 @@ __all__ = ['HALF', 'Smooth', 'read_rules', 'forward_mode', 'central_differences'
 # %% ../../../nbs/07_measure/04_thresholds/02_updates.ipynb #imports
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import NamedTuple
 import warnings
 import torch
@@ -35,7 +36,7 @@ class Smooth(TorchFunctionMode):
 @cache
 def read_rules():
     "Let torch read its rules for forward derivatives, without the warning that it gives of itself."
-    with warnings.catch_warnings(action="ignore", category=FutureWarning): import torch._decomp.decompositions_for_jvp
+    with warnings.catch_warnings(action="ignore", category=FutureWarning): import_module("torch._decomp.decompositions_for_jvp")
 
 def forward_mode(
     fn: Callable[[list], list],       # tensors to tensors

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...ground.roles import RULES, check_range, kind
-from .inplace import InPlace, check_choice, columns
+from .inplace import InPlace, check_choice, columns, into
 
 # %% ../../../nbs/06_move/02_rules/08_lamb.ipynb #state
 class LAMBState(NamedTuple):
@@ -105,8 +105,7 @@ class LAMB(InPlace):
         torch._foreach_add_(u, self.eps * root)
         for a in u:                                        # where v is zero in half precision; a root that is not is four times as large
             if a.dtype == torch.float16: a.clamp_(min=torch.finfo(a.dtype).tiny)
-        if u[0].is_cpu:
-            for a, b in zip(u, m): torch.div(b, a, out=a)  # no foreach does that in one pass
+        if u[0].is_cpu: u = [into(a, torch.div, b, a) for a, b in zip(u, m)]     # no foreach does that in one pass
         else: torch._foreach_mul_(torch._foreach_reciprocal_(u), m)
         if wd and any(decays):
             if self.decay == "outside": torch._foreach_mul_(some(w), 1 - self.lr * wd)

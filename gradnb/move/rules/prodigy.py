@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...ground.roles import check_range, kind
-from .inplace import InPlace, columns
+from .inplace import InPlace, columns, into, watched
 
 # %% ../../../nbs/06_move/02_rules/17_prodigy.ipynb #state
 class ProdigyState(NamedTuple):
@@ -66,8 +66,8 @@ class Prodigy(InPlace):
         r = self.beta2 ** .5 * torch.stack([state.r[n] for n in blocks]) + to_r * torch.stack([*map(dot, room, g)]).double()
         s = ops.mul(s, self.beta2 ** .5)
         torch._foreach_add_(s, g, alpha=to_s) if type(to_s) is float else torch._foreach_addcmul_(s, g, [to_s] * len(s))
-        size = torch.stack([summed(torch.abs(t, out=a)) for a, t in zip(room, s)])
-        for a, t in zip(room, g): torch.mul(t, d, out=a)
+        size = torch.stack([summed(into(a, torch.abs, t)) for a, t in zip(room, s)])
+        room = [into(a, torch.mul, t, d) for a, t in zip(room, g)]
         m, v = ops.lerp(m, room, 1 - self.beta1), ops.mul(v, self.beta2)
         torch._foreach_addcmul_(v, room, room, 1 - self.beta2)
         new = (dict(zip(blocks, t)) for t in (r.unbind(), s, m, v))
@@ -88,7 +88,7 @@ class Prodigy(InPlace):
 
 def known(t: Tensor) -> float | Tensor:
     "A number where reading it waits for nobody, and saves a pass over the blocks; elsewhere as it is."
-    return t.item() if t.is_cpu else t
+    return t.item() if t.is_cpu and not watched(t) else t
 
 def summed(t: Tensor) -> Tensor:    # ()
     "Σ of a block, in its own precision and float32 at least."
