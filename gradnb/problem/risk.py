@@ -396,7 +396,7 @@ class Risk:
             return Evaluation(float(self.loss(theta)), float("nan"))
         d, batched = self.dataset, split == "test" and self.buffers and not self.network.is_frozen
         size = self.chunk_size or (1000 if batched else self.n)      # batch statistics of the test set: as Cohen et al. (2021) take them
-        if size > AT_ONCE and self.device.type == "cpu" and not (self.network.draws or self.coupled): size = AT_ONCE
+        if not self.chunk_size and size > AT_ONCE and self.device.type == "cpu" and not (self.network.draws or self.coupled): size = AT_ONCE
         x, y = (d.x, d.y) if split == "train" else (d.x_test, d.y_test)
         n, mine = len(x), self.part(len(x))
         x, y = x[mine.start:mine.stop], y[mine.start:mine.stop]

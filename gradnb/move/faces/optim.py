@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GD', 'Momentum', 'Adam', 'RMSProp', 'SteepestDescent', 'LAMB', 'LARS', 'Signum', 'Lion', 'Muon', 'AdEMAMix',
            'Prodigy', 'Shampoo', 'SOAP', 'ScheduleFreeSGD', 'ScheduleFreeAdamW', 'AutomaticGradientDescent', 'KFAC',
-           'to_torch', 'from_torch', 'values', 'advance', 'state_like', 'Face', 'Call', 'keep', 'role', 'real', 'face',
-           'by_role', 'Sophia']
+           'to_torch', 'from_torch', 'values', 'advance', 'state_like', 'Face', 'Call', 'keep', 'whole', 'role', 'real',
+           'face', 'by_role', 'Sophia']
 
 # %% ../../../nbs/06_move/05_faces/02_optim.ipynb #imports
 import inspect
@@ -164,10 +164,8 @@ class Face(torch.optim.Optimizer):
         try:
             with torch.no_grad():
                 for group, p, _ in kept:
-                    rule, held = self._rule(group), self.state[p]
-                    state = state_like(rule)
-                    state = type(state)(*({"": held[k]} if isinstance(v, dict) else held[k] for k, v in state._asdict().items()))
-                    real(p).copy_(rule.average(state, {"": real(p)})[""])
+                    rule = self._rule(group)
+                    real(p).copy_(rule.average(whole(state_like(rule), [""], [self.state[p]]), {"": real(p)})[""])
             yield
         finally:
             self._away = False
@@ -187,9 +185,7 @@ class Face(torch.optim.Optimizer):
         for device, *fields in self._alike(names, params, grads, held, like):
             for piece in pieces(rule, fields[1], group["foreach"]):
                 some, w, g, mine = (of[piece] for of in fields)
-                field = lambda k, v: {j: h[k] for j, h in zip(some, mine)} if isinstance(v, dict) else mine[0][k]
-                state = type(like)(*[field(k, v) for k, v in zip(like._fields, like)]) if like else like
-                yield Call(rule, state, dict(zip(some, w)), dict(zip(some, sign(g))), mine, device)
+                yield Call(rule, whole(like, some, mine), dict(zip(some, w)), dict(zip(some, sign(g))), mine, device)
 
     def _alike(self, names, params, grads, held, like):
         "What can be worked on together: of one device and dtype, and with the same numbers in their states."
@@ -224,6 +220,15 @@ def keep(
             for h, n in zip(held, names): h[k] = v[n]
         else:
             for h in held: h[k] = v
+
+def whole(
+    like,        # state_like of the rule
+    names,       # what the rule calls the parameters
+    held,        # the optimizer's state of each
+):
+    "A rule's state put together again."
+    field = lambda k, v: {n: h[k] for n, h in zip(names, held)} if isinstance(v, dict) else held[0][k]
+    return type(like)(*map(field, like._fields, like)) if like else like
 
 def role(group: dict, p: Tensor) -> str:
     "What the group says, or what the shape says."

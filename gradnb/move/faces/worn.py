@@ -9,8 +9,9 @@ __all__ = ['worn', 'tallies', 'remembered']
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from ...ground.roles import Rule
-from .optim import Face, role, state_like
+from .optim import Face, role, state_like, whole
 from ..rules.inplace import ANEW
 
 # %% ../../../nbs/06_move/05_faces/04_worn.ipynb #worn
@@ -27,7 +28,7 @@ def worn(
         like = state_like(rule)
         counts = [k for k, v in zip(getattr(like, "_fields", ()), like) if isinstance(v, (int, float))]
         for n, p in params.items():
-            if id(p) in mine: alike.setdefault(tuple(optimizer.state.get(p, {}).get(k) for k in counts), []).append(n)
+            if id(p) in mine: alike.setdefault((bool(held := optimizer.state.get(p, {})), *map(held.get, counts)), []).append(n)
         parts += [(rule, names, remembered(optimizer, rule, {n: params[n] for n in names}, group)) for names in alike.values()]
     return None if len(parts) > 1 and any(tallies(rule) for rule, *_ in parts) else parts
 
@@ -38,9 +39,8 @@ def tallies(rule: Rule) -> bool:
 
 def remembered(optimizer: Face, rule: Rule, params: dict[str, nn.Parameter], group: dict) -> Callable:
     def state(dtype: torch.dtype):
-        like, first, kept = state_like(rule), next(iter(params)), {n: optimizer.state.get(p) for n, p in params.items()}
-        if not like: return like
-        if not kept[first]: return rule.init({n: p.detach().to(dtype, copy=True) for n, p in params.items()}, {n: role(group, p) for n, p in params.items()})
-        copy = lambda v: v.detach().to(dtype if v.is_floating_point() else v.dtype, copy=True) if isinstance(v, Tensor) else v
-        return type(like)(*({n: copy(held[k]) for n, held in kept.items()} if isinstance(v, dict) else copy(kept[first][k]) for k, v in like._asdict().items()))
+        held = [optimizer.state.get(p) for p in params.values()]
+        if not held[0]: return rule.init({n: p.detach().to(dtype, copy=True) for n, p in params.items()}, {n: role(group, p) for n, p in params.items()})
+        copy = lambda t: t.detach().to(dtype if t.is_floating_point() else t.dtype, copy=True)
+        return tree_map_only(Tensor, copy, whole(state_like(rule), list(params), held))
     return state
