@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 import torch
 from ...data import SOURCES
+from ...data.sources import held
 from ...models.losses import LOSSES
 from ...models import MODELS
 from ...measure.probes.view import PROBES
@@ -176,14 +177,15 @@ class Pool:
             if last: last.cancel()
 
 def prepare(parent, threads: int):
-    "A worker's first act: its number of threads, and an ear for the parent's end. Ctrl-C is the parent's business."
+    "A worker's first act: its number of threads, data sets that are read once, and an ear for the parent's end. Ctrl-C is the parent's business."
     for s in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2): signal.signal(s, signal.SIG_IGN)     # Slurm tells children what it tells the parent
     torch.set_num_threads(threads)
     def listen():
-        try: parent.recv_bytes()
-        except (EOFError, OSError): os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE)
-        os.kill(os.getpid(), signal.SIGKILL)
+        with held():                                                          # as long as the process lives
+            try: parent.recv_bytes()
+            except (EOFError, OSError): os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(GRACE)
+            os.kill(os.getpid(), signal.SIGKILL)
     threading.Thread(target=listen, daemon=True).start()
 
 def stoppable(worker: Worker, texts: list[str]) -> list[str | None]:
