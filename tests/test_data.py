@@ -612,6 +612,12 @@ def test_inside_held_a_data_set_is_read_once(tmp_path, monkeypatch):
         first = load_dataset("npz:a.npz")
         with held(): assert load_dataset("npz:a.npz") is first
         assert load_dataset("npz:a.npz-2") is not first and load_dataset("npz:a.npz") is first
+        monkeypatch.setattr("gradnb.data.sources.MOST_HELD", 200)        # bytes: of 96, and of 64 and 80 for two and three examples
+        load_dataset("npz:a.npz-3")                                      # in place of the two, which nobody asked for since
+        assert load_dataset("npz:a.npz") is first
+        load_dataset("npz:a.npz-2")
+        load_dataset("npz:a.npz-3")
+        assert load_dataset("npz:a.npz") is not first
     assert load_dataset("npz:a.npz") is not first
 
 

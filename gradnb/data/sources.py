@@ -86,12 +86,12 @@ def chosen(
     return torch.cat(each).sort().values
 
 # %% ../../nbs/03_data/03_sources.ipynb #load
-MOST_HELD = 8     # data sets
+MOST_HELD = 2**29     # bytes
 _held = None
 
 @contextmanager
 def held():
-    "Inside, the last few data sets are kept, whoever asks for them: for many runs of one process."
+    "Inside, the last data sets are kept, whoever asks for them, as many as MOST_HELD has room for: for many runs of one process."
     global _held
     before, _held = _held, {} if _held is None else _held
     try: yield
@@ -104,7 +104,9 @@ def load_dataset(
     "A data set by its name, scaled by its whole training set and then cut. Raises ValueError, RuntimeError, OSError."
     source, fields, options, take = read_name(name)
     kept, asked = _held, (name, data_root(root).absolute())
-    if kept is not None and asked in kept: return kept[asked]
+    if kept is not None and asked in kept:
+        kept[asked] = kept.pop(asked)             # the last to go
+        return kept[asked]
     common = {k: options.pop(k, None) for k in ("classes", "test", "scale", "crop", "flip")}
     own = [k for k in signature(source).parameters if k != "root" and k not in fields]
     for key in options:
@@ -131,6 +133,6 @@ def load_dataset(
     vary = CropFlip(scale, common["crop"] or 0, bool(common["flip"])) if common["crop"] or common["flip"] else None
     found = Dataset(x, raw.y[train], x_test, raw.y_test[test], classes or raw.classes, name, raw.words, vary)
     if kept is not None:
-        while len(kept) >= MOST_HELD: del kept[next(iter(kept))]
         kept[asked] = found
+        while len(kept) > 1 and sum(t.nbytes for d in kept.values() for t in (d.x, d.y, d.x_test, d.y_test)) > MOST_HELD: del kept[next(iter(kept))]
     return found
