@@ -216,6 +216,15 @@ def test_runs_of_all_figures_are_one_sweep(tmp_path, drawn):
     assert known.missing == 1 and known.isna().seconds                 # a run like it is known, its notebook is not
 
 
+def test_notebooks_that_do_more_than_read_their_runs_come_first(tmp_path, drawn):
+    home = tmp_path / "nbs"
+    write(home, "a", body="runs = read_runs(specs, store)")
+    write(home, "b", body="run = Store(store).run(specs['a'])")
+    write(home, "c", specs="specs = {}")
+    run_figures(None, tmp_path / "out", store=tmp_path / "runs", folder=home, progress=False)
+    assert [name for name, _ in drawn] == ["b", "c", "a"]
+
+
 SLOW = """
 import time
 from pathlib import Path

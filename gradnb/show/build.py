@@ -35,7 +35,7 @@ from ..runs.spec import usable
 from ..runs.store import full_disk, is_done
 from ..runs.sweeps.many import sweep
 from .claims import Claim, claims_table, load_claims
-from .figures import beside, execute, explain, figure_specs, find_figures, heading, set_parameters, stop_kernels, writable
+from .figures import beside, cells_of, execute, explain, figure_specs, find_figures, heading, set_parameters, stop_kernels, writable
 from .gallery import KINDS, verdict, write_gallery
 
 # %% ../../nbs/09_show/06_build.ipynb #plan
@@ -61,6 +61,10 @@ class Plan:
         try: made = json.loads((self.home / "made.json").read_text("utf-8"))
         except (OSError, ValueError): return {}
         return made if isinstance(made, dict) and all(f.exists() for f in self.outputs(self.home)) else {}
+
+    def works(self) -> bool:
+        "Does the notebook do more than read its runs: has it none, or does it open the store?"
+        return not self.specs or any("Store(" in cell.source for cell in cells_of(self.path))
 
     def is_drawn(self, store: Store) -> bool:
         "Would it come out as it is?"
@@ -235,7 +239,7 @@ def run_figures(
         for plan in plans:
             if why := failing[plan.path.stem]: tell(FigureResult(plan.path.stem, plan.home, 0., error="\n".join(why), drawn=False))
         whole = [plan for plan in plans if not failing[plan.path.stem]]
-        draw_all(sorted(whole, key=lambda plan: (bool(plan.specs), -weight[plan.path.stem])), store, timeout, jobs, tell)
+        draw_all(sorted(whole, key=lambda plan: (not plan.works(), -weight[plan.path.stem])), store, timeout, jobs, tell)
     results.sort(key=lambda r: order.index(r.name))
     with full_disk("the figures that are drawn are kept", out): write_gallery(out)
     if claims := [c for r in results for c in r.claims]: say("\n" + claims_table(claims))
