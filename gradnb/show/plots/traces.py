@@ -140,8 +140,7 @@ def for_print(figure: Figure):
     for ax in panels: part_ends(ax)
     for _ in range(2):                                           # room for one legend moves the others
         figure.draw_without_rendering()
-        for ax in panels:
-            if ax.get_legend(): clear_legend(ax)
+        if not sum(clear_legend(ax) for ax in panels if ax.get_legend()): break
     figure.set_dpi(dpi)
 
 def thin_ticks(axis):
@@ -193,16 +192,17 @@ def covered(
         if ((at > box.min) & (at < box.max)).all(1).any(): return True
     return False
 
-def clear_legend(ax: Axes):
+def clear_legend(ax: Axes) -> bool:     # was it moved?
     "Put a legend where it covers nothing; where there is no such place, make room above."
     legend = ax.get_legend()
     for loc in (None, *range(1, 11)):
         if loc: legend.set_loc(loc)
-        if not covered(ax, legend.get_window_extent().padded(2.5 * ax.figure.dpi / 72)): return            # half a mark
+        if not covered(ax, legend.get_window_extent().padded(2.5 * ax.figure.dpi / 72)): return loc is not None            # half a mark
     share, (low, high) = legend.get_window_extent().height / ax.get_window_extent().height + .05, ax.get_ylim()
     if share < .6: ax.set_ylim(top=low * (high / low) ** (1 / (1 - share)) if ax.get_yscale() == "log" else low + (high - low) / (1 - share))
     legend.set_loc("upper right")
     if covered(ax, legend.get_window_extent()): ax.set_ylim(low, high), legend.set_loc("best")       # what is there goes on beyond the top
+    return True
 
 def save_figure(
     fig: Figure,
@@ -220,5 +220,8 @@ def save_figure(
     log_axes(fig)
     with style():
         fig.savefig(paths[0])
+        engine = fig.get_layout_engine()
+        fig.set_layout_engine("none")                            # both are laid out alike
         fig.savefig(paths[1], metadata={"Date": None})
+        fig.set_layout_engine(engine or "none")
     return paths
