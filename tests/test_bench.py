@@ -56,12 +56,12 @@ def test_a_verdict_needs_a_ratio_and_a_target(ours, reference, target, ratio, ho
 
 def test_rows_on_paper():
     rows = [Row.of("a", 1.0, 2.0, 0.6, "s", "a note " * 40), Row.of("b", 12345.6, None, 1.0, "HVPs", "nobody there")]
-    assert [list(r) for r in json.loads(to_json(rows))] == [KEYS, KEYS]
-    assert json.loads(to_json(rows))[1]["holds"] is None
-    lines = table(rows).splitlines()
+    found = json.loads("\n".join(to_json(rows)))
+    assert [list(r) for r in found] == [KEYS, KEYS] and found[1]["holds"] is None
+    lines = "\n".join(table(rows)).splitlines()
     assert all(len(line) <= 120 for line in lines)
     assert "yes" in lines[1] and "12,346" in lines[-2] and lines[-1].strip() == "nobody there"
-    assert table([]) == "no rows"
+    assert json.loads("".join(to_json([]))) == []
 
 
 def test_json_refuses_what_is_no_json():
@@ -162,10 +162,24 @@ def test_benches_run_by_name_and_rows_say_which(monkeypatch, capsys):
     monkeypatch.setattr(harness, "find_benches", lambda: benches)
     assert [r.name for r in run_benches(progress=False)] == ["one: speed", "two: speed"]
     assert [r.name for r in run_benches(["two"], progress=False)] == ["two: speed"]
+    with pytest.raises(ValueError, match="onne"): run_benches(["onne"])
     assert main(["bench", "one", "--json"]) == 0
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["one: speed"]
     assert main(["bench", "onne"]) == 2
     assert "Did you mean 'one'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_a_bench_that_is_stopped_has_said_what_it_measured(monkeypatch, capsys, how):
+    def rows():
+        yield Row.of("speed", 1, 2, 1.0)
+        assert "one: speed" in capsys.readouterr().out
+        yield Row.of("memory", 2, 2, 1.0)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(harness, "find_benches", lambda: {"one": rows})
+    assert main(["bench", "one", *how]) == 130
+    rest = capsys.readouterr().out
+    assert "one: memory" in rest and (not how or [r["name"] for r in json.loads("[" + rest.lstrip().removeprefix(","))] == ["one: memory"])
 
 
 # --- the bench of training ----------------------------------------------------------------------------------------

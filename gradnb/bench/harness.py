@@ -11,7 +11,7 @@ import gc
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -168,39 +168,41 @@ def find_benches() -> dict[str, Callable[[], Iterator[Row]]]:
 def run_benches(
     names: list[str] | None = None,   # which; None: all
     progress: bool = True,            # show a bar
-) -> list[Row]:                       # named "bench: row"
+) -> Iterator[Row]:                   # named "bench: row", each when it is measured
     "Measure. Raises ValueError on an unknown name."
-    benches, found = find_benches(), []
+    benches = find_benches()
     for name in names or []:
         if name not in benches: raise unknown("bench", name, benches)
-    with tqdm(desc="bench", unit="row", disable=not progress) as bar:
-        for name in names or benches:
-            bar.set_description(f"bench {name}")
-            for row in benches[name]():
-                found.append(replace(row, name=f"{name}: {row.name}"))
-                bar.update()
-    return found
+    def measured():
+        with tqdm(desc="bench", unit="row", disable=not progress) as bar:
+            for name in names or benches:
+                bar.set_description(f"bench {name}")
+                for row in benches[name]():
+                    bar.update()
+                    yield replace(row, name=f"{name}: {row.name}")
+    return measured()
 
 # %% ../../nbs/10_bench/01_harness.ipynb #show
 def table(
-    rows: list[Row],
-) -> str:
-    "Rows for people, each with its note below."
-    if not rows: return "no rows"
+    rows: Iterable[Row],
+) -> Iterator[str]:
+    "Lines for people: a head, then every row, with its note below."
     number = lambda x: "–" if x is None else f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"
     verdict = {True: "yes", False: "NO", None: "–"}
-    head = ("name", "ours", "reference", "unit", "ratio", "target", "holds")
-    cells = [(r.name, number(r.ours), number(r.reference), r.unit, number(r.ratio), number(r.target), verdict[r.holds])
-             for r in rows]
-    width = [max(map(len, column)) for column in zip(head, *cells)]
-    align = (str.ljust, str.rjust, str.rjust, str.ljust, str.rjust, str.rjust, str.ljust)
-    line = lambda cs: "  ".join(put(c, w) for put, c, w in zip(align, cs, width))
-    note = lambda r: [fill(r.note, 116, initial_indent="    ", subsequent_indent="    ")] if r.note else []
-    return "\n".join(part.rstrip() for r, cs in zip([None, *rows], [head, *cells])
-                     for part in [line(cs), *(note(r) if r else [])])
+    line = lambda ratio, target, holds, ours, reference, unit, name: f"{ratio:>7} {target:>7} {holds:>5}  {ours:>9} {reference:>9}  {unit:<11} {name}"
+    yield line("ratio", "target", "holds", "ours", "reference", "unit", "name")
+    for r in rows:
+        yield line(number(r.ratio), number(r.target), verdict[r.holds], number(r.ours), number(r.reference), r.unit, r.name)
+        if r.note: yield fill(r.note, 116, initial_indent="    ", subsequent_indent="    ")
 
 def to_json(
-    rows: list[Row],
-) -> str:
-    "Rows for programs: a list of objects, null for what is missing."
-    return json.dumps([asdict(r) for r in rows], indent=1, ensure_ascii=False, allow_nan=False)
+    rows: Iterable[Row],
+) -> Iterator[str]:
+    "Lines for programs: a list of objects, null for what is missing. An error on the way is raised after the list's end."
+    yield "["
+    try:
+        for i, r in enumerate(rows): yield "," * (i > 0) + json.dumps(asdict(r), ensure_ascii=False, allow_nan=False)
+    except BaseException:
+        yield "]"
+        raise
+    yield "]"

@@ -7,6 +7,7 @@ __all__ = ['add_places', 'add_figures', 'figures', 'add_bench', 'bench']
 
 # %% ../../nbs/11_cli/06_figures.ipynb #imports
 import os
+from tqdm.auto import tqdm
 from ..ground.display import as_text
 from .train import add_store
 
@@ -59,6 +60,6 @@ def add_bench(commands):
 
 def bench(args) -> int:
     from gradnb.bench.harness import run_benches, table, to_json
-    rows = run_benches(args.names or None)
-    print(to_json(rows) if args.json else table(rows))
+    for line in (to_json if args.json else table)(run_benches(args.names or None)):
+        with tqdm.external_write_mode(): print(line, flush=True)
     return 0
