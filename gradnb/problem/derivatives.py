@@ -20,6 +20,7 @@ from ..data.samples import Examples, mapped
 from .forms import Graph, cuts
 from .graphs import check_free, free_memory, keeps_double, kinks_of, saved_bytes
 from .layers import LayerIO, Rows, capture, verify
+from .layers.capture import tensors
 from .likelihood import sample_targets
 from .network import twice_differentiable
 from .point import Point
@@ -127,14 +128,14 @@ class Problem(Risk):
         return self.at(theta, batch).curvature_grad(u, v)
 
     def example_grads(self, theta: Tensor, batch=None) -> Tensor:   # (b, p)
-        "∇ℓᵢ(θ) of every example of a batch, unweighted, in chunks of at most 32 MB; one by one where the network cannot be mapped."
+        "∇ℓᵢ(θ) of every example of a batch, unweighted, in chunks of about 32 MB, temporaries included; one by one where the network cannot be mapped."
         (x, y), theta = self._examples(batch), self.check(theta).detach()
         return self._rows(theta, x, y)
 
     @twice_differentiable()      # torch's fused attention cannot be mapped over examples either
     def _rows(self, theta, x, y):
         if not self._mapped: return self._one_by_one(theta, x, y)
-        rows = max(1, 2**25 // (self.p * self.theta0.element_size()))
+        rows = max(1, 2**25 // (3 * self.theta0.nbytes))       # a gradient, and what it is put together from
         return vmap(grad(self._one), (None, 0, 0), chunk_size=rows)(theta, x.batch if isinstance(x, Examples) else x, y)
 
     def _one(self, theta, x, y): return self.per_example(self.outputs(theta, x if isinstance(x, Examples) else mapped(lambda t: t[None], x)), y[None]).squeeze(0)
@@ -164,7 +165,7 @@ class Problem(Risk):
 
     @cached_property
     def _layer_bytes(self) -> int | None:
-        "What one example costs where a layer's output is largest; None where layers do not work by example, which is said once."
+        "What the layers' inputs and output gradients take of one example; None where layers do not work by example, which is said once."
         try: return self._verified_bytes()
         except (TypeError, RuntimeError) as e: why = str(e).partition("; use")[0].partition(": is it used")[0].partition("\n")[0]
         self._one_by_one_since(why)
@@ -182,12 +183,13 @@ class Problem(Risk):
             io = capture(self.module, self.layout, theta, losses)
             with torch.enable_grad(): total, = torch.autograd.grad(losses(theta).sum(), theta, materialize_grads=True)
             verify(io, total, self.layout)
-        return self.theta0.element_size() * max((d[0].numel() for l in io.layers for c in l.calls for d in c.grads), default=1)
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for l in io.layers for c in l.calls for t in tensors((c.args, c.kwargs, c.grads))}
+        return -(-sum(held.values()) // io.n)
 
     def layer_io(self,
         theta: Tensor,             # where, (p,)
         batch=None,                # on which examples; None means all
-        rows: int | None = None,   # examples in a part; None: as many as keep every layer's output below 32 MB (1 GB on a GPU)
+        rows: int | None = None,   # examples in a part; None: as many as take 64 MB (1 GB on a GPU) or two copies of θ at most, or one
         labels: Stream | None = None,   # draw the targets from the model, for the Fisher matrix; None: those of the data
     ) -> Iterator[LayerIO]:
         """Inputs and output gradients of every layer for ℓᵢ, neither weighted nor divided by n: one forward and backward pass a part.
@@ -195,7 +197,7 @@ class Problem(Risk):
         Where layers do not work by example (recurrent ones, tied weights) a single layer holds the gradients of whole examples.
         """
         (x, y), theta, each = self._examples(batch), self.check(theta), self._layer_bytes
-        rows = rows or max(1, 2 ** (25 if self.device.type == "cpu" else 30) // (each or self.p * self.theta0.element_size()))
+        rows = rows or max(1, max(2 ** (26 if self.device.type == "cpu" else 30), 2 * theta.nbytes) // (each or 3 * theta.nbytes))
         for i in range(0, len(x), rows):
             some, given, drawn = x[i:i + rows], y[i:i + rows], labels and labels / i
             if each is not None: yield capture(self.module, self.layout, theta, self._losses(some, given, drawn)); continue

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...ground.roles import check_range, kind
-from .inplace import InPlace, columns, into, watched
+from .inplace import InPlace, columns, watched
 
 # %% ../../../nbs/06_move/02_rules/17_prodigy.ipynb #state
 class ProdigyState(NamedTuple):
@@ -39,7 +39,7 @@ class Prodigy(InPlace):
     coef: float = 1.                # c, multiplies later ones
     bias_correction: bool = False   # Adam's, of both moments
     safeguard: bool = False         # leave η out of s, for schedules that begin with a warm-up
-    entries = 2 ** 20               # measured; it asks for room once and keeps it
+    entries = 2 ** 20               # measured
 
     def __post_init__(self):
         for name, low, high in (("lr", 0, inf), ("beta1", 0, 1), ("beta2", 0, 1), ("eps", 0, inf), ("weight_decay", 0, inf), ("d0", 1e-300, inf), ("coef", 0, inf)):
@@ -62,14 +62,13 @@ class Prodigy(InPlace):
         to_r = to_s = d / self.d0 * self.rate(state)
         if self.safeguard: to_s = d / self.d0 * d
         w, g, s, start, m, v = columns(blocks, blocks, grads, state.s, state.start, state.exp_avg, state.exp_avg_sq)
-        room = torch._foreach_sub(start, w)                        # once, and all that follows in it: fresh memory costs more than a pass
-        r = self.beta2 ** .5 * torch.stack([state.r[n] for n in blocks]) + to_r * torch.stack([*map(dot, room, g)]).double()
+        r = self.beta2 ** .5 * torch.stack([state.r[n] for n in blocks]) + to_r * torch.stack([*map(dot, torch._foreach_sub(start, w), g)]).double()
         s = ops.mul(s, self.beta2 ** .5)
         torch._foreach_add_(s, g, alpha=to_s) if type(to_s) is float else torch._foreach_addcmul_(s, g, [to_s] * len(s))
-        size = torch.stack([summed(into(a, torch.abs, t)) for a, t in zip(room, s)])
-        room = [into(a, torch.mul, t, d) for a, t in zip(room, g)]
-        m, v = ops.lerp(m, room, 1 - self.beta1), ops.mul(v, self.beta2)
-        torch._foreach_addcmul_(v, room, room, 1 - self.beta2)
+        size = torch.stack([*map(summed, torch._foreach_abs(s))])
+        scaled = torch._foreach_mul(g, d)
+        m, v = ops.lerp(m, scaled, 1 - self.beta1), ops.mul(v, self.beta2)
+        torch._foreach_addcmul_(v, scaled, scaled, 1 - self.beta2)
         new = (dict(zip(blocks, t)) for t in (r.unbind(), s, m, v))
         return state._replace(**dict(zip(("r", "s", "exp_avg", "exp_avg_sq"), new))), (r.sum(), size.double().sum())
 
