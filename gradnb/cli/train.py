@@ -112,7 +112,7 @@ def train_here(args, device: str) -> int:
     from gradnb.ground.display import printed
     from gradnb.problem.parallel import from_first, rank
     from gradnb.runs import Run, Store
-    from gradnb.runs.store import follow
+    from gradnb.runs.writing import follow
     store, spec = Store(args.store), args.spec(args)
     if rank()[0]:
         if not from_first(None): follow(spec, device)

@@ -34,7 +34,7 @@ ROOMS = {
     "measure": Room("What is measured, without disturbing: noise, curvature, tails, thresholds, flatness, and probes of them.",
                     _BELOW, ("02_curvature", "01_noise/01_spread", "09_probes/01_view")),
     "runs": Room("A run, what it may rely on, how it is kept, and a thousand of them.",
-                 _RUNS[:-1], ("01_training", "06_store", "09_sweeps/05_many")),
+                 _RUNS[:-1], ("01_training", "08_store", "09_sweeps/05_many")),
     "show": Room("What one sees of it: plots, claims, figures, explorers.",
                  _RUNS, ("01_plots/01_traces", "03_figures", "04_explorers/06_explorer")),
     "bench": Room("How fast it is beside others, on your machine.", (*_RUNS, "show"), ("01_harness",)),

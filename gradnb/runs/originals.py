@@ -23,7 +23,7 @@ from torch import Tensor
 from ..ground.roles import check_number
 from ..ground.files import plain_file, replace_file
 from . import Imported, Lock, Recorder, Run, Store
-from .store import tidy, write_manifest
+from .writing import tidy, write_manifest
 from ..ground.traces import as_row
 
 # %% ../../nbs/08_runs/11_originals.ipynb #load

@@ -27,10 +27,10 @@ from ..ground.locks import Lock
 from ..ground.registry import unknown
 from ..ground.traces import as_row
 from .record import Recorder
-from .run import Run
+from .run import Run, there
 from .spec import Imported, Newer
-from .store import STRETCH, Store, environment, room, stretches, there, tidy, write_manifest
 from .tracefiles import file_name
+from .writing import STRETCH, environment, room, stretches, tidy, write_manifest
 
 # %% ../../nbs/08_runs/07_recordings.ipynb #settings
 OWN = "again", "commit"     # what is known of every such run, whatever its config says
@@ -204,7 +204,7 @@ class Recording(Run):
 AGAIN = "refuse", "new", "go on"
 
 def begin(
-    store: Store,
+    store,                      # the Store that it goes into
     name: str,                  # of the run, in words
     config=None,                # what is known of it: a dict, a Namespace, a dataclass
     again: str = "refuse",      # where it is there: refuse, new or "go on"
@@ -226,7 +226,7 @@ def begin(
     if there(run.path): raise ValueError(f"{run.path} is damaged, so that nobody can say what it holds: {run.about['message']} Store.remove({run.hash!r}) makes room.")
     return Recording(run, spec, True)
 
-def earlier(store: Store, origin: str, name: str, known: dict) -> dict[int, Run]:
+def earlier(store, origin: str, name: str, known: dict) -> dict[int, Run]:
     "The runs of this name and these settings, by how often they had been begun."
     found = {}
     for hash, line in store.about().items():
@@ -235,7 +235,7 @@ def earlier(store: Store, origin: str, name: str, known: dict) -> dict[int, Run]
         if {k: v for k, v in settings.items() if k not in ("commit", "again")} == known: found[settings.get("again", 1)] = Run(store.root / hash)
     return found
 
-def refusal(store: Store, name: str, runs: dict[int, Run]) -> str:
+def refusal(store, name: str, runs: dict[int, Run]) -> str:
     last = runs[max(runs)]
     rows = ", ".join(f"{k} to step {t.steps[-1]}" for k, t in last.traces.items() if len(t)) or "no rows"
     return (f"{store.root} has a run {name!r} with these settings already: {last.hash}, {last.status} ({rows[:300]}). again='go on' appends to it, "

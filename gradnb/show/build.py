@@ -32,7 +32,8 @@ from ..ground.roles import check_number
 from ..problem.graphs import fields
 from ..runs import Run, Spec, Store
 from ..runs.spec import usable
-from ..runs.store import full_disk, is_done
+from ..runs.run import is_done
+from ..runs.writing import full_disk
 from ..runs.sweeps.many import sweep
 from .claims import Claim, claims_table, load_claims
 from .figures import beside, cells_of, execute, explain, figure_specs, find_figures, heading, set_parameters, stop_kernels, writable

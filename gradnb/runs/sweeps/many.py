@@ -16,7 +16,7 @@ from ...data.sources import held
 from ...ground.roles import check_number
 from .. import Run, Spec, Store
 from ..spec import usable
-from ..store import is_done
+from ..run import is_done
 from .engines import ENGINES, Here, Pool, Worker, plugins, through
 from .grid import unique
 from .stack import stacks

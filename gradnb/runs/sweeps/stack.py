@@ -28,7 +28,8 @@ from ...move.rules.momentum import Momentum
 from ...move.rules.rmsprop import RMSProp
 from ...move.rules.schedule import Scheduled
 from .. import Lock, Recorder, Run, Spec, Store
-from ..store import circumstances, is_done, tidy, write_manifest
+from ..run import is_done
+from ..writing import circumstances, tidy, write_manifest
 from ...ground.streams import Stream
 from ..training import Outcome, Watching
 
