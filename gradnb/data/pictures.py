@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+import numpy as np
 import torch
 from torch import Tensor
 from .sources import SOURCES, Raw, contents
@@ -60,10 +61,24 @@ def torchvision_splits(
             f"'digits' needs no download.") from e
 
 # %% ../../nbs/03_data/05_pictures.ipynb #tv
+def idx(
+    file: Path,     # as MNIST's authors stored it: two zeros, 8 for bytes, how many dimensions, their sizes, the bytes
+    dims: int,      # expected
+) -> Tensor:        # uint8
+    "The numbers of an IDX file. Raises OSError where it cannot be read, ValueError where its header does not fit."
+    raw = np.fromfile(file, np.uint8)
+    head, body = raw[:4 + 4 * dims], raw[4 + 4 * dims:]
+    if len(head) < 4 + 4 * dims or head[:4].tolist() != [0, 0, 8, dims]: raise ValueError(f"{file} is no IDX file of bytes in {dims} dimensions.")
+    return torch.from_numpy(body.reshape(head[4:].view(">i4").tolist()))
+
 @SOURCES.add("mnist")
 def mnist(root: Path) -> Raw:
     "MNIST as (n, 1, 28, 28), scaled by the customary mean 0.1307 and standard deviation 0.3081 of all its pixels."
-    from torchvision.datasets import MNIST
+    files = [(root / "MNIST" / "raw" / f"{part}-{kind}-idx{dims}-ubyte", dims) for part in ("train", "t10k") for kind, dims in (("images", 3), ("labels", 1))]
+    try:
+        x, y, x_test, y_test = (idx(*file) for file in files)       # without torchvision, whose import takes over a second
+        return Raw(x[:, None], y.long(), x_test[:, None], y_test.long(), 10, "mnist")
+    except (OSError, ValueError): from torchvision.datasets import MNIST
     train, test = torchvision_splits(MNIST, root, "MNIST/raw/ with the four files train-* and t10k-*-ubyte")
     return Raw(train.data[:, None], train.targets, test.data[:, None], test.targets, 10, "mnist")
 
