@@ -198,11 +198,5 @@ def table(
 def to_json(
     rows: Iterable[Row],
 ) -> Iterator[str]:
-    "Lines for programs: a list of objects, null for what is missing. An error on the way is raised after the list's end."
-    yield "["
-    try:
-        for i, r in enumerate(rows): yield "," * (i > 0) + json.dumps(asdict(r), ensure_ascii=False, allow_nan=False)
-    except BaseException:
-        yield "]"
-        raise
-    yield "]"
+    "Lines for programs, an object each, with null for what is missing."
+    return (json.dumps(asdict(r), ensure_ascii=False, allow_nan=False) for r in rows)

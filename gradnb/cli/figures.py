@@ -55,7 +55,7 @@ def add_bench(commands):
         description="Rows of {name, ours, reference, ratio, target, holds}: ratios measured alternately in one process. "
                     "Other libraries come with pip install 'gradnb[bench]'; a missing one is said.")
     p.add_argument("names", nargs="*", metavar="NAME", help="which benches; all without a name")
-    p.add_argument("--json", action="store_true", help="as JSON")
+    p.add_argument("--json", action="store_true", help="as JSON, a row a line")
     p.set_defaults(go=bench)
 
 def bench(args) -> int:

@@ -189,7 +189,7 @@ class Problem(Risk):
     def layer_io(self,
         theta: Tensor,             # where, (p,)
         batch=None,                # on which examples; None means all
-        rows: int | None = None,   # examples in a part; None: as many as take 64 MB (1 GB on a GPU) or two copies of θ at most, or one
+        rows: int | None = None,   # examples in a part; None: as many as take 64 MB (1 GB on a GPU) or two copies of θ, or all that take 128 MB
         labels: Stream | None = None,   # draw the targets from the model, for the Fisher matrix; None: those of the data
     ) -> Iterator[LayerIO]:
         """Inputs and output gradients of every layer for ℓᵢ, neither weighted nor divided by n: one forward and backward pass a part.
@@ -197,7 +197,8 @@ class Problem(Risk):
         Where layers do not work by example (recurrent ones, tied weights) a single layer holds the gradients of whole examples.
         """
         (x, y), theta, each = self._examples(batch), self.check(theta), self._layer_bytes
-        rows = rows or max(1, max(2 ** (26 if self.device.type == "cpu" else 30), 2 * theta.nbytes) // (each or 3 * theta.nbytes))
+        most, each_takes = max(2 ** (26 if self.device.type == "cpu" else 30), 2 * theta.nbytes), each or 3 * theta.nbytes
+        rows = rows or (len(x) if len(x) * each_takes <= 2**27 else max(1, most // each_takes))      # a single part is not made twice
         for i in range(0, len(x), rows):
             some, given, drawn = x[i:i + rows], y[i:i + rows], labels and labels / i
             if each is not None: yield capture(self.module, self.layout, theta, self._losses(some, given, drawn)); continue
