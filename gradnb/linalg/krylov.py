@@ -101,12 +101,12 @@ def _factor(G: Tensor, floor: Tensor) -> Tensor:
     return size[:, None] * V[:, w > 1e-14] * w[w > 1e-14].sqrt()
 
 def _ceiling(
-    T: Tensor,      # (m, m) Rayleigh quotients of rows, the first of which was drawn at random
-    F: Tensor,      # (m, s) what A turns them into outside of all rows
+    theta: Tensor,  # (m,) Ritz values of rows, the first of which was drawn at random
+    Y: Tensor,      # (m, m) the coefficients of their vectors, as columns
+    F: Tensor,      # (m, s) what A turns the rows into outside of all rows
     d: int,         # dimensions that the first was drawn from
 ) -> tuple[Tensor, Tensor]:   # the largest Ritz value, and the largest eigenvalue that is not excluded
     "What may lie above the Ritz values of a random direction's space, but for a risk of RISK."
-    theta, Y = torch.linalg.eigh(T)
     F, top, one = Y.T @ F, theta[-1], torch.eye(F.shape[1], dtype=F.dtype)
     if not F.any(): return top, top
     h = torch.maximum(theta.abs().max(), F.norm()) * 2. ** torch.arange(-50, 61, 5, dtype=F.dtype)
@@ -123,13 +123,17 @@ def _below(theta: Tensor, x: Tensor) -> Tensor:
     "How far below x these lie, at least a rounding."
     return (x - theta).clamp_min(torch.finfo(theta.dtype).eps * theta.abs().max().clamp_min(torch.finfo(theta.dtype).tiny))
 
-def _rise(T: Tensor, F: Tensor, a: int, ceiling: Tensor, k: int, left: int) -> Tensor:
-    "How far the k largest eigenvalues may lie above their Ritz values, if nothing outside of the first a rows exceeds the ceiling; `left` dimensions are unseen."
+def _look(T: Tensor, F: Tensor, a: int, p: int, k: int, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The largest Ritz value and the ceiling of all but the first a rows; and how far the k largest eigenvalues may lie above their Ritz values,
+    if nothing outside of those exceeds the ceiling, or if the ceiling were as low as it can be of use."""
     theta, Y = torch.linalg.eigh(T[a:, a:])
-    half = Y.T @ F[a:] / _below(theta, ceiling).sqrt()[:, None] if a < len(T) else F[a:]
-    M = torch.cat([torch.cat([T, F], 1), torch.cat([F.T, ceiling * torch.eye(F.shape[1], dtype=F.dtype) - half.T @ half], 1)])
-    bounds = torch.cat([torch.linalg.eigvalsh(M), ceiling.expand(min(k, max(left - F.shape[1], 0)))]).sort().values      # and what F does not touch
-    return (bounds[-k:] - torch.linalg.eigvalsh(T)[-k:]).flip(0).clamp_min(0)
+    (top, ceiling), known, across = _ceiling(theta, Y, F[a:], p - a), torch.linalg.eigvalsh(T)[-k:], Y.T @ F[a:]
+    def rise(x):
+        half = across / _below(theta, x).sqrt()[:, None]
+        M = torch.cat([torch.cat([T, F], 1), torch.cat([F.T, x * torch.eye(F.shape[1], dtype=F.dtype) - half.T @ half], 1)])
+        bounds = torch.cat([torch.linalg.eigvalsh(M), x.expand(min(k, max(p - len(T) - F.shape[1], 0)))]).sort().values      # and what F does not touch
+        return (bounds[-k:] - known).flip(0).clamp_min(0)
+    return top, ceiling, rise(ceiling), rise(torch.minimum(ceiling, top + allowed / 4))
 
 def certify(
     B: Basis,                 # that holds what a search has found, at least k rows
@@ -151,9 +155,7 @@ def certify(
             error = rest = theta.new_full((k,), inf)
             top, ceiling = theta[-1], 2 * theta.abs().max()
         elif (B.m - a) % (1 + B.m // 24) == 0 or B.full or B.products >= budget:      # a look costs more in a large basis
-            F = _factor(B.outside(), 10 * eps * theta.abs().max())
-            top, ceiling = _ceiling(B.T[a:, a:], F[a:], p - a)
-            error, rest = (_rise(B.T, F, a, x, k, p - B.m) for x in (ceiling, torch.minimum(ceiling, top + allowed / 4)))
+            top, ceiling, error, rest = _look(B.T, _factor(B.outside(), 10 * eps * theta.abs().max()), a, p, k, allowed)
         open = (rest > allowed) & (theta[:k] + rest > least)
         r = B.residuals(theta[:k], Y[:k])
         if vectors: open |= r > allowed
@@ -189,10 +191,9 @@ def _scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tup
         G = pad(off - T[:a, a:] @ T[a:, :a], (0, steps, 0, steps))           # what is left of the images of X, and the last row's
         G[-1, -1], G[-1, :a] = left**2, B.F @ inner(B.R, [w])[:, 0]
         G[:a, -1] = G[-1, :a]
-        F = _factor(G, 10 * eps * theta.abs().max())
-        top, ceiling = _ceiling(T[a:, a:], F[a:], B.p - a)
+        top, ceiling, *rises = _look(T, _factor(G, 10 * eps * theta.abs().max()), a, B.p, k, allowed)
         lift = torch.linalg.eigvalsh(T).flip(0)[:k] - theta[:k]              # of the pairs by rows that nobody keeps
-        error, rest = (lift + _rise(T, F, a, x, k, B.p - a - steps) for x in (ceiling, torch.minimum(ceiling, top + allowed / 4)))
+        error, rest = (lift + r for r in rises)
         if top > theta[k - 1] + allowed: return error, steps
         if (error <= allowed).all() or B.products >= budget or left <= 4 * eps * size: return error, 0
         if (rest > allowed).any() and ceiling <= max(theta[k - 1], top) + allowed: return error, 0

@@ -24,12 +24,12 @@ def check_outputs(
     numbers: bool,      # whether floating targets make sense
 ):
     "Raise TypeError on targets of the wrong kind, ValueError on shapes that do not belong together."
-    shapes = f"{loss} got outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} of {targets.dtype}"
+    shapes = lambda: f"{loss} got outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} of {targets.dtype}"
     if not (targets.dtype == torch.int64 or numbers and targets.is_floating_point()):
-        raise TypeError(f"{shapes}: targets must be int64 classes{' or floating point' * numbers}.")
+        raise TypeError(f"{shapes()}: targets must be int64 classes{' or floating point' * numbers}.")
     wanted = outputs.shape[:1] if targets.dtype == torch.int64 else outputs.shape
     if outputs.ndim != 2 or targets.shape != wanted:
-        raise ValueError(f"{shapes}: outputs must be (b, o), class targets (b,), floating targets (b, o).")
+        raise ValueError(f"{shapes()}: outputs must be (b, o), class targets (b,), floating targets (b, o).")
 
 # %% ../../nbs/04_models/01_losses.ipynb #texts
 def with_positions(
