@@ -80,7 +80,7 @@ class Muon(InPlace):
         for n, b in blocks.items():
             if b.ndim < 2 or roles.get(n) == "embedding":
                 raise ValueError(f"Muon moves matrices, and block {n!r} is {'an embedding' if b.ndim > 1 else 'a vector'}, {tuple(b.shape)}; give the others a rule "
-                                 'of their own: Groups((("matrix", Muon(0.02)), ("*", Adam(0.001)))), in words groups:matrix=[muon:lr=.02],*=adam.')
+                                 'of their own: Groups((("matrix", Muon(0.02)), ("*", Adam(0.001)))), in words groups:matrix=[muon:lr=.02],*=adam; or, in a loop of torch, an optimizer of their own.')
         return MuonState({n: torch.zeros_like(b) for n, b in blocks.items()})
 
     def units(self, blocks: dict[str, Tensor]) -> dict[str, float]:
