@@ -3,6 +3,7 @@ import itertools
 import os
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
@@ -160,7 +161,10 @@ def test_data_root(monkeypatch, tmp_path):
 
 # --- embedded and synthetic
 
-def test_digits_are_sklearns_in_order():
+@pytest.mark.parametrize("moved", [False, True])
+def test_digits_are_sklearns_in_order(moved, monkeypatch):
+    "Read from its folder, or asked of a version that keeps them elsewhere."
+    if moved: monkeypatch.setattr("gradnb.data.small.find_spec", lambda name: SimpleNamespace(origin="/nowhere/__init__.py"))
     data, bunch = load_dataset("digits"), load_digits()
     mean, std = bunch.images[:1437].mean(), bunch.images[:1437].std()
     np.testing.assert_allclose(data.x[:, 0], (bunch.images[:1437] - mean) / std, atol=1e-6)

@@ -18,7 +18,11 @@ from .sources import SOURCES, Raw
 def digits(root: Path) -> Raw:
     "scikit-learn's 8×8 digits as (n, 1, 8, 8): the first 1,437 to train, the last 360 to test."
     home = Path(find_spec("sklearn").origin).parent                   # read, not imported: that takes over a second
-    table = torch.from_numpy(np.loadtxt(home / "datasets" / "data" / "digits.csv.gz", np.uint8, delimiter=","))
+    try: table = np.loadtxt(home / "datasets" / "data" / "digits.csv.gz", np.uint8, delimiter=",")
+    except OSError:                                                   # another version's folder
+        from sklearn.datasets import load_digits
+        table = np.column_stack(load_digits(return_X_y=True)).astype(np.uint8)
+    table = torch.from_numpy(table)
     x, y = table[:, :64].reshape(-1, 1, 8, 8), table[:, 64].long()
     return Raw(x[:1437], y[:1437], x[1437:], y[1437:], 10, "channel")
 

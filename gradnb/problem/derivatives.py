@@ -135,8 +135,11 @@ class Problem(Risk):
     @twice_differentiable()      # torch's fused attention cannot be mapped over examples either
     def _rows(self, theta, x, y):
         if not self._mapped: return self._one_by_one(theta, x, y)
-        rows = max(1, 2**25 // (3 * self.theta0.nbytes))       # a gradient, and what it is put together from
+        rows = max(1, 2**25 // self._row_bytes)
         return vmap(grad(self._one), (None, 0, 0), chunk_size=rows)(theta, x.batch if isinstance(x, Examples) else x, y)
+
+    @property
+    def _row_bytes(self) -> int: return 3 * self.theta0.nbytes      # a gradient, and what it is put together from
 
     def _one(self, theta, x, y): return self.per_example(self.outputs(theta, x if isinstance(x, Examples) else mapped(lambda t: t[None], x)), y[None]).squeeze(0)
 
@@ -197,8 +200,8 @@ class Problem(Risk):
         Where layers do not work by example (recurrent ones, tied weights) a single layer holds the gradients of whole examples.
         """
         (x, y), theta, each = self._examples(batch), self.check(theta), self._layer_bytes
-        most, each_takes = max(2 ** (26 if self.device.type == "cpu" else 30), 2 * theta.nbytes), each or 3 * theta.nbytes
-        rows = rows or (len(x) if len(x) * each_takes <= 2**27 else max(1, most // each_takes))      # a single part is not made twice
+        most, size = max(2 ** (26 if self.device.type == "cpu" else 30), 2 * theta.nbytes), each or self._row_bytes
+        rows = rows or (len(x) if len(x) * size <= 2**27 else max(1, most // size))      # a single part is not made twice
         for i in range(0, len(x), rows):
             some, given, drawn = x[i:i + rows], y[i:i + rows], labels and labels / i
             if each is not None: yield capture(self.module, self.layout, theta, self._losses(some, given, drawn)); continue
