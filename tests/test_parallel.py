@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradnb import Store
 from gradnb.problem.parallel import all_sum, from_first, rank, split
@@ -316,6 +317,68 @@ def test_a_fault_of_one_process_is_heard_by_all(how, tmp_path):
         assert zero["waits"] == "Apart: process 1 failed: ValueError: a leaf fell"
     else: assert zero["dies"] == "Apart: process 1 is gone, or waits, without a word"
     assert how == "soft" or zero["seconds"] < 20
+
+
+HALF = textwrap.dedent("""
+    import sys, torch
+    from torch import nn
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from gradnb import sharpness
+    from gradnb.problem.parallel import rank, together
+    from gradnb.problem.sharded import Sharded
+
+    def build(dtype=torch.float32):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=.1, activation="gelu", batch_first=True)
+        return nn.Sequential(nn.Embedding(7, 8), layer, nn.Linear(8, 7)).to(dtype)
+
+    def loss(model, x, y): return nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+    def texts(): return torch.randint(7, (2, 8, 5), generator=torch.Generator().manual_seed(1))
+
+    if __name__ == "__main__":
+        with together():
+            (mine, n), out = rank(), {}
+            x, y = (t.chunk(n)[mine] for t in texts())
+            for kind, dtype, policy in (("policy", torch.float32, MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)), ("half", torch.bfloat16, MixedPrecisionPolicy())):
+                ends, calls = [], []
+                for look in (False, True):
+                    net = build(dtype)
+                    for layer in net: fully_shard(layer, mp_policy=policy, reshard_after_forward=False)
+                    fully_shard(net, mp_policy=policy)
+                    for p in net.parameters(): p.register_post_accumulate_grad_hook(lambda p: calls.append(look))
+                    opt, found = torch.optim.AdamW(net.parameters(), lr=.01), None
+                    torch.manual_seed(2 + mine)
+                    for k in range(4):
+                        net.set_requires_gradient_sync(k % 2 == 1)           # a step of two passes, with a look between them
+                        loss(net, x, y).backward()
+                        if look and k in (0, 2): found = sharpness(Sharded(net, lambda model: loss(model, x, y)).frozen(), tol=1e-2, warm=found and found.sketch)
+                        if k % 2: opt.step(), opt.zero_grad()
+                    state = [t for p in net.parameters() for t in opt.state[p].values()]
+                    ends.append([getattr(t, "to_local", lambda: t)().clone() for t in (*net.parameters(), *state)])
+                    if not look: assert all(p.dtype == dtype for p in net.parameters())
+                assert calls.count(False) == calls.count(True) > 0
+                found = sharpness(Sharded(net.eval(), lambda model: loss(model, x, y)), tol=1e-2)
+                out[kind] = dict(same=all(map(torch.equal, *ends)), values=found.values, errors=found.errors, theta={k: p.full_tensor().detach() for k, p in net.named_parameters()})
+            torch.save(out, f"{sys.argv[1]}/{mine}.pt")
+""")
+
+
+def test_half_precision_is_measured_in_single(tmp_path):
+    "FSDP that computes in bfloat16, and bfloat16 shards: no bit of training moves, and λ₁ is that of the dense Hessian in float64 at the same weights."
+    (tmp_path / "half.py").write_text(HALF)
+    torchrun(tmp_path / "half.py", tmp_path)
+    made = {"__name__": "half"}
+    exec(HALF, made)
+    got, other = (torch.load(tmp_path / f"{k}.pt", weights_only=True) for k in range(2))
+    for kind, seen in got.items():
+        net = made["build"](torch.float64).eval()
+        names, shapes, sizes = zip(*((k, p.shape, p.numel()) for k, p in net.named_parameters()))
+        theta = torch.cat([seen["theta"][k].double().reshape(-1) for k in names])
+        def loss(t): return made["loss"](lambda x: torch.func.functional_call(net, {k: b.view(s) for k, s, b in zip(names, shapes, t.split(sizes))}, x), *made["texts"]())
+        with sdpa_kernel(SDPBackend.MATH): exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, theta))[-1]
+        assert seen["same"] and other[kind]["same"]
+        assert abs(seen["values"][0] - exact) <= seen["errors"][0] < .1 * exact, kind
 
 
 HELD = textwrap.dedent("""
