@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from hashlib import file_digest, sha256
@@ -27,6 +28,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 from ..ground.commit import commit
 from ..ground.display import printed
+from ..ground.forks import Forks
 from ..ground.registry import unknown
 from ..ground.roles import check_number
 from ..problem.graphs import fields
@@ -36,7 +38,7 @@ from ..runs.run import is_done
 from ..runs.writing import full_disk
 from ..runs.sweeps.many import sweep
 from .claims import Claim, claims_table, load_claims
-from .figures import beside, cells_of, execute, explain, figure_specs, find_figures, heading, set_parameters, stop_kernels, writable
+from .figures import beside, cells_of, execute, explain, figure_specs, find_figures, heading, set_parameters, stop_kernels, warm_kernels, writable
 from .gallery import KINDS, verdict, write_gallery
 
 # %% ../../nbs/09_show/06_build.ipynb #plan
@@ -113,6 +115,7 @@ def draw(
     plan: Plan,
     store: Store,      # with its runs
     timeout: int,      # seconds for one cell of the notebook
+    fork: Forks | None = None,   # where its kernel comes from
 ) -> FigureResult:
     "Execute a figure's notebook and write down how it came about; what goes wrong is in the result, and leaves the figure as it was."
     name, began = plan.path.stem, time.monotonic()
@@ -121,7 +124,7 @@ def draw(
         title, question = heading(plan.path)
         every = lambda key: sorted({str(m[key]) for m in manifests if key in m})
         with full_disk(f"figure {name} is as it was", plan.home), beside(plan.home) as folder:
-            execute(plan.path, folder, plan.params | {"store": str(store.root.resolve()), "out": str(folder.resolve())}, timeout)
+            execute(plan.path, folder, plan.params | {"store": str(store.root.resolve()), "out": str(folder.resolve())}, timeout, fork)
             if missing := [f.name for f in plan.outputs(folder) if not f.exists()]:
                 raise RuntimeError(f"{plan.path.name} wrote no {', '.join(missing)}; a figure notebook calls "
                                    f"save_figure(fig, out, {name!r}) and save_claims(claims, Path(out) / 'claims.json').")
@@ -143,8 +146,8 @@ def draw_all(
     tell: Callable[[FigureResult], None],   # of each, as it is done
 ):
     "Draw figures. An interrupt ends the kernels that are at work."
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(draw, plan, store, timeout) for plan in plans]
+    with warm_kernels() if len(plans) > 1 else nullcontext() as fork, ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(draw, plan, store, timeout, fork) for plan in plans]
         try:
             for future in as_completed(futures): tell(future.result())
         except BaseException:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SIZES', 'PAGE', 'KERNELS', 'figure_notebooks', 'find_figures', 'cells_of', 'tagged', 'known_parameters',
            'as_declared', 'set_parameters', 'figure_specs', 'Snapshot', 'read_runs', 'execute', 'page_of', 'formula',
-           'kernel_in', 'stop_kernels', 'begun', 'explain', 'heading', 'writable', 'beside']
+           'kernel_in', 'kernel_environment', 'warm_kernels', 'stop_kernels', 'begun', 'explain', 'heading', 'writable',
+           'beside']
 
 # %% ../../nbs/09_show/03_figures.ipynb #imports
 import ast
@@ -14,10 +15,11 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tokenize
 import traceback
 from base64 import b64encode
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape, unescape
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from weakref import WeakSet
 from matplotlib.font_manager import FontProperties
+from ..ground.forks import Forks, forks
 from ..ground.processes import safe_environment
 from ..ground.registry import literal, unknown
 from ..runs import Spec, Store
@@ -160,6 +163,7 @@ def execute(
     folder: Path,      # the figure's, for everything that it writes
     params: dict,      # of the notebook
     timeout: int,      # seconds for one cell
+    fork: Forks | None = None,   # where its kernel comes from; None: it imports all by itself
 ):
     "Execute a figure notebook in a kernel of its own, on one thread unless OMP_NUM_THREADS says otherwise, and write it with its outputs and as a page."
     import papermill   # takes over a second
@@ -168,7 +172,7 @@ def execute(
     def go():
         with TemporaryDirectory(prefix="gradnb-") as empty:
             papermill.execute_notebook(
-                str(path), str(done), params, kernel_name="python3", language="python", kernel_manager_class=kernel_in(empty), progress_bar=False, execution_timeout=timeout,
+                str(path), str(done), params, kernel_name="python3", language="python", kernel_manager_class=kernel_in(empty, fork), progress_bar=False, execution_timeout=timeout,
                 extra_arguments=["--log-level=50", "--matplotlib=inline", "--InteractiveShellApp.ignore_cwd=True", f"--IPKernelApp.exec_lines={goto}"])
     try: go()
     except RuntimeError as e:
@@ -208,15 +212,32 @@ def formula(found: re.Match) -> str:
 KERNELS = WeakSet()
 
 def kernel_in(
-    folder: str,   # where kernels start
-) -> type:         # for nbclient
+    folder: str,                 # where kernels start
+    fork: Forks | None = None,   # where those of this Python come from, as long as it lives
+) -> type:                       # for nbclient
     "A manager of kernels that import nothing from a working folder."
     from jupyter_client.manager import AsyncKernelManager
     class Kernel(AsyncKernelManager):
         async def start_kernel(self, **options):
             KERNELS.add(self)
-            return await super().start_kernel(**options | {"cwd": folder, "env": {"OMP_NUM_THREADS": "1"} | safe_environment()})
+            return await super().start_kernel(**options | {"cwd": folder, "env": kernel_environment()})
+
+        async def _async_launch_kernel(self, kernel_cmd, **options):
+            if fork and kernel_cmd[:3] == [sys.executable, "-m", "ipykernel_launcher"]:
+                with suppress(OSError, EOFError):
+                    process = fork([*kernel_cmd[2:], f"--IPKernelApp.parent_handle={fork.server.pid}"], options["cwd"], options["env"])
+                    vars(self.provisioner).update(process=process, pid=process.pid, pgid=process.pid)
+                    return
+            await super()._async_launch_kernel(kernel_cmd, **options)
     return Kernel
+
+def kernel_environment() -> dict[str, str]:
+    "Of one thread, unless OMP_NUM_THREADS says otherwise."
+    return {"OMP_NUM_THREADS": "1"} | safe_environment()
+
+def warm_kernels():       # a context, in which it is what `execute` takes
+    "A server of forks that has imported what figures need."
+    return forks(("ipykernel.kernelapp", "scipy.stats", "gradnb.show.plots.tail", "gradnb.show.plots.flatness", "gradnb.runs.sweeps.many"), kernel_environment())
 
 def stop_kernels():
     "End the kernels of all figures that are being drawn."
