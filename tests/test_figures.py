@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -46,7 +46,7 @@ def drawn(monkeypatch):
     "Instead of a kernel: write what a good notebook writes, and note the parameters."
     seen = []
 
-    def execute(path, folder, params, timeout):
+    def execute(path, folder, params, timeout, fork):
         seen.append((path.stem, params))
         for kind in ("png", "svg", "ipynb", "html"):
             (folder / f"{path.stem}.{kind}").write_text("new")
@@ -242,7 +242,7 @@ save_claims([], Path(out) / "claims.json")
 
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_build_that_is_stopped_goes_on(tmp_path, how):
-    "No kernel outlives it; the same call draws what is missing, and nothing of it is trained again."
+    "No kernel outlives it, nor the process that they are forked from; the same call draws what is missing, and nothing of it is trained again."
     home, gate = tmp_path / "nbs", tmp_path / "gate"
     for name in "ab": write(home, name, body=f"NAME, FIGURE = {str(gate)!r}, {name!r}\n" + SLOW)
     call = dict(out=str(tmp_path / "out"), store=str(tmp_path / "runs"), folder=str(home), progress=False, jobs=2)
@@ -252,12 +252,14 @@ def test_a_build_that_is_stopped_goes_on(tmp_path, how):
     while not all(map(Path.exists, begun)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(.1)
-    kernels = [p for p in Path("/proc").glob("[0-9]*") if b"ipykernel" in (cmdline(p)) and parent(p) == process.pid]
+    children = lambda of: [p for p in Path("/proc").glob("[0-9]*") if b"ipykernel" in cmdline(p) and parent(p) == of]
+    server, = children(process.pid)
+    kernels = children(int(server.name))
     assert len(kernels) == 2
     os.kill(process.pid, how)
     said = process.communicate(timeout=60)[1]
     assert process.returncode != 0 and ("KeyboardInterrupt" in said or how == signal.SIGKILL)
-    while any(b"ipykernel" in cmdline(p) for p in kernels):
+    while any(b"ipykernel" in cmdline(p) for p in (server, *kernels)):
         assert time.monotonic() < deadline
         time.sleep(.1)
     gate.touch()
@@ -588,8 +590,17 @@ def test_a_name_is_never_mathematics(tmp_path, name):
 PLANTED = ("gradnb", "safetensors", "ipykernel_launcher", "IPython", "random", "matplotlib", "sitecustomize")
 
 
-def test_nothing_that_lies_in_a_figures_folder_is_imported(tmp_path, monkeypatch):
-    "Modules, settings and templates lie in the figure's folder and in the working folder; the notebook writes into the first."
+@contextmanager
+def killed():
+    with figures.warm_kernels() as fork:
+        fork.server.kill()
+        fork.server.wait()
+        yield fork
+
+
+@pytest.mark.parametrize("warm", [figures.warm_kernels, killed])
+def test_nothing_that_lies_in_a_figures_folder_is_imported(tmp_path, monkeypatch, warm):
+    "Modules, settings and templates lie in the figure's folder and in the working folder; the notebook writes into the first. Its kernel is forked, or where that fails begins as any does."
     body = "import matplotlib.pyplot as plt, gradnb, safetensors\nopen('written', 'w').write(str(plt.rcParams['lines.linewidth']))"
     path, folders = write(tmp_path, "one", body=body), (tmp_path / "out", tmp_path / "here")
     for folder in folders:
@@ -600,7 +611,7 @@ def test_nothing_that_lies_in_a_figures_folder_is_imported(tmp_path, monkeypatch
         (folder / "lab" / "index.html.j2").write_text("{{ ''.__class__ }} a stranger's page")
     monkeypatch.chdir(folders[1])
     monkeypatch.setenv("PYTHONPATH", f"{figures.__file__.rpartition('/gradnb/')[0]}:")       # an empty entry is the working folder
-    figures.execute(path, folders[0], {}, 60)
+    with warm() as fork: figures.execute(path, folders[0], {}, 60, fork)
     assert not (tmp_path / "ran").exists() and (folders[0] / "written").read_text() not in ("", "77.0")
     assert "stranger" not in (folders[0] / "one.html").read_text("utf-8")
 
@@ -656,7 +667,8 @@ def test_a_notebook_without_a_kernelspec_with_a_default_that_has_an_equals_sign(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("body, said", [("import time\ntime.sleep(60)", "CellTimeoutError.*longer timeout"), ("import os\nos._exit(3)", "DeadKernelError.*compiled code")])
-def test_a_cell_that_ends_badly_is_named(tmp_path, body, said):
-    write(tmp_path, "one", body=body)
-    result, = run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False, timeout=15)
-    assert not result.ok and re.search(f"cell 'body': {said}", result.error), result.error
+@pytest.mark.parametrize("names", ["a", "ab"])      # the kernel of one begins as any does; those of several are forked
+def test_a_cell_that_ends_badly_is_named(tmp_path, body, said, names):
+    for name in names: write(tmp_path, name, body=body)
+    for result in run_figures(out=tmp_path / "out", store=tmp_path / "runs", folder=tmp_path, progress=False, timeout=15):
+        assert not result.ok and re.search(f"cell 'body': {said}", result.error), result.error

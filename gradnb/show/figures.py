@@ -167,13 +167,14 @@ def execute(
 ):
     "Execute a figure notebook in a kernel of its own, on one thread unless OMP_NUM_THREADS says otherwise, and write it with its outputs and as a page."
     import papermill   # takes over a second
-    done, goto = folder / path.name, f"import os; os.chdir({str(folder.resolve())!r})"
+    done = folder / path.name
+    begin = f"import os, matplotlib.pyplot; os.chdir({str(folder.resolve())!r}); matplotlib.pyplot.uninstall_repl_displayhook()"    # which draws what will be drawn for the page
     logging.getLogger("papermill").setLevel(logging.ERROR)     # it reads no parameters that have an = in their default
     def go():
         with TemporaryDirectory(prefix="gradnb-") as empty:
             papermill.execute_notebook(
                 str(path), str(done), params, kernel_name="python3", language="python", kernel_manager_class=kernel_in(empty, fork), progress_bar=False, execution_timeout=timeout,
-                extra_arguments=["--log-level=50", "--matplotlib=inline", "--InteractiveShellApp.ignore_cwd=True", f"--IPKernelApp.exec_lines={goto}"])
+                extra_arguments=["--log-level=50", "--matplotlib=inline", "--InteractiveShellApp.ignore_cwd=True", f"--IPKernelApp.exec_lines={begin}"])
     try: go()
     except RuntimeError as e:
         if isinstance(e, papermill.PapermillExecutionError) or "ernel" not in str(e) or begun(done): raise
