@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 import numpy as np
+from .processes import keep_memory
 
 # %% ../../nbs/01_ground/16_forks.ipynb #serve
 def serve(
@@ -29,6 +30,7 @@ def serve(
 ):
     "Fork a process for each request. Returns when nobody can ask any more, in the server; in a forked process, when its module has run."
     door, begun = socket.socket(fileno=door), set()
+    keep_memory()
     for module in modules:
         with suppress(ImportError): import_module(module)
     door.shutdown(socket.SHUT_WR)      # which says that all is imported

@@ -28,7 +28,7 @@ from ...data.sources import held
 from ...models.losses import LOSSES
 from ...models import MODELS
 from ...measure.probes.view import PROBES
-from ...ground.processes import safe_children
+from ...ground.processes import keep_memory, safe_children
 from ...ground.registry import Registry
 from ...ground.roles import KINDS, check_number
 from .. import Spec, Store
@@ -177,9 +177,10 @@ class Pool:
             if last: last.cancel()
 
 def prepare(parent, threads: int):
-    "A worker's first act: its number of threads, data sets that are read once, and an ear for the parent's end. Ctrl-C is the parent's business."
+    "A worker's first act: its number of threads, memory and data sets that are kept, and an ear for the parent's end. Ctrl-C is the parent's business."
     for s in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2): signal.signal(s, signal.SIG_IGN)     # Slurm tells children what it tells the parent
     torch.set_num_threads(threads)
+    keep_memory()
     def listen():
         with held():                                                          # as long as the process lives
             try: parent.recv_bytes()
