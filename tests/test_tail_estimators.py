@@ -15,7 +15,7 @@ from gradnb.measure.tail.compat import largest_divisor, original_index, original
 from gradnb.measure.tail.estimators import METHODS, MOHAMMADI, k_plot, m_profile
 from gradnb.measure.tail.magnitudes import BINS, Magnitudes, TailRefusal, bin_edges, count_logs, histogram, log_sum
 from gradnb.measure.tail.methods import Histograms, ecf_error, fit_stable, hill_k
-from gradnb.measure.tail.stable import stable_sample
+from gradnb.measure.tail.stable import stable_logpdf, stable_sample
 
 
 def draws(alpha, *shape, seed=0, dtype=torch.float32):
@@ -64,6 +64,18 @@ def test_error_and_bias_on_stable_draws(method, alpha, i):
 def test_likelihood_attains_the_cramer_rao_bound(alpha, bound):
     values = [fit_stable(Histograms.leaving_out(Magnitudes.of(draws(alpha, 10_000, seed=s), logs=False)))[0] for s in range(300)]
     assert np.std(values) < 1.15 * bound / 100
+
+
+@pytest.mark.parametrize("seed", [4, 9])
+def test_the_likelihood_is_largest_where_it_is_said(seed):
+    "Of few draws with tails near the least index that is tabulated, beside all indices and scales of a fine grid."
+    x = stable_sample(.6, (60,), torch.Generator().manual_seed(seed))
+    edges = Histograms.leaving_out(Magnitudes.of(x))
+    seen = torch.repeat_interleave(edges.middle, edges.counts[0].long())
+    likely = lambda alpha, scale: stable_logpdf(seen, alpha, scale).sum().item()
+    best = max((likely(a, s), a) for a in np.arange(.5, 1.2, .01) for s in np.geomspace(.3, 3., 60))
+    alpha, scale = fit_stable(edges)
+    assert likely(alpha, scale) >= best[0] and abs(alpha - best[1]) < .02
 
 
 @pytest.mark.slow

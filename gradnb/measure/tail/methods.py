@@ -202,9 +202,7 @@ def fit_stable(
     start = min(max(mcculloch_index((h.quantile(.9)[0] / h.quantile(.5)[0]).log().item()), 0.6), 1.95)
     alphas, _, q75 = mcculloch_curve()
     at = np.array([start, log(h.quantile(.5)[0].item() / np.interp(start, alphas, q75))])
-    step = np.array([[0, 0], [-0.1, 0], [0, 0.1]])
-    found = minimize(lambda v: -mean(*v), at, method="Nelder-Mead", bounds=[(ALPHA_MIN, 2), (None, None)],
-                     options=dict(xatol=1e-5, fatol=1e-11, initial_simplex=at + step))
+    found = minimize(lambda v: -mean(*v), at, method="L-BFGS-B", bounds=[(ALPHA_MIN, 2), (None, None)], options=dict(ftol=1e-14, gtol=1e-8, eps=1e-7))
     return float(found.x[0]), float(np.exp(found.x[1]))
 
 def _mean_loglik(h: Histograms):
