@@ -268,6 +268,7 @@ def lanczos(
     keep: int = 0,                       # pairs in the sketch of the answer; 0: none is made
     vectors: bool = False,               # hold the residuals against tol too, for whoever needs the vectors
     check: bool = True,                  # False: columns of the start past k are guards, nobody looks further, errors are infinite
+    settle: bool = True,                 # False: look for larger ones at once, for whoever needs a bound of a few products and no vector
 ) -> Eigs:
     """The k largest eigenpairs by thick-restart Lanczos (Wu & Simon 2000), warm from any block and sketch.
 
@@ -295,7 +296,7 @@ def lanczos(
     if budget < k: raise ValueError(f"max_matvecs = {budget} cannot give k = {k} pairs; each takes a product.")
     B = Basis(matvec, rows, size, copies - held - 4, sketch)
     if not B.add(rows.clone()): B.add_random(stream)
-    done, new = _settle(B, k, guards, follow, tol, stream, budget, vectors, keep), None
+    done, new = not settle or _settle(B, k, guards, follow, tol, stream, budget, vectors, keep), None
     error = torch.full((k,), inf if B.m < p else 0, dtype=torch.float64)
     if check and done and B.m < p:
         if lean: error, done, new = _certify_in_few(B, k, tol, stream, budget, vectors, keep, half)
