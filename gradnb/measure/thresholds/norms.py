@@ -63,7 +63,7 @@ def turned(norm: str, g: Tensor):    # functions (r, *shape) → (r, m, n) and b
 def shares(norm: str, e: Tensor) -> list[Tensor]:    # of (m, n): what adds up to a W of it
     return [e] if norm == "linf" else [e.sum().view(1, 1)] if norm == "l2" else [e.sum(1, True), e.sum(0, True)]
 
-ROUNDS, OWN, FLOOR = 2, .3, dict(linf=.15, spectral=.15, l2=.01)    # of the power method; shares of its first W and, at first, of the identity
+ROUNDS, OWN, FLOOR = 2, .4, dict(linf=.15, spectral=.15, l2=.01)    # of the power method; shares of its first W and, at first, of the identity
 
 def relaxed(
     norm: str,
@@ -78,7 +78,8 @@ def relaxed(
         t = total(parts)
         return {n: [(w / t + (0 if i else share / count)) / (1 + share) for i, w in enumerate(ws)] for n, ws in parts.items()}
     B, tiny = {n: turns[n][0](b) for n, b in model.items()}, torch.finfo(next(iter(Hd.values())).dtype).tiny ** .5
-    parts = own = mixed({n: [s.sqrt() for s in shares(norm, turns[n][0](g[None])[0].square())] for n, g in Hd.items()}, floor)
+    sides = lambda g: (1.,) if norm != "spectral" else (.8, .2) if len(matrix(g)) > matrix(g).shape[1] else (.2, .8)     # more for the inputs
+    parts = own = mixed({n: [u * s.sqrt() for u, s in zip(sides(g), shares(norm, turns[n][0](g[None])[0].square()))] for n, g in Hd.items()}, floor)
     C = sum(b.flatten(1) @ (b / sum(own[n])).flatten(1).T for n, b in B.items())
     for _ in range(ROUNDS):
         D = {n: torch.tensordot(C, b, 1) for n, b in B.items()}                                     # W D of the text
