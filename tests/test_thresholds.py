@@ -482,7 +482,7 @@ def test_generalized_sharpness_of_one_direction_is_its_dual_norm(norm, units):
     size = sum(one(g) * (units or {}).get(n, 1.) for n, g in zip(problem.layout.names, grads))
     found = generalized_sharpness(problem.at(problem.theta0), norm, units)
     close(found.low, size ** 2, 1e-6)
-    assert found.low * (1 - 1e-9) <= found.high <= 1.03 * found.low
+    assert found.low * (1 - 1e-9) <= found.high <= 1.05 * found.low
 
 
 @pytest.mark.parametrize("norm, shape", [("spectral", (4, 7)), ("spectral", (7, 4)), ("l2", (4, 7)), ("linf", (4, 3))])
@@ -511,7 +511,7 @@ def test_no_direction_of_the_ball_is_sharper_than_the_bound(norm):
     for _ in range(300):
         d = layout.join(ball(norm, layout.named(torch.randn(problem.p, generator=gen, dtype=DOUBLE)))[0].values())
         assert d @ H @ d <= found.low * (1 + 1e-9)
-    assert found.low * (1 - 1e-9) <= again.low <= found.high and (norm == "linf" or again.products < found.products)
+    assert found.low * (1 - 1e-9) <= again.low <= found.high and again.products < found.products
     close(generalized_sharpness(problem.at(problem.theta0), norm).low, found.low, 1e-12)
     later = generalized_sharpness(problem.at(problem.theta0 * 1.01), norm, warm=found)
     H, dense = dense_hessian(problem, problem.theta0 * 1.01), generalized_sharpness(problem.at(problem.theta0 * 1.01), norm, starts=8, tol=1e-5)
@@ -532,8 +532,7 @@ def test_a_look_at_a_norm_costs_three_of_sharpness(norm):
         assert found.low <= found.high * (1 + 1e-12) and found.low >= eigs.values[0].item() * .99
         spent.append((found.products, eigs.matvecs))
         warm, sketch = found, eigs.sketch
-    assert spent[0][0] <= (4 if norm == "linf" else 3) * spent[0][1], spent
-    assert sum(a for a, _ in spent[1:]) <= (3.5 if norm == "spectral" else 3) * sum(b for _, b in spent[1:]), spent
+    assert all(a <= 3 * b for a, b in spent) and max(a for a, _ in spent[1:]) < spent[0][0], spent
 
 
 @pytest.mark.parametrize("norm", NORMS)

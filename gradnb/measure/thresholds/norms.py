@@ -63,7 +63,7 @@ def turned(norm: str, g: Tensor):    # functions (r, *shape) → (r, m, n) and b
 def shares(norm: str, e: Tensor) -> list[Tensor]:    # of (m, n): what adds up to a W of it
     return [e] if norm == "linf" else [e.sum().view(1, 1)] if norm == "l2" else [e.sum(1, True), e.sum(0, True)]
 
-ROUNDS, OWN, FLOOR = 2, .4, dict(linf=.15, spectral=.15, l2=.01)    # of the power method; shares of its first W and, at first, of the identity
+ROUNDS, OWN, FLOOR = 2, .4, (.01, .15)    # of the power method; shares of its first W and, at least and at most, of the identity
 
 def relaxed(
     norm: str,
@@ -148,7 +148,8 @@ def generalized_sharpness(
     low = max(0., dot(d, Hd).item())
     top = max(0., plain.values[0].item())
     high, sure = max(0., (plain.values + plain.errors)[0].item()) * sum(u * u * size(norm, s) for u, s in zip(lengths, layout.shapes)), plain.converged
-    B, cost, floor = (seen * (known / top).clamp_min(0).sqrt())[:, known > 1e-6 * top], 3, FLOOR[norm]
+    off = (Hd - seen @ (known[:, None] * (seen.T @ d))).norm() / Hd.norm()     # of the model
+    B, cost, floor = (seen * (known / top).clamp_min(0).sqrt())[:, known > 1e-6 * top], 3, min(max(FLOOR[0], off.item()), FLOOR[1])
     if low: B = corrected(B, d / (low / top) ** .5, Hd / (low * top) ** .5)
     while low and high > CLOSE * low and left >= cost:
         roots, w = relaxed(norm, named(B.T), named(Hd[:, 0] / top), floor)
