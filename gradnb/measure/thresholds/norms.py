@@ -29,8 +29,9 @@ def ball(
     "Where a linear function is largest on the unit ball of a norm, and how large."
     if norm == "linf": return {n: g.sign() for n, g in blocks.items()}, {n: g.abs().sum() for n, g in blocks.items()}
     if norm == "l2":
-        sizes = {n: torch.linalg.vector_norm(g) for n, g in blocks.items()}
-        return {n: g / sizes[n].clamp_min(torch.finfo(g.dtype).tiny) for n, g in blocks.items()}, sizes
+        tops = {n: g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny) for n, g in blocks.items()}      # whose squares stay in range
+        sizes = {n: torch.linalg.vector_norm(g / tops[n]) for n, g in blocks.items()}
+        return {n: g / tops[n] / sizes[n].clamp_min(1) for n, g in blocks.items()}, {n: s * tops[n] for n, s in sizes.items()}
     far, sizes = {}, {}
     for n, g in blocks.items():
         U, S, V = torch.linalg.svd(matrix(g), full_matrices=False)
@@ -150,8 +151,8 @@ def generalized_sharpness(
     high, sure = max(0., (plain.values + plain.errors)[0].item()) * sum(u * u * size(norm, s) for u, s in zip(lengths, layout.shapes)), plain.converged
     off = (Hd - seen @ (known[:, None] * (seen.T @ d))).norm() / Hd.norm()     # of the model
     B, cost, floor = (seen * (known / top).clamp_min(0).sqrt())[:, known > 1e-6 * top], 3, min(max(FLOOR[0], off.item()), FLOOR[1])
-    if low: B = corrected(B, d / (low / top) ** .5, Hd / (low * top) ** .5)
-    while low and high > CLOSE * low and left >= cost:
+    if low and top: B = corrected(B, d / (low / top) ** .5, Hd / (low ** .5 * top ** .5))
+    while low and top and high > CLOSE * low and left >= cost:
         roots, w = relaxed(norm, named(B.T), named(Hd[:, 0] / top), floor)
         whole = lambda v, way=1: layout.join(roots(named(v), way).values())
         eigs = lanczos(lambda z: whole(product(whole(z)[:, None])[:, 0]) / top, whole(Hd[:, 0]), 1, 5 * tol if left < len(theta) else 0., left,
