@@ -391,3 +391,18 @@ def test_rows_that_nothing_makes_orthonormal_are_given_up():
     "Rows outside the rest that are not orthonormal themselves, as after a fault, must not be gone round for ever."
     Q = randn(0, 3, 9) / 3
     assert orthonormalise(Q, randn(1, 6, 9)) <= 6
+
+
+@pytest.mark.parametrize("memory", [None, 16])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_bound_at_once_holds_after_any_number_of_products(seed, memory):
+    "From a start that is an eigenvector, but not the top one; within its budget, on flat, spiked and negative spectra."
+    gen = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(120, 120, generator=gen, dtype=torch.float64)).Q
+    for values in (torch.linspace(-1, 1, 120), torch.cat([torch.tensor([3., 2.9]), .1 * torch.randn(118, generator=gen)]), -torch.rand(120, generator=gen)):
+        values = values.double().sort(descending=True).values
+        A = (Q * values) @ Q.T
+        for budget in (2, 7, 25, 60):
+            found = lanczos(A.__matmul__, Q[:, 4].clone(), tol=1e-3, max_matvecs=budget, settle=False, memory=memory)
+            assert found.matvecs <= budget and found.values <= values[0] + 1e-12 and values[0] <= found.values + found.errors
+    if memory is None: assert found.errors < .5

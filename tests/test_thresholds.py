@@ -535,6 +535,16 @@ def test_a_look_at_a_norm_costs_three_of_sharpness(norm):
     assert all(a <= 3 * b for a, b in spent) and sum(a for a, _ in spent[1:]) < 3 * spent[0][0], spent
 
 
+@pytest.mark.parametrize("most", [2, 2.5, 8])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_look_at_a_norm_spends_no_more_than_it_may(norm, most):
+    problem = small()
+    point = problem.at(problem.theta0)
+    found, eigs = generalized_sharpness(point, norm, most=most), sharpness(point)
+    assert eigs.matvecs < found.products <= most * eigs.matvecs and 0 < found.low <= found.high <= (eigs.values + eigs.errors).item() * problem.p
+    with pytest.raises(ValueError, match="most=1"): generalized_sharpness(point, norm, most=1)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_steepest_descent_below_the_threshold_lowers_a_quadratic_and_above_does_not(norm):
     "A matrix and a vector, along 30 steps; above it the steepest direction itself goes up."

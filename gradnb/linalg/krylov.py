@@ -268,7 +268,7 @@ def lanczos(
     keep: int = 0,                       # pairs in the sketch of the answer; 0: none is made
     vectors: bool = False,               # hold the residuals against tol too, for whoever needs the vectors
     check: bool = True,                  # False: columns of the start past k are guards, nobody looks further, errors are infinite
-    settle: bool = True,                 # False: look for larger ones at once, for whoever needs a bound of a few products and no vector
+    settle: bool = True,                 # False: look for larger ones at once, while the memory lasts, for whoever needs a bound of a few products
 ) -> Eigs:
     """The k largest eigenpairs by thick-restart Lanczos (Wu & Simon 2000), warm from any block and sketch.
 
@@ -295,11 +295,12 @@ def lanczos(
         raise ValueError(f"basis = {basis} is too small to follow {follow} pairs; give at least {follow + 2}.")
     if budget < k: raise ValueError(f"max_matvecs = {budget} cannot give k = {k} pairs; each takes a product.")
     B = Basis(matvec, rows, size, copies - held - 4, sketch)
+    if not settle: budget = int(min(budget, size, B.most - 3))
     if not B.add(rows.clone()): B.add_random(stream)
     done, new = not settle or _settle(B, k, guards, follow, tol, stream, budget, vectors, keep), None
     error = torch.full((k,), inf if B.m < p else 0, dtype=torch.float64)
     if check and done and B.m < p:
-        if lean: error, done, new = _certify_in_few(B, k, tol, stream, budget, vectors, keep, half)
+        if lean and settle: error, done, new = _certify_in_few(B, k, tol, stream, budget, vectors, keep, half)
         else: error, done = certify(B, k, tol, stream, budget, vectors, keep)
     theta, Y = (x[:k] for x in B.ritz())
     r, allowed = B.residuals(theta, Y), max(tol, 10 * torch.finfo(rows.dtype).eps) * B.ritz()[0].abs().max()

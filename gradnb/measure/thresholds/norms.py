@@ -121,7 +121,7 @@ def generalized_sharpness(
     """max dᵀHd over the unit ball of a norm (Islamov et al. 2026), from both sides: S is between `low` and `high`.
 
     It costs `most` times the products of a sharpness at most, warm ones from an earlier answer; where they do not suffice for a better bound, it is λ₁ times the norm's constant.
-    Holds some 40 copies of θ. Raises ValueError on an unknown norm, TypeError on what is no point.
+    Holds some 60 copies of θ. Raises ValueError on an unknown norm, TypeError on what is no point.
     """
     if not isinstance(point, Point): raise TypeError(f"generalized_sharpness takes a point, problem.at(theta), got {type(point).__name__}.")
     check(norm)
@@ -156,7 +156,7 @@ def generalized_sharpness(
         roots, w = relaxed(norm, named(B.T), named(Hd[:, 0] / top), floor)
         whole = lambda v, way=1: layout.join(roots(named(v), way).values())
         eigs = lanczos(lambda z: whole(product(whole(z)[:, None])[:, 0]) / top, whole(Hd[:, 0]), 1, 5 * tol if left < len(theta) else 0., left,
-                       stream=stream / left, memory=room(None, 1, None, len(theta)), keep=9, settle=False)
+                       stream=stream / left, memory=room(None, 6, None, len(theta)), keep=9, settle=False)
         left, cost, floor = left - eigs.matvecs, eigs.matvecs, floor / 5
         high, sure = min((high, sure), (max(0., (eigs.values + eigs.errors)[0].item()) * w * top, eigs.converged))
         up = eigs.sketch.values > 0
