@@ -169,7 +169,7 @@ def train(
                 state, kept, k, given = stepper.step(problem, here), watching.remembered(), k + 1, False
                 del here
             bar.update()
-            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            if progress: bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
     except KeyboardInterrupt:
         traces.outcome = Outcome("interrupted", k, f"interrupted at step {k}")
     except Exception as e:

@@ -70,16 +70,24 @@ def tail_series(
         total += a * (1 if power else 1 / (k * alpha)) * x**(-k * alpha - power)
     return total
 
+@lru_cache(maxsize=2)
+def _rows(
+    coefficients: Tensor,    # (nodes in x, nodes in α)
+    alpha: float,
+) -> tuple[Tensor, ...]:     # (nodes in x + 1,) and fewer
+    "Logarithm of the tabulated quantity at alpha, and its first three differences: one index is looked at with several scales."
+    z = 2 * (alpha - ALPHA_MIN) / (2 - ALPHA_MIN) - 1
+    row = (coefficients @ torch.tensor(np.cos(np.arange(_NODES) * np.arccos(z)))).clamp(min=1e-300).log()
+    row = torch.cat([row[1:2], row])                      # from node −1, which is node 1 of an even function
+    return row, *(row.diff(n=n) for n in (1, 2, 3))
+
 def _log_weighted(
     coefficients: Tensor,    # (nodes in x, nodes in α)
     x: Tensor,               # |x|, float64
     alpha: float,
 ) -> Tensor:
     "Logarithm of the tabulated quantity at (x, alpha), by a cubic through four neighbours in x."
-    z = 2 * (alpha - ALPHA_MIN) / (2 - ALPHA_MIN) - 1
-    row = (coefficients @ torch.tensor(np.cos(np.arange(_NODES) * np.arccos(z)))).clamp(min=1e-300).log().to(x.device)    # (nodes in x,)
-    row = torch.cat([row[1:2], row])                      # from node −1, which is node 1 of an even function
-    first, second, third = (row.diff(n=n) for n in (1, 2, 3))
+    row, first, second, third = (r.to(x.device) for r in _rows(coefficients, alpha))
     at = (x / _KNEE).asinh() / _STEP
     i = at.long().clamp(0, len(third) - 1)
     t = at - i
