@@ -107,6 +107,8 @@ class Generalized(NamedTuple):
     converged: bool      # has the ascent come to rest, and was the eigenvalue found?
     sketch: Sketch       # of the search for λ₁
 
+CLOSE = 1.05    # bounds as close as this are not improved
+
 def generalized_sharpness(
     point: Point,                           # where: problem.at(theta)
     norm: str = "linf",                     # or "spectral", "l2": of each block, the largest of them all
@@ -163,8 +165,6 @@ def generalized_sharpness(
         rows, scale = eigs.sketch.vectors.T[up].to(theta), eigs.sketch.values[up].to(theta).sqrt()
         B = corrected(B, *(torch.stack([whole(z, way) * s ** -way for z, s in zip(rows, scale)], 1) for way in (1, -1)))
     return Generalized(low, max(high, low), (unit * d)[:, 0].contiguous(), int(most * plain.matvecs) - left, bool(rest) and bool(sure), plain.sketch)
-
-CLOSE = 1.05    # bounds as close as this are not improved
 
 def inside(d: Tensor, far, known: Tensor, seen: Tensor, tol: float) -> Tensor:     # (p, 2)
     "The best ends of ascents in what the search for λ₁ has seen of H, which take no products."
