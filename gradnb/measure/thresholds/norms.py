@@ -152,7 +152,9 @@ def generalized_sharpness(
     top = max(0., plain.values[0].item())
     high, sure = max(0., (plain.values + plain.errors)[0].item()) * sum(u * u * size(norm, s) for u, s in zip(lengths, layout.shapes)), plain.converged
     off = (Hd - seen @ (known[:, None] * (seen.T @ d))).norm() / Hd.norm()     # of the model
-    B, cost, floor = (seen * (known / top).clamp_min(0).sqrt())[:, known > 1e-6 * top], 3, min(max(FLOOR[0], off.item()), FLOOR[1])
+    up, cost, floor = known > 1e-6 * top, 3, min(max(FLOOR[0], off.item()), FLOOR[1])
+    B = seen[:, up].mul_((known[up] / top).sqrt())
+    del seen, starting, noise
     if low and top: B = corrected(B, d / (low / top) ** .5, Hd / (low ** .5 * top ** .5))
     while low and top and high > CLOSE * low and left >= cost:
         roots, w = relaxed(norm, named(B.T), named(Hd[:, 0] / top), floor)
