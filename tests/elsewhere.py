@@ -180,7 +180,7 @@ def test_estimators(estimator):
     same(lambda where: train(problem(where), Descent(GD(.1), ESTIMATORS.build(estimator)), 8, progress=False)[0].theta)
 
 
-ARGUMENTS = {"spectrum": "draws=2,steps=12", "tail_index": "draws=80,surrogates=3", "noise_norms": "draws=80", "batch_tests": "examples=20",
+ARGUMENTS = {"spectrum": "draws=2,steps=12", "generalized_sharpness": "norm=spectral", "tail_index": "draws=80,surrogates=3", "noise_norms": "draws=80", "batch_tests": "examples=20",
              "original_index": "size=10", "flatness": "measure=sam", "rule": "field=velocity", "subspace": "k=2,tol=0.001", "gauss_newton": "k=2,tol=0.001", "averaged": "probe=[grad_norm:every=2]",
              "batch_sharpness": "draws=8", "interaction_sharpness": "draws=8", "update_radius": "tol=0.01,products=20"}
 STEPPERS = {"agd": Descent(AutomaticGradientDescent(vectors=True), MiniBatch(10)), "trust_ratio": Descent(LAMB(), MiniBatch(10)),
