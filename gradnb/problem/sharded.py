@@ -203,7 +203,6 @@ class Sharded:
     @contextmanager
     def untouched(self, u: Tensor | None = None, h: float = 0.):
         "The model at θ + h u, in parameters of its own; what happens to buffers and modes is undone."
-        reshard(self.given)
         shards, modes, buffers = self.layout.shards, [(m, m.training) for m in self.given.modules()], [(b, b.clone()) for b in self.given.buffers()]
         theta = [s.local for s in shards] if self.where is None else [part for _, part in self.layout.split(self.where)]
         theta = [t.to(self.dtype, copy=True) for t in theta]
