@@ -24,6 +24,7 @@ from ..problem import Problem
 from ..problem.graphs import fields
 from ..move.rules.gd import GD
 from ..move.steppers import Descent, trajectory
+from ..ground.processes import return_memory
 from ..ground.streams import Stream
 from ..measure.tail.estimators import tail_index
 from ..measure.tail.magnitudes import histogram
@@ -47,6 +48,7 @@ def peak_extra(
 ) -> float | None:              # MB; None where the system does not tell
     "Largest memory that a piece of work added to the process."
     gc.collect()
+    return_memory()                                     # or the work finds what was freed before
     try: Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is in use
     except OSError: return None
     of = lambda name: fields(Path("/"), "proc/self/status")[name] / 1024
