@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...ground.roles import check_range, kind
-from .inplace import InPlace, columns, watched
+from .inplace import InPlace, columns, pieces, watched
 
 # %% ../../../nbs/06_move/02_rules/17_prodigy.ipynb #state
 class ProdigyState(NamedTuple):
@@ -39,7 +39,7 @@ class Prodigy(InPlace):
     coef: float = 1.                # c, multiplies later ones
     bias_correction: bool = False   # Adam's, of both moments
     safeguard: bool = False         # leave η out of s, for schedules that begin with a warm-up
-    entries = 2 ** 20               # measured
+    entries = inf                   # as every call has a tally to take; inside, passes go piece by piece
 
     def __post_init__(self):
         for name, low, high in (("lr", 0, inf), ("beta1", 0, 1), ("beta2", 0, 1), ("eps", 0, inf), ("weight_decay", 0, inf), ("d0", 1e-300, inf), ("coef", 0, inf)):
@@ -61,28 +61,37 @@ class Prodigy(InPlace):
         d = known(state.d)
         to_r = to_s = d / self.d0 * self.rate(state)
         if self.safeguard: to_s = d / self.d0 * d
-        w, g, s, start, m, v = columns(blocks, blocks, grads, state.s, state.start, state.exp_avg, state.exp_avg_sq)
-        r = self.beta2 ** .5 * torch.stack([state.r[n] for n in blocks]) + to_r * torch.stack([*map(dot, torch._foreach_sub(start, w), g)]).double()
-        s = ops.mul(s, self.beta2 ** .5)
-        torch._foreach_add_(s, g, alpha=to_s) if type(to_s) is float else torch._foreach_addcmul_(s, g, [to_s] * len(s))
-        size = torch.stack([*map(summed, torch._foreach_abs(s))])
-        scaled = torch._foreach_mul(g, d)
-        m, v = ops.lerp(m, scaled, 1 - self.beta1), ops.mul(v, self.beta2)
-        torch._foreach_addcmul_(v, scaled, scaled, 1 - self.beta2)
-        new = (dict(zip(blocks, t)) for t in (r.unbind(), s, m, v))
-        return state._replace(**dict(zip(("r", "s", "exp_avg", "exp_avg_sq"), new))), (r.sum(), size.double().sum())
+        fields = columns(blocks, blocks, grads, state.s, state.start, state.exp_avg, state.exp_avg_sq)
+        dots, sizes, new = [], [], ([], [], [])
+        for piece in pieces(InPlace, fields[0]):
+            w, g, s, start, m, v = (field[piece] for field in fields)
+            dots += map(dot, torch._foreach_sub(start, w), g)
+            s = ops.mul(s, self.beta2 ** .5)
+            torch._foreach_add_(s, g, alpha=to_s) if type(to_s) is float else torch._foreach_addcmul_(s, g, [to_s] * len(s))
+            sizes += map(summed, torch._foreach_abs(s))
+            g, unit = (g, d) if type(d) is float else (torch._foreach_mul(g, d), 1.)
+            m = ops.mul(m, self.beta1)
+            torch._foreach_add_(m, g, alpha=(1 - self.beta1) * unit)
+            v = ops.mul(v, self.beta2)
+            torch._foreach_addcmul_(v, g, g, (1 - self.beta2) * unit ** 2)
+            for done, tensors in zip(new, (s, m, v)): done += tensors
+        r = self.beta2 ** .5 * torch.stack([state.r[n] for n in blocks]) + to_r * torch.stack(dots).double()
+        new = (dict(zip(blocks, t)) for t in (r.unbind(), *new))
+        return state._replace(**dict(zip(("r", "s", "exp_avg", "exp_avg_sq"), new))), (r.sum(), torch.stack(sizes).double().sum())
 
     apart = True
 
     def update(self, state, blocks, grads, total, ops):
         rate = self.rate(state)
         d = torch.where(total[1] > 0, torch.maximum(state.d, self.coef * total[0] / total[1]), state.d)
-        w, m, v = columns(blocks, blocks, state.exp_avg, state.exp_avg_sq)
-        if self.weight_decay: torch._foreach_mul_(w, 1 - rate * self.weight_decay)
-        root = torch._foreach_sqrt(v)
-        torch._foreach_add_(root, [known(d) * self.eps] * len(root))      # one tensor for all would be read as a number
-        if type(rate) is not float: torch._foreach_div_(root, -rate)
-        torch._foreach_addcdiv_(w, m, root, value=-rate if type(rate) is float else 1.)
+        eps, fields = known(d) * self.eps, columns(blocks, blocks, state.exp_avg, state.exp_avg_sq)
+        for piece in pieces(InPlace, fields[0]):
+            w, m, v = (field[piece] for field in fields)
+            if self.weight_decay: torch._foreach_mul_(w, 1 - rate * self.weight_decay)
+            root = torch._foreach_sqrt(v)
+            torch._foreach_add_(root, [eps] * len(root))      # one tensor for all would be read as a number
+            if type(rate) is not float: torch._foreach_div_(root, -rate)
+            torch._foreach_addcdiv_(w, m, root, value=-rate if type(rate) is float else 1.)
         return state._replace(step=state.step + 1, d=d)
 
 def known(t: Tensor) -> float | Tensor:
