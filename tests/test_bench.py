@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from gradnb import GD, Descent, Problem, Quadratic, build_model, load_dataset, sharpness, trajectory
-from gradnb.bench import harness, train
+from gradnb.bench import curvature, harness, train
 from gradnb.bench.harness import Row, alternate, attempt, find_benches, peer, run_benches, table, to_json
 from gradnb.cli import main
+from gradnb.measure.thresholds.norms import NORMS, generalized_sharpness
+from gradnb.problem import Point
 
 KEYS = ["name", "ours", "reference", "ratio", "target", "holds", "unit", "note"]
 
@@ -284,6 +286,28 @@ def test_sharpness_takes_no_more_products_than_the_peers(digits, steps, names):
     assert [r.name.split()[-1] for r in rows] == names
     assert all(r.unit == "HVPs" and r.reference == rows[0].reference for r in rows)
     assert rows[0].holds and rows[-1].ours <= rows[0].ours
+
+
+def test_looks_at_norms_beside_looks_at_the_largest_eigenvalue(line, monkeypatch):
+    "Products are those that a point makes, and the first and warm looks those of separate calls."
+    thetas, paid = [line.theta0, line.theta0 * 1.01, line.theta0 * 1.02], []
+    hvp = Point.hvp
+    monkeypatch.setattr(Point, "hvp", lambda self, v, *more, **options: (paid.append(v[0].numel()), hvp(self, v, *more, **options))[1])
+    rows = {r.name: r for r in curvature.norm_rows(line, thetas, "here")}
+    assert len(rows) == 4 * len(NORMS) and {r.target for r in rows.values()} == {3.} and all(r.ours > 0 and r.reference > 0 for r in rows.values())
+    for norm in NORMS:
+        looks = {"ours": (lambda at, last: generalized_sharpness(at, norm, warm=last)), "reference": (lambda at, last: sharpness(at, warm=last and last.sketch))}
+        counts = {}
+        for side, look in looks.items():
+            last, counts[side] = None, []
+            for theta in thetas:
+                paid.clear()
+                last = look(line.at(theta), last)
+                counts[side].append(sum(paid))
+        first, warm = rows[f"{norm} sharpness here, first, HVPs"], rows[f"{norm} sharpness here, warm, HVPs"]
+        assert (first.ours, first.reference) == (counts["ours"][0], counts["reference"][0])
+        assert (warm.ours, warm.reference) == (sum(counts["ours"][1:]) / 2, sum(counts["reference"][1:]) / 2)
+        assert first.holds
 
 
 def test_rows_of_training_without_the_extra(tmp_path, monkeypatch):
