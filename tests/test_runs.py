@@ -136,6 +136,34 @@ def test_goals_end_a_run(tmp_path):
     assert run.traces["grad_norm"].steps.tolist() == [*range(0, stop, 7), stop]
 
 
+@pytest.mark.parametrize("name", ["ce", "mse", "unit_mse", "linear_hinge"])
+def test_a_goal_is_given_up_when_some_examples_rule_it_out_and_not_before(name):
+    from gradnb import LOSSES, Problem, build_model, load_dataset
+    data, seen = load_dataset("digits-200"), []
+    loss = LOSSES[name]
+
+    def cost(outputs, targets):
+        seen.append(len(targets))
+        return loss(outputs, targets)
+
+    cost.least = loss.least
+    problem = Problem(build_model("fc-tanh:width=10", data), cost, data, chunk_size=20)
+    theta = train(problem, Descent(Adam(.02)), 20, progress=False)[0].theta
+    with torch.no_grad():
+        out = problem.outputs(theta, data.x)
+        each, right = loss(out, data.y), (out.argmax(1) == data.y).double()
+    for goals in [(share * float(each.mean()), None) for share in (.1, .99, 1.01)] + [(None, float(right.mean()) + d) for d in (-.01, .01, .3)] + [(.1 * float(each.mean()), float(right.mean()) + d) for d in (-.01, .3)]:
+        below, reached = goals[0] or 0., goals[1] or 2.
+        open_yet = [i for i in range(20, 200, 20) if each[:i].sum() / 200 < below or (right[:i].sum() + 200 - i) / 200 >= reached]
+        seen.clear()
+        found, met = problem.evaluate(theta, goals=goals), float(each.mean()) < below or float(right.mean()) >= reached
+        assert sum(seen) == (max(open_yet, default=0) + 20)
+        assert (found is None) == (sum(seen) < 200) and not (met and found is None)
+    del cost.least                               # others might cost less than nothing
+    seen.clear()
+    assert problem.evaluate(theta, goals=(.1 * float(each.mean()), None)) and sum(seen) == 200
+
+
 specs = st.builds(
     Spec, dataset=st.sampled_from(["digits", "chebyshev-3-20"]), model=st.just("fc-tanh"), loss=st.sampled_from(["ce", "mse"]),
     rule=st.one_of(st.builds(GD, st.floats(0, 10)), st.builds(Adam, lr=st.floats(0, 1), beta1=st.floats(0, 0.99)),

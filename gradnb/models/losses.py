@@ -106,6 +106,9 @@ def linear_hinge(
     check_outputs(outputs, targets, "linear_hinge", numbers=False)
     return (1 - indicator(outputs, targets, off=-1.0) * outputs).relu().mean(1)
 
+# %% ../../nbs/04_models/01_losses.ipynb #least
+for _loss in LOSSES.values(): _loss.least = 0.     # what one example costs at least
+
 # %% ../../nbs/04_models/01_losses.ipynb #lending
 @contextmanager
 def lending(

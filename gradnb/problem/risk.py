@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+from math import inf
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
@@ -388,8 +389,12 @@ class Risk:
         return other
 
     @torch.no_grad()
-    def evaluate(self, theta: Tensor, split: str = "train") -> Evaluation:
-        "Loss and accuracy over the whole train or test split."
+    def evaluate(self,
+        theta: Tensor,
+        split: str = "train",
+        goals: tuple[float | None, float | None] | None = None,     # a loss to come below, an accuracy to reach
+    ) -> Evaluation | None:
+        "Loss and accuracy over the whole train or test split; None as soon as it is sure that they meet none of the goals that are given."
         if split not in ("train", "test"): raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
         if isinstance(self.dataset, Sample):
             if split == "test": raise ValueError("this problem has no test examples; make a problem of those, and evaluate it.")
@@ -400,7 +405,8 @@ class Risk:
         x, y = (d.x, d.y) if split == "train" else (d.x_test, d.y_test)
         n, mine = len(x), self.part(len(x))
         x, y = x[mine.start:mine.stop], y[mine.start:mine.stop]
-        loss, right, count = 0., 0., 0.
+        loss, right, count, left = 0., 0., 0., n
+        (below, reached), least = goals or (None, None), getattr(self.per_example, "least", -inf)
         for a, b in zip(x.split(size), y.split(size)):
             out = self.outputs(theta, a)
             loss += self.per_example(out, b).sum().item()
@@ -408,5 +414,8 @@ class Risk:
             count += self.per_example.relative(out, b).sum().item() if weighted else len(a)
             if weighted: out = self.per_example.scores(out, b)
             right += float("nan") if d.classes is None else accuracy(out, b).item() * len(a)
+            left -= len(a)
+            if not goals or not left or self.share[1] > 1: continue         # several processes would have to agree
+            if (below is None or (loss + least * left) / n >= below) and (reached is None or (right + left) / n < reached - 1e-6): return None
         loss, right, count = self.reduce(torch.tensor([loss, right, count], dtype=torch.float64, device=self.device))[0].tolist()
         return Evaluation(loss / count, right / n)

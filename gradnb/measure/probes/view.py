@@ -69,8 +69,8 @@ class View:
         self.memory, self._shared = ({} if memory is None else memory), ({} if shared is None else shared)
 
     def once(self, key, make: Callable):
-        "make(), computed by the first probe that asks for this key at this step."
-        if key not in self._shared: self._shared[key] = make()
+        "make(), computed by the first probe that asks for this key at this step; None is not kept."
+        if self._shared.get(key) is None: self._shared[key] = make()
         return self._shared[key]
 
     @property
@@ -224,13 +224,16 @@ def evaluation(
     view: View,
     split: str,                   # "train" or "test"
     frozen: bool | None = None,   # in evaluation mode? None: unless the run descends the loss of all examples
-) -> dict:                        # loss and accuracy; where the mode matters, frozen: 1 or 0
+    goals: tuple | None = None,   # a loss to come below, an accuracy to reach
+) -> dict | None:                 # loss and accuracy; where the mode matters, frozen: 1 or 0; None where it is soon sure that no goal is met
     "Loss and accuracy over a whole split, shared by all who ask at this step. Warns where the run answers with another point."
     if not view.averaged and keeps_average(view.stepper):
         warnings.warn(f"{split!r} looks at θ, where gradients are taken, and this run's rule answers with an average; averaged:probe=[{split}] looks there.")
     if frozen is None: frozen = view.problem.noisy or not descends_all(view.stepper)
     modes = view.frozen is not view.problem
-    look = lambda: (view.frozen if frozen else view.problem).evaluate(view.theta, split)._asdict() | ({"frozen": float(frozen)} if modes else {})
+    def look():
+        found = (view.frozen if frozen else view.problem).evaluate(view.theta, split, *filter(None, [goals]))
+        return found and found._asdict() | ({"frozen": float(frozen)} if modes else {})
     return view.once(("evaluate", split, frozen or not modes), look)
 
 def _evaluation(split: str):
