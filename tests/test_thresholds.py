@@ -598,6 +598,10 @@ def test_the_probe_of_a_norm():
         found = train(problem, Descent(SteepestDescent(.001, name)), 2, f"generalized_sharpness:every=2,norm={name}", progress=False)[1][f"{name}_sharpness"].columns
         assert found["threshold"][0] == pytest.approx(2000)
     with pytest.raises(ValueError, match="Did you mean 'linf'"): PROBES.build("generalized_sharpness:norm=lnf")
+    with pytest.raises(ValueError, match="probe 'generalized_sharpness'.*most=1"): PROBES.build("generalized_sharpness:most=1")
+    for most in (2., 6.):
+        point, found = problem.at(problem.theta0), train(problem, Descent(Signum(.02, 0.)), 1, f"generalized_sharpness:most={most}", progress=False)[1]["linf_sharpness"].columns
+        assert sharpness(point).matvecs < found["products"][0] <= most * sharpness(point).matvecs
     with pytest.raises(TypeError, match="takes a point, problem.at"): generalized_sharpness(problem, "linf")
 
 

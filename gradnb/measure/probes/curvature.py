@@ -95,17 +95,19 @@ def generalized_sharpness_probe(
     every: int = 10,         # steps between measurements
     starts: int = 2,         # of the first ascent; later ones begin at the last direction
     tol: float = 1e-3,       # relative gain at which an ascent rests
+    most: float = 3.,        # products, in those of a look at λ₁
 ) -> Probe:
     "max dᵀHd over the unit ball of a norm, between two bounds; columns low, high, products, dual (of ∇L), threshold (nan where no theory gives one)."
     check(norm)
     check_number("probe 'generalized_sharpness'", "starts", starts, 1, whole=True)
     check_number("probe 'generalized_sharpness'", "tol", tol, 1e-15, 1)
+    check_number("probe 'generalized_sharpness'", "most", most, 2)
     def measure(view):
         rule = getattr(view.stepper, "rule", view.stepper)
         if hasattr(rule, "schedule"): rule = rule.at(view.step)
         own = getattr(rule, "norm", None) == norm
         units = rule.units(view.problem.layout.named(view.theta)) if own and hasattr(rule, "units") else None
-        found = generalized_sharpness(view.point, norm, units, starts, tol, warm=view.memory.get("found"), stream=view.stream)
+        found = generalized_sharpness(view.point, norm, units, starts, tol, warm=view.memory.get("found"), most=most, stream=view.stream)
         view.memory["found"], dual = found, dual_norm(view.point, norm, units)
         plain = own and not any(getattr(rule, name, 0) for name in ("beta", "weight_decay")) and descends_all(view.stepper)
         return dict(low=found.low, high=found.high, products=found.products, dual=dual, threshold=two_over(view) * (dual if getattr(rule, "normalized", True) else 1.) if plain else nan)
