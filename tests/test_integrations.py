@@ -50,21 +50,28 @@ def hugging(kind):
     return transformers.BertForSequenceClassification(config), Labelled()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
-def test_hugging_faces_trainer(kind, tmp_path):
+@pytest.mark.parametrize("kind, mixed", [("gpt2", False), ("bert", False), ("gpt2", True)])
+def test_hugging_faces_trainer(kind, mixed, tmp_path):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
-    def run(*callbacks):
+    def run(*callbacks, mixed=mixed):
         seed()
         model, data = hugging(kind)
         args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4, report_to=[], disable_tqdm=True,
-                                 use_cpu=True, save_strategy="no", max_grad_norm=.5)
+                                 use_cpu=True, save_strategy="no", max_grad_norm=.5, bf16=mixed)
+        if mixed: model.gradient_checkpointing_enable({"use_reentrant": False})
         with contextlib.redirect_stdout(io.StringIO()): Trainer(model, args, train_dataset=data, callbacks=list(callbacks)).train()
         return bits(model)
-    callback = trainer_callback(probes=["sharpness:every=2", "grad_norm:every=1"], strict=True)
+    watched = lambda: trainer_callback(probes=["sharpness:every=2", "grad_norm:every=1"], strict=True)
+    callback = watched()
     assert same(run(), run(callback))
     assert list(callback.watch.traces["sharpness"].steps) == [0, 2, 4] and list(callback.watch.traces["grad_norm"].steps) == [0, 1, 2, 3, 4]
     assert callback.watch.closed
+    if mixed:                   # as without, where the weights are the same
+        plain = watched()
+        run(plain, mixed=False)
+        for name, rtol in (("sharpness", 2e-3), ("grad_norm", 1e-4)):
+            np.testing.assert_allclose(callback.watch.traces[name].values[0], plain.watch.traces[name].values[0], rtol=rtol)
 
 
 def test_lightning(tmp_path):

@@ -7,6 +7,9 @@ from copy import deepcopy
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
 
 from gradnb import GD, Batch, Dataset, Descent, Problem, Stream, audit_operator, build_model, load_dataset, sharpness, train
 from gradnb.problem.audit import slopes
@@ -511,6 +514,60 @@ def test_compiled_modules_have_all_derivatives(how):
     for q in (lambda p: p.hvp(theta, v), lambda p: p.at(theta).ggn(v), lambda p: p.example_grads(theta), lambda p: p.curvature_grad(theta, v, v),
               lambda p: next(p.layer_io(theta)).sq_norms(), lambda p: p.frozen().hvp(theta, v)):
         torch.testing.assert_close(q(problem), q(plain), rtol=1e-12, atol=1e-14)
+
+
+class Mixed(torch.nn.Module):
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16): return self.net(x).float()
+
+
+class Again(torch.nn.Module):
+    "Has a module, or a function of it, computed again while gradients flow back."
+    def __init__(self, net, inner=None): super().__init__(); self.net, self.inner = net, inner
+    def forward(self, x): return checkpoint(self.net if self.inner is None else lambda x: self.net(self.inner(x)), x, use_reentrant=False)
+
+
+class Dropping(torch.nn.Module):
+    def forward(self, x): return F.dropout(x, .5, self.training)
+
+
+def everything(problem, theta, v):
+    "A problem's loss and derivatives."
+    return (problem.loss(theta), problem.grad_and_loss(theta)[0], problem.hvp(theta, v), problem.at(theta).ggn(v), problem.curvature_grad(theta, v, v),
+            problem.example_grads(theta), next(problem.layer_io(theta)).sq_norms(), problem.frozen().hvp(theta, v))
+
+
+@pytest.mark.filterwarnings("ignore:gradients of single examples are taken one by one")
+@pytest.mark.parametrize("where", ["network", "objective", "around a checkpoint", "inside of one"])
+def test_autocast_that_is_turned_on_inside_is_left_off(where):
+    net, data = between(torch.tanh), load_dataset("digits-20")
+    def outputs(model, batch):
+        with torch.autocast("cpu", torch.bfloat16): return model(batch[0]).float()
+    objective = outputs, lambda outputs, batch: F.cross_entropy(outputs, batch[1], reduction="none")
+    module = {"network": Mixed(net), "objective": net, "around a checkpoint": Mixed(Again(net)), "inside of one": Again(Mixed(net))}[where]
+    with pytest.warns(UserWarning, match="turns torch.autocast on.*computed in torch.float32"):
+        problem = Problem(module, *(objective, TensorDataset(data.x, data.y)) if module is net else ("ce", data))
+    plain = Problem(net, "ce", data)
+    theta, v = plain.theta0, draw(plain.p).float()
+    for got, want in zip(everything(problem, theta, v), everything(plain, theta, v)): torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    for outer in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer == torch.bfloat16):
+            assert problem.loss(theta).dtype == torch.float32 and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == outer
+    assert (Mixed(net)(data.x) - net(data.x)).abs().max() > 1e-3      # it would have been seen
+
+
+@pytest.mark.filterwarnings("ignore:gradients of single examples are taken one by one")
+def test_functions_of_dropout_that_a_checkpoint_computes_again_are_left_out():
+    net, data = between(torch.tanh).double(), load_dataset("digits-20")
+    problem, plain = Problem(Again(torch.nn.Sequential(net, Dropping())), "ce", data), Problem(net, "ce", data)
+    theta, v = plain.theta0, draw(plain.p)
+    for got, want in zip(everything(problem, theta, v), everything(plain, theta, v)): torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    some = Batch(torch.arange(20), noise=Stream(3))
+    once = Problem(torch.nn.Sequential(net, Dropping()), "ce", data)
+    assert torch.equal(problem.grad_and_loss(theta, some)[0], once.grad_and_loss(theta, some)[0]) and not torch.equal(problem.loss(theta, some), plain.loss(theta))
+    with pytest.raises(TypeError, match="inside of what torch.utils.checkpoint computes again.*have the module|is not the slope of the loss"):
+        Problem(Again(net, lambda x: F.dropout(x, .5)), "ce", data)
 
 
 class Physics(torch.nn.Module):

@@ -6,6 +6,7 @@
 __all__ = ['AT_ONCE', 'Evaluation', 'examples', 'Settling', 'Risk']
 
 # %% ../../nbs/05_problem/08_risk.ipynb #imports
+import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
@@ -89,6 +90,9 @@ class Risk:
             self.per_example = loss if isinstance(loss, Objective) else Objective(posed(loss))
             self.dataset = sample.to(self.device, self.dtype)
         self.network = self._try_sample(module, size, isinstance(loss, Objective)) if isinstance(self.dataset, Sample) else self._try_out(module)
+        if self.network.casts:
+            warnings.warn(f"{type(module).__name__}, or its objective, turns torch.autocast on; here it is left off, and all is computed in {self.dtype}, as its parameters are.",
+                          stacklevel=2)
         if chunk_size is not None and chunk_size < self.n and self.loss_couples:
             raise ValueError(f"chunk_size={chunk_size} would change this loss, in which what an example costs depends on the others in its "
                              f"batch; leave chunk_size out, and give batches of the size that is meant.")

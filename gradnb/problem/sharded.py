@@ -21,7 +21,7 @@ from ..ground.parts import Parts
 from ..ground.streams import Stream
 from ..models.objectives import Objective, posed
 from .designs import NotFinite
-from .network import one_device, twice_differentiable
+from .network import Unmixed, one_device, twice_differentiable
 from .parallel import Apart, as_one, rank
 from .risk import Evaluation
 
@@ -211,7 +211,7 @@ class Sharded:
         del theta
         try:
             for m, _ in modes if self.still else (): m.training = False
-            with as_one(), instead(self.given, {s.param: p for s, p in zip(shards, params)}, self.dtype): yield params
+            with as_one(), Unmixed(self.device), instead(self.given, {s.param: p for s, p in zip(shards, params)}, self.dtype): yield params
         finally:
             for m, was in modes: m.training = was
             with torch.no_grad():
