@@ -393,6 +393,14 @@ def test_rows_that_nothing_makes_orthonormal_are_given_up():
     assert orthonormalise(Q, randn(1, 6, 9)) <= 6
 
 
+@pytest.mark.parametrize("blind, j, k", [(1, 30, 10), (4, 40, 10), (3, 30, 3), (6, 60, 20)])
+def test_pairs_that_a_large_start_was_blind_to_are_found_for_a_few_products(blind, j, k):
+    d = torch.linspace(1, 0, 400, dtype=torch.float64)**4
+    eigs = lanczos(torch.diag(d).__matmul__, torch.eye(400, dtype=torch.float64)[:, blind:blind + j], k, tol=1e-2)
+    assert eigs.converged and eigs.matvecs < 2 * j + 20
+    assert ((d[:k] >= eigs.values - 1e-12) & (d[:k] <= eigs.values + eigs.errors)).all()
+
+
 @pytest.mark.parametrize("memory", [None, 16])
 @pytest.mark.parametrize("seed", range(6))
 def test_a_bound_at_once_holds_after_any_number_of_products(seed, memory):

@@ -147,13 +147,12 @@ def certify(
 ) -> tuple[Tensor, bool]:     # (k,) errors of the Ritz values, and whether they are as small as wanted
     "Looks for larger eigenvalues from a random direction, until chance says that there are none."
     p, eps, a = B.p, torch.finfo(B.like.dtype).eps, None
+    unknown = lambda theta: (theta[-1], 2 * theta.abs().max(), *[theta.new_full((k,), inf)] * 2)
     while True:
         theta, Y = B.ritz()
         allowed = max(tol, 10 * eps) * theta.abs().max()
         if B.m == p: return allowed.expand(k), True
-        if a is None:
-            error = rest = theta.new_full((k,), inf)
-            top, ceiling = theta[-1], 2 * theta.abs().max()
+        if a is None: top, ceiling, error, rest = unknown(theta)
         elif (B.m - a) % (1 + B.m // 24) == 0 or B.full or B.products >= budget:      # a look costs more in a large basis
             top, ceiling, error, rest = _look(B.T, _factor(B.outside(), 10 * eps * theta.abs().max()), a, p, k, allowed)
         open = (rest > allowed) & (theta[:k] + rest > least)
@@ -167,7 +166,7 @@ def certify(
             a = None
         missed = a is not None and top > max(theta[k - 1] + allowed, least)   # a pair of the k came from outside: are there more?
         rough = r > torch.maximum(allowed, (allowed * theta.abs().max() / 200).sqrt())
-        if a is None or missed and not rough.any(): a, y = B.m, None
+        if a is None or missed and not rough.any(): a, y, (top, ceiling, error, rest) = B.m, None, unknown(theta)     # of the next random row
         elif missed or open.any() and ceiling <= max(theta[k - 1], top) + allowed:
             y = Y[int((r if missed else torch.where(open, rest, -1)).argmax())]
         else:                                                          # the residual of (A − ceiling) y = b, as if it were to be solved
