@@ -532,7 +532,23 @@ def test_a_look_at_a_norm_costs_three_of_sharpness(norm):
         assert found.low <= found.high * (1 + 1e-12) and found.low >= eigs.values[0].item() * .99
         spent.append((found.products, eigs.matvecs))
         warm, sketch = found, eigs.sketch
-    assert all(a <= 3 * b for a, b in spent) and sum(a for a, _ in spent[1:]) < 3 * spent[0][0], spent
+    assert all(a <= 3 * b for a, b in spent) and sum(a for a, _ in spent[1:]) < 2.6 * sum(b for _, b in spent[1:]), spent
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_warm_looks_enclose_what_a_matrix_becomes(norm, seed):
+    "All vectors of signs, and the largest eigenvalue: along a drift, after a direction from nowhere, where nothing is curved upwards any more, and back."
+    gen, p = torch.Generator().manual_seed(seed), 9
+    A, B = torch.randn(2, p, 4, generator=gen, dtype=DOUBLE)
+    new = 3 * torch.linalg.qr(torch.cat([A, torch.randn(p, 1, generator=gen, dtype=DOUBLE)], 1)).Q[:, -1:]
+    signs, found = torch.tensor(list(itertools.product((-1., 1.), repeat=p)), dtype=DOUBLE), None
+    for factor in (A, A + .03 * B, A + .06 * B, torch.cat([A, new], 1), None, A):
+        H = -A @ A.T if factor is None else factor @ factor.T
+        exact = 0. if factor is None else ((signs @ factor).square().sum(1).max() if norm == "linf" else torch.linalg.eigvalsh(H)[-1]).item()
+        bowl = Quadratic(H)
+        found = generalized_sharpness(bowl.at(bowl.theta0 + torch.randn(p, generator=gen, dtype=DOUBLE)), norm, warm=found)
+        assert found.low <= exact * (1 + 1e-9) + 1e-12 and exact <= found.high * (1 + 1e-9) and found.high <= 1.6 * exact + 1e-2 * torch.linalg.matrix_norm(H, 2)
 
 
 @pytest.mark.parametrize("most", [2, 2.5, 8])
