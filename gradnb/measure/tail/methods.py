@@ -198,17 +198,18 @@ def fit_stable(
     h: Histograms,               # the first of them is fitted
 ) -> tuple[float, float]:        # alpha, scale
     "Maximum likelihood of the symmetric stable law."
-    mean = _mean_loglik(h)
+    share, middle = _occupied(h)
+    mean = lambda alpha, log_scale: (share @ stable_logpdf(middle, alpha, float(np.exp(log_scale)))).item()
     start = min(max(mcculloch_index((h.quantile(.9)[0] / h.quantile(.5)[0]).log().item()), 0.6), 1.95)
     alphas, _, q75 = mcculloch_curve()
     at = np.array([start, log(h.quantile(.5)[0].item() / np.interp(start, alphas, q75))])
     found = minimize(lambda v: -mean(*v), at, method="L-BFGS-B", bounds=[(ALPHA_MIN, 2), (None, None)], options=dict(ftol=1e-14, gtol=1e-8, eps=1e-7))
     return float(found.x[0]), float(np.exp(found.x[1]))
 
-def _mean_loglik(h: Histograms):
+def _occupied(h: Histograms) -> tuple[Tensor, Tensor]:
+    "Bins of the first that are not empty: their shares of the draws, and their middles."
     there = h.counts[0] > 0
-    share, middle = h.counts[0, there] / h.counts[0].sum(), h.middle[there]
-    return lambda alpha, log_scale: (share @ stable_logpdf(middle, alpha, float(np.exp(log_scale)))).item()
+    return h.counts[0, there] / h.counts[0].sum(), h.middle[there]
 
 def mle(record: Magnitudes, level: float) -> Estimate:
     "Index of the most likely symmetric stable law, with its profile interval."
@@ -217,10 +218,13 @@ def mle(record: Magnitudes, level: float) -> Estimate:
     if alpha < ALPHA_MIN + 1e-3:
         raise TailRefusal(f"the likelihood is largest at alpha = {ALPHA_MIN} or below, where the stable density is not "
                           "tabulated; method='hill' has no such limit.")
-    mean, n, s = _mean_loglik(h), h.counts[0].sum().item(), log(scale)
-    best, t = mean(alpha, s), student(level, record) * sqrt(_design_effect(h, min(alpha, 1.95), s))
+    (share, middle), n, s = _occupied(h), h.counts[0].sum().item(), log(scale)
+    scales = scale * torch.tensor([-0.02, 0, 0.02], dtype=torch.float64).exp()
+    near = middle / scales[:, None]
+    means = lambda a: (stable_logpdf(near, a) @ share - scales.log()).tolist()
+    best, t = means(alpha)[1], student(level, record) * sqrt(_design_effect(h, min(alpha, 1.95), s))
     def beyond(a):                                          # the profile's maximum over the scale, by a parabola; the root is nearly straight
-        low, mid, high = (mean(a, s + d) for d in (-0.02, 0, 0.02))
+        low, mid, high = means(a)
         bend = low - 2 * mid + high
         return sqrt(max(2 * n * (best - mid + (high - low)**2 / (8 * bend)), 0)) - t
     edge = lambda end: end if beyond(end) < 0 else brentq(beyond, alpha, end, xtol=1e-4)
@@ -295,9 +299,9 @@ def hill_k(h: Histograms, least: int = 50) -> int:
     edge = h.low.log()
     where = ((above >= min(least, above[0] / 2)) & (above <= above[0] / 2 + 1) & (c > 0)).nonzero().flatten()
     if not len(where): return max(1, int(above[0]) // 2)
-    alpha = above[where] / (weighted[where] - above[where] * edge[where])
-    gap = (above / above[where, None] - (-alpha[:, None] * (edge - edge[where, None])).exp()).abs()
-    gap = gap.masked_fill(torch.arange(len(c)) < where[:, None], 0).amax(1)
+    alpha, rest = above[where] / (weighted[where] - above[where] * edge[where]), slice(int(where[0]), None)      # no tail has bins below
+    gap = (above[rest] / above[where, None] - (-alpha[:, None] * (edge[rest] - edge[where, None])).exp()).abs()
+    gap = gap.masked_fill(torch.arange(len(c))[rest] < where[:, None], 0).amax(1)
     return int(above[where[gap.argmin()]])
 
 def pickands(h: Histograms, k: int | float | None = None) -> Tensor:
