@@ -486,6 +486,21 @@ def test_a_network_that_computes_in_single_precision_alone_is_held_to_symmetry()
     with pytest.raises(TypeError, match="not symmetric.*Once"): fits(Once.apply).check_products()
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_deep_networks_whose_statistics_bend_them_are_not_refused(seed):
+    "Three examples through 24 layers of BatchNorm: float64, and curved at a hundred-thousandth of a step."
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        layers = [m for i in range(24) for m in (torch.nn.Linear(12 if i else 64, 12), torch.nn.BatchNorm1d(12), torch.nn.ReLU())]
+        net = torch.nn.Sequential(torch.nn.Flatten(), *layers, torch.nn.Linear(12, 10))
+    problem = Problem(net, "ce", load_dataset("digits-60"))
+    net = net.double()
+    out = net(problem.dataset.x.double())
+    F.cross_entropy(out, problem.dataset.y).backward()
+    exact = torch.cat([p.grad.flatten() for p in net.parameters()])
+    assert (problem.grad_and_loss(problem.theta0)[0] - exact).norm() < 1e-2 * exact.norm()
+
+
 # --- whoever calls, and whatever is called -----------------------------------------------------------------------------
 
 def test_products_do_not_ask_for_grad_mode():
