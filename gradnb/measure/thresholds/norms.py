@@ -139,7 +139,7 @@ def generalized_sharpness(
     far = lambda v: layout.join(ball(norm, named(v))[0].values())
     sketch = getattr(warm, "sketch", None)
     plain = sharpness(point, warm=sketch, check=sketch is None, stream=stream / "sharpness")
-    budget = int(most * (plain.matvecs + (0 if sketch is None else log(len(theta)) / 2)))    # making sure of λ₁ takes that at least
+    budget = int(most * (plain.matvecs + (0 if sketch is None else max(4, log(len(theta)) / 2))))    # as if it had made sure of λ₁
     left, known, seen = budget - plain.matvecs, plain.sketch.values.to(theta), unit * plain.sketch.vectors.to(theta)
     noise = seen @ torch.randn(len(known), starts, generator=stream.generator(), dtype=torch.float64).to(theta)
     starting = unit[:, 0] * point.grad, *seen.T[:2], *(noise.T if warm is None else ())
