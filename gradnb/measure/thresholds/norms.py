@@ -124,7 +124,7 @@ def generalized_sharpness(
     """max dᵀHd over the unit ball of a norm (Islamov et al. 2026), from both sides: S is between `low` and `high`.
 
     It costs `most` times the products of a sharpness at most; where they do not suffice for a better bound, it is λ₁ times the norm's constant.
-    A look from an earlier answer is sure of its bound alone and not of λ₁, and takes about two thirds of the products.
+    A look from an earlier answer is sure of its bound alone and not of λ₁, which it counts as if that had taken max(4, ½ ln p) products: mostly fewer than it does, and where it does not, the look takes a little more.
     Holds some 60 copies of θ. Raises ValueError on an unknown norm, TypeError on what is no point.
     """
     if not isinstance(point, Point): raise TypeError(f"generalized_sharpness takes a point, problem.at(theta), got {type(point).__name__}.")
