@@ -596,3 +596,25 @@ def test_variations_say_where_examples_come_from():
     ("random-features:tau=0", "tau must be a positive"), ("linreg:n=-1", "n must be a positive")])
 def test_variations_refuse_what_they_cannot_do(word, says):
     with pytest.raises(ValueError, match=says): load_dataset(word)
+
+
+def test_the_noise_scale_with_dropout_is_that_of_all_masks():
+    "A linear network whose inputs are dropped: Σ and G by enumerating examples and masks; batches with replacement, whatever their size."
+    d, n, q = 4, 12, .75
+    x, y, w = (torch.randn(*shape, generator=Stream(5, (name,)).generator(), dtype=torch.float64) for shape, name in (((n, d), "x"), ((n, 1), "y"), ((1, d), "w")))
+    net = nn.Sequential(nn.Dropout(1 - q), nn.Linear(d, 1, bias=False)).double()
+    with torch.no_grad(): net[1].weight.copy_(w)
+    masks = torch.cartesian_prod(*[torch.tensor([0., 1.])] * d).double()
+    odds = (q ** masks.sum(1) * (1 - q) ** (d - masks.sum(1))).repeat_interleave(n) / n
+    seen = (masks[:, None] * x / q).flatten(0, 1)
+    g = 2 * (seen @ w.T - y.repeat(len(masks), 1)) * seen
+    G = odds @ g
+    truth = float(odds @ (g - G).square().sum(1) / G.square().sum())
+    problem = Problem(net, lambda model, batch: (model(batch[0]) - batch[1]).square().squeeze(1), torch.utils.data.TensorDataset(x, y))
+    rows = {}
+    for seed in range(20):
+        _, traces = train(problem, Descent(Momentum(.1, .9), MiniBatch(5)), 0, ["noise_scale:every=1", "noise_scale:every=1,examples=10"], seed=seed, progress=False)
+        for name in ("noise_scale", "noise_scale of 10"): rows.setdefault(name, []).append({k: float(v[0]) for k, v in traces[name].columns.items()})
+    for name, found in rows.items():
+        assert sum(row["low"] <= truth <= row["high"] for row in found) >= 17, name
+        assert sorted(row["value"] for row in found)[10] == pytest.approx(truth, rel=.2)

@@ -126,7 +126,7 @@ def exact_variance(
                         "design(state, problem), or measure it on draws: grad_variance(view.grads(50)).")
     if problem.noisy:
         raise TypeError("this network has noise of its own (Dropout, augmentation), which no closed form sees; use "
-                        "problem.frozen(), or measure the variance on draws.")
+                        "problem.frozen(), or measure the variance on draws, grad_variance:draws=50.")
     design = estimator.design(state, problem)
     k, weights = len(design.expected), (1., *(a for a, _ in design.anchors))
     need = (k + len(design.anchors)) * theta.nbytes

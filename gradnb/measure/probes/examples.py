@@ -34,22 +34,31 @@ def noise_scale_probe(
 ) -> Probe:
     """Tr Σ/‖∇L‖² (McCandlish et al. 2018), in examples; columns value, stderr, low, high, variance and norm_sq, the two parts.
 
-    Where only means of batches are known, from the gradients of up to 64 of them, in what weighs them: examples, or tokens.
+    Where single examples have no gradient of their own, of 64 batches with the network's noise (Dropout, augmentation): of `examples`, or as many as the
+    run takes; where only means of batches are known, of up to 64 of them, in what weighs them: examples, or tokens.
     Costs a pass over all examples, two over some of them, two gradients for each batch; holds 4 copies of θ, of some examples 6.
     """
     def measure(view):
-        if view.problem.dataset.whole:
-            some = torch.randperm(view.problem.n, generator=view.stream.generator())[:64]
-            draws = Draws(lambda i: view.problem.grad_and_loss(view.theta, Batch(some[i:i + 1]))[0], len(some))
-            spread, each = Spread.of(draws, turned=False), view.problem.dataset.each
+        problem = view.problem
+        batch = None if problem.dataset.whole else some_examples(view, examples)
+        if problem.dataset.whole or problem.noisy or problem.coupled or problem.network.draws:
+            idx, each = _batches(view, examples)
+            at = lambda i: Batch(idx[i], noise=view.stream / "noise" / i)
+            spread = Spread.of(Draws(lambda i: problem.grad_and_loss(view.theta, at(i))[0], len(idx)), turned=False)
             return noise_scale(spread, each)._asdict() | dict(variance=each * grad_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
-        batch = some_examples(view, examples)
         if batch is None:
             (V, *_), G = single_examples(view)
             return Estimate.normal(V / G, 0.)._asdict() | dict(variance=V, norm_sq=G)
-        spread = Spread.at(view.problem, view.theta, batch)
+        spread = Spread.at(problem, view.theta, batch)
         return noise_scale(spread)._asdict() | dict(variance=grad_variance(spread).value, norm_sq=grad_norm_sq(spread).value)
     return Probe(f"noise_scale of {examples}" if examples else "noise_scale", every, measure, True)
+
+def _batches(view: View, examples: int) -> tuple[Tensor, float]:    # (64, b), and what each weighs
+    "Batches that the data has, or of examples drawn with replacement, so that their variance falls as their size."
+    n, gen = view.problem.n, view.stream.generator()
+    if view.problem.dataset.whole: return torch.randperm(n, generator=gen)[:64, None], view.problem.dataset.each
+    size = min(examples or getattr(view.stepper.estimator, "size", None) or 32, n)
+    return torch.randint(n, (64, size), generator=gen), size
 
 @PROBES.add("batch_tests")
 def batch_tests_probe(
