@@ -11,12 +11,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
-from gradnb import GD, Batch, Dataset, Descent, Problem, Stream, audit_operator, build_model, load_dataset, sharpness, train
+from gradnb import GD, Batch, Dataset, Descent, FullBatch, Problem, Stream, audit_operator, build_model, load_dataset, sharpness, train
+from gradnb.linalg import lanczos
 from gradnb.problem.audit import slopes
 from gradnb.problem.graphs import free_memory
 from gradnb.problem.likelihood import sample_targets
 from gradnb.problem.network import drawing
 from gradnb.measure.probes.view import PROBES
+from gradnb.runs.foreign.glance import untouched
 
 weight_norm = torch.nn.utils.weight_norm      # by a hook, in a plain Linear
 
@@ -499,6 +501,33 @@ def test_deep_networks_whose_statistics_bend_them_are_not_refused(seed):
     F.cross_entropy(out, problem.dataset.y).backward()
     exact = torch.cat([p.grad.flatten() for p in net.parameters()])
     assert (problem.grad_and_loss(problem.theta0)[0] - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_measuring_rounds_no_product_and_leaves_to_training_what_torch_was_told():
+    seen = []
+    class Noting(torch.nn.Module):
+        def __init__(self): super().__init__(); self.net = between(torch.tanh)
+        def forward(self, x):
+            seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+            return self.net(x)
+    def during(f):
+        seen.clear()
+        f()
+        return {*seen}
+    problem, before = Problem(Noting(), "ce", load_dataset("digits-20")), torch.get_float32_matmul_precision()
+    theta, v = problem.theta0, draw(problem.p).float()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert during(lambda: problem.grad_and_loss(theta)) == {"bf16"}
+        assert not problem.coupled and problem.kinks == ()          # looked for once, in whatever precision
+        for f in (lambda: problem.hvp(theta, v), lambda: problem.example_grads(theta), lambda: problem.at(theta).ggn(v)): assert during(f) == {"ieee"}
+        assert during(lambda: train(problem, Descent(GD(.1), FullBatch()), 2, progress=False)) == {"bf16"}
+        assert during(lambda: train(problem, Descent(GD(.1), FullBatch()), 2, "train:every=1", progress=False)) == {"bf16", "ieee"}
+        with untouched(torch.device("cpu")): assert during(lambda: problem.loss(theta)) == {"ieee"}      # a look at somebody's loop
+        def failing(v): raise RuntimeError(torch.backends.mkldnn.matmul.fp32_precision)
+        with pytest.raises(RuntimeError, match="ieee"): lanczos(failing, v)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16" and torch.get_float32_matmul_precision() == "medium"
+    finally: torch.set_float32_matmul_precision(before)
 
 
 # --- whoever calls, and whatever is called -----------------------------------------------------------------------------

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from .basis import Basis, Eigs, combine, open_pairs, orthonormalise, start_rows
 from .krylov import certify
+from ..ground.shared import full_precision
 from ..ground.streams import Stream
 
 # %% ../../nbs/02_linalg/03_iterations.ipynb #lobpcg
+@full_precision()
 def lobpcg(
     matvec: Callable[[Tensor], Tensor],  # A @ V for V (p,) or (p, k), A symmetric
     start: Tensor,                       # (p, j) with j ≥ k: random or old eigenvectors; those past k are guards
@@ -57,6 +59,7 @@ def _checked(B: Basis, k: int, tol: float, stream: Stream, budget: int, done: bo
     return B.eigs(theta, Y, B.residuals(theta, Y), error.clamp_min(allowed), done)
 
 # %% ../../nbs/02_linalg/03_iterations.ipynb #power
+@full_precision()
 def power_iteration(
     matvec: Callable[[Tensor], Tensor],  # A @ v for v (p,), A symmetric
     start: Tensor,                       # (p,)

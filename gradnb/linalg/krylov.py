@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .basis import Basis, Eigs, Sketch, combine, entries, inner, open_pairs, orthonormalise, start_rows, strip
+from ..ground.shared import full_precision
 from ..ground.streams import Stream
 from ..ground.roles import check_given
 
@@ -254,6 +255,7 @@ def _settle(B: Basis, k: int, guards: int, follow: int, tol: float, stream: Stre
                 worked[:] = True
         if not open.any() or not (B.grow(y) if W is None else B.add(W)): B.add_random(stream)
 
+@full_precision()
 def lanczos(
     matvec: Callable[[Tensor], Tensor],  # A @ v for v (p,) or (p, j), A symmetric
     start: Tensor,                       # (p,), or a block (p, j): old eigenvectors, a gradient; never taken for random

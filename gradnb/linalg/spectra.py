@@ -14,6 +14,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 from ..ground.estimate import Estimate, in_unit
 from ..ground.layout import Layout
+from ..ground.shared import full_precision
 from ..ground.streams import Stream
 from ..ground.roles import check_given
 
@@ -30,6 +31,7 @@ def directions(
     return torch.stack([draw(i) for i in range(count)], 1).to(device, dtype)
 
 # %% ../../nbs/02_linalg/05_spectra.ipynb #trace
+@full_precision()
 def xtrace(
     matvec: Callable[[Tensor], Tensor],        # A @ V for V (p, k), A symmetric
     p: int,                                    # size of A
@@ -154,6 +156,7 @@ class Spectrum(NamedTuple):
         half, top = stdtrit(len(self.nodes) - 1, .975) * stderr, width * sqrt(2 * torch.pi)
         return Density(x, mean / top, (mean - half).clamp_min(0) / top, (mean + half) / top, width)
 
+@full_precision()
 def spectrum(
     matvec: Callable[[Tensor], Tensor],          # A @ v for v (p,), A symmetric
     p: int,                                      # size of A

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointError
 from ..ground.layout import ROLES, role_of
 from ..ground.registry import unknown
 from ..ground.streams import Stream
-from ..ground.shared import alone, on_calls
+from ..ground.shared import alone, full_precision, on_calls
 from ..models.losses import lending
 
 # %% ../../nbs/05_problem/01_network.ipynb #drawing
@@ -106,9 +106,9 @@ class Under:
 # %% ../../nbs/05_problem/01_network.ipynb #twice
 @contextmanager
 def twice_differentiable():
-    "Attention that is computed inside has second derivatives. Raises TypeError that names an operation without."
+    "Attention that is computed inside has second derivatives, and no product is rounded. Raises TypeError that names an operation without."
     try:
-        with alone(), sdpa_kernel(SDPBackend.MATH): yield
+        with alone(), sdpa_kernel(SDPBackend.MATH), full_precision(): yield
     except RuntimeError as e:
         if "Expected a proper Tensor but got None" in str(e):
             raise TypeError("torch has no second derivative of a normalisation with a bias and without a weight (F.layer_norm(…, weight=None, "

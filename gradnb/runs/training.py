@@ -20,6 +20,7 @@ from ..measure.probes.view import PROBES, Probe, View, evaluation
 from ..problem.designs import NotFinite
 from ..ground.roles import Rule, State, Stepper, check_given, check_number, keeps_average
 from ..move.steppers import spare
+from ..ground.shared import full_precision
 from ..ground.streams import Stream
 from ..ground.traces import Trace, as_row
 
@@ -105,8 +106,9 @@ class Watching:
         if not self.wants(k): return None
         shared, seen = {}, state._replace(theta=state.theta.clone())
         met = goal_reached(View(self.problem, self.stepper, seen, shared=shared), self.loss_goal, self.acc_goal) if self.goals(k) else None
-        for p in self.probes:
-            if met or p.due(k): keep(p.name, k, p.measure(self.view(p, seen, shared)))
+        with full_precision():
+            for p in self.probes:
+                if met or p.due(k): keep(p.name, k, p.measure(self.view(p, seen, shared)))
         return met or (Outcome("finished", k, f"finished {k} steps") if k >= self.steps else None)
 
 # %% ../../nbs/08_runs/01_training.ipynb #unbroken

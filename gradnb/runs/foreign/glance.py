@@ -18,7 +18,7 @@ from types import MethodType, SimpleNamespace
 import torch
 from torch import Tensor, nn
 from ...ground.roles import Estimator, Rule, State
-from ...ground.shared import generators, moved, put_back
+from ...ground.shared import full_precision, generators, moved, put_back
 from ...measure.probes.view import View
 from ...move.rules.fromtorch import FromTorch, TorchState, extras
 from ...move.faces.worn import worn
@@ -31,11 +31,11 @@ from ...problem.network import copied
 def untouched(
     device: torch.device,    # where is measured
 ):                           # a list: whose generators were drawn from, filled at the end
-    "Inside, gradients are on and autocast is off; afterwards both, and all global generators, are as before."
+    "Inside, gradients are on, autocast and TF32 are off; afterwards these, and all global generators, are as before."
     before, drew = generators(), []
     try:
         with ExitStack() as modes:
-            for mode in (torch.inference_mode(False), torch.enable_grad(), *(torch.autocast(d, enabled=False) for d in {"cpu", device.type})):
+            for mode in (torch.inference_mode(False), torch.enable_grad(), full_precision(), *(torch.autocast(d, enabled=False) for d in {"cpu", device.type})):
                 modes.enter_context(mode)
             yield drew
     finally:
