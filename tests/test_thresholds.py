@@ -463,6 +463,25 @@ def test_generalized_sharpness_against_all_vertices(kind, seed):
     close(found.direction @ H @ found.direction if exact else 0., found.low, 1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5), (6,), (3, 2, 2, 2)])
+def test_ball_of_the_spectral_norm_against_a_decomposition(shape, dtype):
+    "Of full rank, of rank 1, of singular values over eleven decades, of any size, and none."
+    gen = torch.Generator().manual_seed(0)
+    full = torch.randn(shape, generator=gen, dtype=DOUBLE)
+    U, S, V = torch.linalg.svd(full.reshape(len(full), -1), full_matrices=False)
+    steep = U * torch.logspace(0, -11, len(S), dtype=DOUBLE) @ V
+    for g, exact in ((full, U @ V), (U[:, :1] @ V[:1], U[:, :1] @ V[:1]), (steep, None), (full * 1e-30, U @ V), (full * 1e30, U @ V)):
+        g = g.reshape(shape).to(dtype)
+        (far,), (size,) = (x.values() for x in ball("spectral", {"W": g}))
+        M, F = g.double().reshape(len(full), -1), far.double().reshape(len(full), -1)
+        close(size.double() / M.abs().max(), torch.linalg.svdvals(M / M.abs().max()).sum(), 1e-6)
+        close((F * (M / M.abs().max())).sum(), size.double() / M.abs().max(), 1e-4)
+        assert torch.linalg.matrix_norm(F, 2) <= 1 + 4e-6 and far.dtype == dtype
+        if exact is not None: assert (F - exact).abs().max() < 2e-3
+    assert not any(x.any() for found in ball("spectral", {"W": torch.zeros(shape, dtype=dtype)}) for x in found.values())
+
+
 def one_example():
     "A network that fits its one example: its Hessian is ∇f∇fᵀ, and ∇f."
     gen = Stream(4).generator()

@@ -29,14 +29,17 @@ def ball(
 ) -> tuple[dict, dict]:         # d of unit norm with the largest product with it, and that product: the dual norm; by block
     "Where a linear function is largest on the unit ball of a norm, and how large."
     if norm == "linf": return {n: g.sign() for n, g in blocks.items()}, {n: g.abs().sum() for n, g in blocks.items()}
+    tops = {n: g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny) for n, g in blocks.items()}          # whose squares stay in range
     if norm == "l2":
-        tops = {n: g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny) for n, g in blocks.items()}      # whose squares stay in range
         sizes = {n: torch.linalg.vector_norm(g / tops[n]) for n, g in blocks.items()}
         return {n: g / tops[n] / sizes[n].clamp_min(1) for n, g in blocks.items()}, {n: s * tops[n] for n, s in sizes.items()}
     far, sizes = {}, {}
     for n, g in blocks.items():
-        U, S, V = torch.linalg.svd(matrix(g), full_matrices=False)
-        far[n], sizes[n] = (U @ V).view_as(g), S.sum()
+        G = matrix(g / tops[n]).double()                                                                # σ to 1e-8 of the largest
+        tall = len(G) > G.shape[1]
+        L, U = torch.linalg.eigh(G.mT @ G if tall else G @ G.mT)
+        root = U * L.clamp_min(1e-10 * L[-1].clamp_min(1)).rsqrt() @ U.mT                               # of what is not lost to rounding
+        far[n], sizes[n] = (G @ root if tall else root @ G).view_as(g).to(g), L.clamp_min(0).sqrt().sum() * tops[n]
     return far, sizes
 
 def dual_norm(
@@ -59,7 +62,7 @@ def turned(norm: str, g: Tensor):    # functions (r, *shape) → (r, m, n) and b
     flip = (lambda v: v.mT) if len(matrix(g)) > matrix(g).shape[1] else (lambda v: v)
     U, _, V = torch.linalg.svd(flip(matrix(g)), full_matrices=False)
     frame = torch.geqrf(V.mT)                                            # all of V, as reflections
-    right = lambda v, back: torch.ormqr(*frame, v.reshape(-1, v.shape[-1]), left=False, transpose=back).view(v.shape)
+    right = lambda v, back: torch.ormqr(*frame, v.reshape(-1, v.shape[-1]).mT, transpose=not back).mT.view(v.shape)
     return lambda v: right(U.mT @ flip(v.reshape(len(v), *matrix(g).shape)), False), lambda y: flip(U @ right(y, True)).reshape(len(y), *g.shape)
 
 def shares(norm: str, e: Tensor) -> list[Tensor]:    # of (m, n): what adds up to a W of it
@@ -72,7 +75,7 @@ def relaxed(
     model: dict[str, Tensor],    # B by block (r, *shape)
     Hd: dict[str, Tensor],       # by block, at a d where dᵀHd is large
     floor: float,                # share of the identity
-):                               # function (v, way) → W^{-way/2} v by block, and w
+):                               # functions (v, way) → W^{-way/2} v by block, turned, and (y, way) → W^{-way/2} y, turned back, and w
     "A W nearly as small as a multiple of BBᵀ ≼ W allows, whose form is at most w on the unit ball."
     turns, count = {n: turned(norm, g) for n, g in Hd.items()}, sum(size(norm, g.shape) for g in Hd.values())
     total = lambda parts: sum(w.double().sum().item() for ws in parts.values() for w in ws)
@@ -89,7 +92,9 @@ def relaxed(
         C = sum(b.flatten(1) @ (D[n] / sum(parts[n]).clamp_min(tiny)).flatten(1).T for n, b in B.items())
     parts = mixed({n: [(1 - OWN) * w + OWN * v for w, v in zip(ws, own[n])] for n, ws in mixed(parts, 0).items()}, floor)
     roots = {n: sum(ws).rsqrt() for n, ws in parts.items()}
-    return lambda vs, way: {n: turns[n][1](turns[n][0](v[None]) * roots[n] ** way)[0] for n, v in vs.items()}, total(parts)
+    into = lambda vs, way=1: {n: (turns[n][0](v[None])[0] * roots[n] ** way).view_as(v) for n, v in vs.items()}
+    back = lambda ys, way=1: {n: turns[n][1]((y.reshape(len(roots[n]), -1) * roots[n] ** way)[None])[0] for n, y in ys.items()}
+    return into, back, total(parts)
 
 def size(norm: str, shape: tuple) -> int:    # the largest ‖d‖₂² of the unit ball
     return 1 if norm == "l2" else min(matrix(torch.empty(shape, device="meta")).shape) if norm == "spectral" else torch.Size(shape).numel()
@@ -163,16 +168,16 @@ def generalized_sharpness(
     del seen, starting, noise
     if low and top: B = corrected(B, d / (low / top) ** .5, Hd / (low ** .5 * top ** .5))
     while low and top and high > CLOSE * low and left >= cost:
-        roots, w = relaxed(norm, named(B.T), named(Hd[:, 0] / top), floor)
-        whole = lambda v, way=1: layout.join(roots(named(v), way).values())
-        eigs = lanczos(lambda z: whole(product(whole(z)[:, None])[:, 0]) / top, whole(Hd[:, 0]), 1, 5 * tol if left < len(theta) else 0., left,
+        *turns, w = relaxed(norm, named(B.T), named(Hd[:, 0] / top), floor)
+        into, back = (lambda v, way=1, turn=turn: layout.join(turn(named(v), way).values()) for turn in turns)
+        eigs = lanczos(lambda y: into(product(back(y)[:, None])[:, 0]) / top, into(Hd[:, 0]), 1, 5 * tol if left < len(theta) else 0., left,
                        stream=stream / left, memory=room(None, 6, None, len(theta)), keep=9, settle=False)
         left, cost, floor = left - eigs.matvecs, eigs.matvecs, floor / 5
         high, sure = min((high, sure), (max(0., (eigs.values + eigs.errors)[0].item()) * w * top, eigs.converged))
         up = eigs.sketch.values > 0
-        if not up.any(): break               # low and top are roundings
+        if left < cost or not up.any(): break       # or low and top are roundings
         rows, scale = eigs.sketch.vectors.T[up].to(theta), eigs.sketch.values[up].to(theta).sqrt()
-        B = corrected(B, *(torch.stack([whole(z, way) * s ** -way for z, s in zip(rows, scale)], 1) for way in (1, -1)))
+        B = corrected(B, *(torch.stack([back(y, way) * s ** -way for y, s in zip(rows, scale)], 1) for way in (1, -1)))
     if high == inf:
         plain = sharpness(point, warm=plain.sketch, stream=stream / "sharpness")
         (high, sure), left = crude(plain), left - plain.matvecs
@@ -180,12 +185,12 @@ def generalized_sharpness(
 
 def inside(d: Tensor, far, known: Tensor, seen: Tensor, tol: float) -> Tensor:     # (p, 2)
     "The best ends of ascents in what the search for λ₁ has seen of H, which take no products."
-    d, Hd, *_ = ascend(lambda v: seen @ (known[:, None] * (seen.T @ v)), far, d, tol, 6)
+    d, Hd, *_ = ascend(lambda v: seen @ (known[:, None] * (seen.T @ v)), far, d, tol, 3)
     order = dot(d, Hd).argsort(descending=True).tolist()
     alike = ((d.T @ d[:, order[0]]).abs() > .99 * d[:, order[0]].norm() * d.norm(dim=0)).tolist()
     return torch.stack([d[:, order[0]], d[:, next((i for i in order if not alike[i]), order[-1])]], 1)
 
-def dot(a: Tensor, b: Tensor) -> Tensor: return (a.double() * b.double()).sum(0)
+def dot(a: Tensor, b: Tensor) -> Tensor: return (a.double() * b).sum(0)
 
 def ascend(
     product,             # v (p, r) → Hv
@@ -197,16 +202,17 @@ def ascend(
 ) -> tuple:              # d, Hd, products, and which of the r rest
     "Frank–Wolfe ascent of dᵀHd from several starts at once, each step to the best point of its segment."
     Hd, products = (product(d), d.shape[1]) if Hd is None else (Hd, 0)
+    here = dot(d, Hd)
     rest = torch.zeros(d.shape[1], dtype=torch.bool, device=d.device)
     for k in range(max_steps):
         s = torch.stack([far(v) for v in Hd.T], 1)
         Hs, products = product(s), products + d.shape[1]
-        here, there, across = dot(d, Hd), dot(s, Hs), dot(s, Hd)
+        there, across = dot(s, Hs), dot(s, Hd)
         curved, slope = there - 2 * across + here, across - here           # q(t) = here + 2 t slope + t² curved
         t = torch.where((curved < 0) & (slope < -curved), slope / -curved, 1.).clamp(0, 1)
         t = torch.where(2 * slope * t + t * t * curved > 0, t, 0.)
         gain, t = 2 * slope * t + t * t * curved, t.to(d)
-        d, Hd = torch.lerp(d, s, t), torch.lerp(Hd, Hs, t)
-        rest = gain <= tol * (here + gain).abs()
+        d, Hd, here = torch.lerp(d, s, t), torch.lerp(Hd, Hs, t), here + gain
+        rest = gain <= tol * here.abs()
         if rest.all(): break
     return d, Hd, products, rest
