@@ -185,7 +185,7 @@ def generalized_sharpness(
 
 def inside(d: Tensor, far, known: Tensor, seen: Tensor, tol: float) -> Tensor:     # (p, 2)
     "The best ends of ascents in what the search for λ₁ has seen of H, which take no products."
-    d, Hd, *_ = ascend(lambda v: seen @ (known[:, None] * (seen.T @ v)), far, d, tol, 3)
+    d, Hd, *_ = ascend(lambda v: seen @ (known[:, None] * (seen.T @ v)), far, d, tol, 4)
     order = dot(d, Hd).argsort(descending=True).tolist()
     alike = ((d.T @ d[:, order[0]]).abs() > .99 * d[:, order[0]].norm() * d.norm(dim=0)).tolist()
     return torch.stack([d[:, order[0]], d[:, next((i for i in order if not alike[i]), order[-1])]], 1)
