@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDa
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from gradnb import GD, Batch, Dataset, Descent, MiniBatch, Problem, check_problem, sharpness, train
+from gradnb.measure.noise.spread import Spread
 
 F64 = torch.float64
 GEN = torch.Generator().manual_seed(0)
@@ -483,3 +484,10 @@ def test_targets_that_are_no_class_are_left_out_where_the_loss_says_so_and_else_
     for loss, says in (("ce", "Target -100 is out of bounds.*ignore_index"), (nn.CrossEntropyLoss(ignore_index=-5), "Target -100 is out of bounds")):
         with pytest.raises(IndexError, match=says): (problem := Problem(NET, loss, data)).loss(problem.theta0)
     with pytest.raises(ValueError, match="targets of ce are inside its batches.*Dataset"): Problem(NET, "ce", TensorDataset(X, Y)).at().fisher(normal(Problem(NET, "ce", TensorDataset(X, Y)).p))
+
+
+def test_of_data_with_nan_the_example_is_named():
+    x, y = normal(20, 4).float(), torch.zeros(20)
+    x[3, 2] = float("nan")
+    problem = Problem(torch.nn.Linear(4, 1), lambda model, batch: (model(batch[0])[:, 0] - batch[1]).square(), torch.utils.data.TensorDataset(x, y))
+    with pytest.raises(ValueError, match="gradient of example 3 is not finite"): Spread.at(problem, problem.theta0)

@@ -733,6 +733,27 @@ def test_a_block_that_the_optimizer_does_not_move_has_no_part_in_its_metric():
     assert row["value"] == pytest.approx(torch.linalg.eigvalsh(H[36:, 36:])[-1].item(), rel=1e-6) and row["threshold"] == pytest.approx(2 * 1.9 / .05)
 
 
+def test_a_parameter_that_no_graph_reaches_is_not_moved():
+    "AdamW with a head that is not used has the numbers that it has without."
+    class Unused(nn.Module):
+        def __init__(self, net): super().__init__(); self.net, self.head = net, nn.Linear(3, 2)
+        def forward(self, x): return self.net(x)
+    rows = {}
+    for wrap in (Unused, nn.Sequential):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            model = wrap(net())
+        opt = torch.optim.AdamW(model.parameters(), .01, weight_decay=.1)
+        objective = lambda model, batch: ce(model(batch[0]), batch[1])
+        with gradnb.watch(model, objective, [(DATA.x, DATA.y)], ["preconditioned_sharpness:every=2", "update_radius:every=2"], opt) as seen:
+            for _ in range(4):
+                opt.zero_grad()
+                loss = objective(model, (DATA.x, DATA.y))
+                loss.backward(), opt.step(), seen.step(loss)
+        rows[wrap] = [seen.traces[name].columns[c][-1] for name, c in (("preconditioned_sharpness", "value"), ("preconditioned_sharpness", "threshold"), ("update_radius", "radius"))]
+    np.testing.assert_allclose(*rows.values(), rtol=2e-3)
+
+
 def test_a_word_points_to_the_loop():
     model, data = small()
     opt = torch.optim.SGD(model.parameters(), .05)

@@ -22,6 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import CheckpointError
+from ..data.samples import alike
 from ..ground.layout import ROLES, role_of
 from ..ground.registry import unknown
 from ..ground.streams import Stream
@@ -321,7 +322,7 @@ class Network:
         if written := [k for (k, v), version in zip(params.items(), versions) if v._version != version]:
             raise TypeError(f"a forward pass of this network writes over its parameters {written} (nn.Embedding with max_norm?), so its "
                             "loss is no function of them; leave that out.")
-        if not (torch.equal(x, given) if isinstance(x, Tensor) else x.equals(given)):
+        if not (alike(x, given) if isinstance(x, Tensor) else x.equals(given)):
             if isinstance(x, Tensor): x.copy_(given)
             raise TypeError("a forward pass of this network writes over its inputs; make its first layer without inplace=True.")
         noisy = lambda m: m in sources or isinstance(m, _DropoutNd) and m.training and m.p > 0

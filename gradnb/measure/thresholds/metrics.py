@@ -226,7 +226,8 @@ def torch_metric(
     def file(one: Callable):
         def metric(rule, state, blocks, grads):
             groups, kept = state.optimizer["param_groups"], state.optimizer["state"]
-            hyper = {n: (next((g for g in groups if i in g["params"]), None), kept.get(i)) for i, n in enumerate(blocks)}
+            moves = lambda i, g: i in g["params"] and (i in kept or not any(j in kept for j in g["params"]))       # no graph has reached what others have a state beside
+            hyper = {n: (next((g for g in groups if moves(i, g)), None), kept.get(i)) for i, n in enumerate(blocks)}
             if any(g and g.get("maximize") for g, _ in hyper.values()): raise TypeError("this optimizer goes uphill (maximize=True), and no sharpness keeps it from that.")
             def of(n, group, held):
                 edge, inverse, shift = one(group, held)

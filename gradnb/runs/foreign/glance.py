@@ -71,7 +71,14 @@ class InUse(FromTorch):
         twin.defaults, twin.state = dict(twin.defaults), defaultdict(dict)
         twin.param_groups = [{**deepcopy({k: v for k, v in g.items() if k != "params"}), "params": [params[i] for i in g["params"]]} for g in self.groups]
         step = self.cls.step
-        twin.step = MethodType(step.__wrapped__ if getattr(step, "hooked", False) else step, twin)
+        def go(twin):
+            "Without a gradient of zeros for what no graph has reached: torch gives such a parameter none, and it has no state beside others that do."
+            for group in twin.param_groups:
+                idle = [p for p in group["params"] if p not in twin.state]
+                for p in idle if len(idle) < len(group["params"]) else ():
+                    if not p.grad.any().item(): p.grad = None
+            return (step.__wrapped__ if getattr(step, "hooked", False) else step)(twin)
+        twin.step = MethodType(go, twin)
         return twin
 
     def around(self, blocks):
