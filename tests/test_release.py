@@ -1,4 +1,5 @@
 "What is released runs without the clone: the wheel that is built from the source distribution."
+import json
 import os
 import re
 import shutil
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from configparser import ConfigParser
 from email import message_from_bytes
 from pathlib import Path
 
@@ -77,3 +79,13 @@ def test_the_site_that_is_published_is_the_one_that_is_built():
     assert f'"{Path(uploaded).parent.name}"' in (ROOT / ".ci" / "site.py").read_text("utf-8") and uploaded == "_proc/site/html"
     assert JOBS["pages"]["permissions"] == {"pages": "write", "id-token": "write"} and JOBS["pages"]["if"] == "github.ref == 'refs/heads/main'"
     assert {*JOBS["pages"]["needs"]} == JOBS.keys() - {"pages"} and JOBS["pages"]["environment"]["name"] == "github-pages"
+
+
+def test_the_pages_of_explorers_need_no_more_than_the_site_extra():
+    "Their cells are run where the site is built, which has no development extra."
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    there = {re.split(r"[<>=!~\[]", word)[0].replace("-", "_") for key in ("requirements", "site_requirements") for word in config["DEFAULT"][key].split()}
+    cells = [cell for path in (ROOT / "nbs" / "explore").glob("*.ipynb") for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    roots = set(re.findall(r"^(?:from|import) (\w+)", "\n".join("".join(cell["source"]) for cell in cells), re.MULTILINE))
+    assert "fastcore" in roots and roots - sys.stdlib_module_names - {"gradnb"} <= there
