@@ -433,7 +433,8 @@ class Network:
                 if self.lends is not False: self.lends = self.lends or bool(lent) or None
 
     def _quiet(self, params, x, buffers):
-        with drawing(Stream() / "fixed" if self.draws else None, self.device): return self._forward(self.module, params, x, buffers, self.hush)
+        if not self.draws: return self._forward(self.module, params, x, buffers, self.hush)
+        with drawing(Stream() / "fixed", self.device): return self._forward(self.module, params, x, buffers, self.hush)
 
     def __call__(self,
         params: dict[str, Tensor],      # parameters by name
