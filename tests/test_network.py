@@ -294,6 +294,17 @@ class ByHand(Base):
     def block(self, h): return Wrong.apply(self.b(h))
 
 
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w): return (8 * w).round() / 8
+    @staticmethod
+    def backward(ctx, g): return g
+
+
+class StraightThrough(Base):
+    def block(self, h): return F.linear(h, Rounded.apply(self.b.weight), self.b.bias).tanh()
+
+
 class Counting(Base):
     calls = 0
     def block(self, h): self.calls += 1; return self.calls * self.b(h).tanh()
@@ -433,10 +444,8 @@ def test_gradients_that_are_computed_in_a_hook(kind):
 
 
 @pytest.mark.parametrize("kind, says", [
-    (Detached, r"gradient of '(a|b)\.weight'.* is not the slope"), (Blind, r"gradient of '(a|b)\.weight'"), (Halving, r"gradient of 'a\.weight', 'a\.bias' is not"),
-    (ByHand, r"'b\.weight'.* is not the slope.*backward pass written by hand"), (Reentrant, "use_reentrant=False"), (Unregistered, r"shape \(12,.*nn.ModuleList"),
-    (Foreign, r"trainable tensor of shape \(12,.*reach it through self"), (Counting, "two answers"), (NumPys, "two answers")])
-def test_what_is_no_gradient_of_the_loss_is_refused_when_the_problem_is_made(kind, says):
+    (Reentrant, "use_reentrant=False"), (Unregistered, r"shape \(12,.*nn.ModuleList"), (Foreign, r"trainable tensor of shape \(12,.*reach it through self"), (Counting, "two answers"), (NumPys, "two answers")])
+def test_what_is_no_function_of_the_parameters_is_refused_when_the_problem_is_made(kind, says):
     torch_, numpy_ = torch.get_rng_state(), str(np.random.get_state())
     module = made(kind)
     with pytest.raises(TypeError, match=says): Problem(module, "ce", DIGITS)
@@ -444,17 +453,59 @@ def test_what_is_no_gradient_of_the_loss_is_refused_when_the_problem_is_made(kin
     assert all(p.grad is None for p in module.parameters()) and module.training
 
 
-@pytest.mark.parametrize("hook, says", [
-    (lambda n: n.a.weight.register_hook(lambda g: g * 0), "'a.weight' has a hook"),
-    (lambda n: n.o.bias.register_post_accumulate_grad_hook(lambda p: None), "'o.bias' has a hook"),
-    (lambda n: n.b.register_full_backward_hook(lambda m, i, o: None), "layer 'b' has a backward hook.*remove"),
-    (lambda n: n.register_full_backward_pre_hook(lambda m, g: None), "this network has a backward hook")])
-def test_hooks_that_may_change_gradients_are_refused_by_name(hook, says):
-    module = made(Base)
-    handle = hook(module)
-    with pytest.raises(TypeError, match=says): Problem(module, "ce", DIGITS)
+@pytest.mark.parametrize("kind, says", [
+    (Detached, r"gradient of '(a|b)\.weight'.* is not the slope"), (Blind, r"gradient of '(a|b)\.weight'"), (Halving, r"gradient of 'a\.weight', 'a\.bias' is not"),
+    (ByHand, r"'b\.weight'.* is not the slope.*backward pass written by hand"), (StraightThrough, "straight-through")])
+def test_gradients_that_are_no_slopes_are_measured_and_their_curvature_is_refused(kind, says):
+    with pytest.warns(UserWarning, match=says): problem = Problem(made(kind), "ce", DIGITS)
+    module, theta = made(kind), problem.theta0
+    slopes = torch.autograd.grad(F.cross_entropy(module(DIGITS.x.double()), DIGITS.y), list(module.parameters()), materialize_grads=True)
+    g = torch.cat([s.reshape(-1) for s in slopes])
+    torch.testing.assert_close(problem.grad_and_loss(theta)[0], g, rtol=1e-9, atol=1e-12)
+    for look in (lambda: problem.hvp(theta, theta), lambda: problem.at(theta).ggn(theta), lambda: problem.frozen().at(theta).hvp(theta)):
+        with pytest.raises(TypeError, match="is not the slope of the loss.*A Hessian is that of a loss"): look()
+
+
+@pytest.mark.parametrize("hook, who", [
+    (lambda n: n.a.weight.register_hook(lambda g: g * 0), "a.weight"), (lambda n: n.o.bias.register_post_accumulate_grad_hook(lambda p: 1 / 0), "o.bias"),
+    (lambda n: n.b.register_full_backward_hook(lambda m, i, o: 1 / 0), "b"), (lambda n: n.register_full_backward_pre_hook(lambda m, g: 1 / 0), "the network")])
+def test_hooks_at_gradients_are_left_out(hook, who):
+    module, plain = made(Base), Problem(made(Base), "ce", DIGITS)
+    handle, v = hook(module), draw(plain.p)
+    with pytest.warns(UserWarning, match=f"hooks at the gradients of {who} are left out"): problem = Problem(module, "ce", DIGITS)
+    assert torch.equal(problem.grad_and_loss(plain.theta0)[0], plain.grad_and_loss(plain.theta0)[0]) and torch.equal(problem.hvp(plain.theta0, v), plain.hvp(plain.theta0, v))
     handle.remove()
-    Problem(module, "ce", DIGITS)
+    with warnings.catch_warnings(): warnings.simplefilter("error"); Problem(module, "ce", DIGITS)
+
+
+def test_hooks_that_only_look_see_no_measurement_and_those_that_change_something_stay():
+    seen = []
+    def looking(net):
+        for m in net.modules(): m.register_forward_hook(lambda m, i, o: seen.append(o))
+        net.b.register_forward_pre_hook(lambda m, args, words: seen.append(args), with_kwargs=True)
+        return net
+    plain = Problem(made(Base), "ce", DIGITS)
+    theta, v = plain.theta0 + .1 * draw(plain.p), draw(plain.p)
+    layers = len(list(made(Base).modules()))
+    problem = Problem(looking(made(Base)), "ce", DIGITS)
+    assert len(seen) == 1 + layers                       # they are asked once what they do
+    def everything(p): return p.loss(theta), *p.grad_and_loss(theta), p.hvp(theta, v), p.example_grads(theta), p.frozen().loss(theta)
+    for got, want in zip(everything(problem), everything(plain)): assert torch.equal(got, want)
+    assert len(seen) == 1 + layers
+    def answers(net): net.b.register_forward_hook(lambda m, i, o: 2 * o); return net
+    def doubles(m, i, o): o.mul_(2)
+    def writes(net): net.b.register_forward_hook(doubles); return net
+    twice = made(Base)
+    twice.b.register_forward_hook(lambda m, i, o: 2 * o)
+    for change in (answers, writes):
+        with torch.no_grad(): torch.testing.assert_close(Problem(change(made(Base)), "ce", DIGITS).loss(plain.theta0), F.cross_entropy(twice(DIGITS.x.double()), DIGITS.y))
+    seen.clear()
+    normed = made(Base)
+    nn.utils.weight_norm(normed.b)                                                # whose hook writes the weight, and answers nothing
+    weighed = Problem(looking(normed), "ce", DIGITS)
+    assert len(seen) == 1 + layers
+    moved = weighed.theta0 + .1 * draw(weighed.p)
+    assert not torch.equal(weighed.loss(moved), weighed.loss(weighed.theta0))
 
 
 @pytest.mark.parametrize("module, says", [

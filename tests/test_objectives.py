@@ -115,6 +115,66 @@ def test_the_mean_over_tokens_is_not_the_mean_of_means():
     assert abs(Problem(net, whole, texts).loss(Problem(net, whole, texts).theta0) - truth[0]) > 1e-4
 
 
+@pytest.mark.parametrize("data", [lambda x, f: TensorDataset(x, f), lambda x, f: [(x[:4], f[:4]), (x[4:], f[4:])]])
+def test_a_loss_of_forces_and_a_penalty_of_gradients(data):
+    "Derivatives are taken inside by torch.autograd, of the batch's own tensor, also where losses are asked for without a gradient."
+    x, forces = normal(12, 2), normal(12, 2)
+    energy = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    def matching(model, batch):
+        place, force = batch
+        place.requires_grad_()
+        pull, = torch.autograd.grad(model(place).sum(), place, create_graph=True)
+        return (force + pull).square().sum(1) + 10 * (pull.norm(dim=1) - 1).square()
+    problem = Problem(energy, matching, data(x.clone(), forces))
+    agrees(problem, brute(energy, lambda model: matching(model, (x.clone(), forces)).mean()))
+    with torch.no_grad(): assert not problem.loss(problem.theta0).requires_grad
+    assert not problem.loss(problem.theta0 + 0).requires_grad and all(p.grad is None for p in energy.parameters())
+    if problem.n == 12:
+        rows = problem.example_grads(problem.theta0)
+        torch.testing.assert_close(rows[3], brute(energy, lambda model: matching(model, (x[3:4].clone(), forces[3:4])).mean())[1])
+
+
+def test_a_loss_behind_a_step_of_learning():
+    "MAML of a linear model: w − a∇L(w) is linear in w, and so H = mean 2 JᵀBᵀBJ / m with J = I − 2a AᵀA / n."
+    x, y, a = normal(8, 9, 3), normal(8, 9, 1), .1
+    line = nn.Linear(3, 1, bias=False).double()
+    def adapted(model, batch):
+        losses, start = [], dict(model.named_parameters())
+        for inputs, targets in zip(*batch):
+            fit = (torch.func.functional_call(model, start, inputs[:5]) - targets[:5]).square().mean()
+            slopes = torch.autograd.grad(fit, list(start.values()), create_graph=True)
+            there = {k: w - a * g for (k, w), g in zip(start.items(), slopes)}
+            losses.append((torch.func.functional_call(model, there, inputs[5:]) - targets[5:]).square().mean())
+        return torch.stack(losses)
+    w, A, B = line.weight.detach().T, x[:, :5], x[:, 5:]
+    J = torch.eye(3, dtype=F64) - 2 * a * A.mT @ A / 5
+    off = B @ (J @ w + 2 * a * A.mT @ y[:, :5] / 5) - y[:, 5:]
+    agrees(Problem(line, adapted, TensorDataset(x, y)), (off.square().mean((1, 2)).mean(), (2 * (B @ J).mT @ off / 4).mean(0).squeeze(1), (2 * (B @ J).mT @ (B @ J) / 4).mean(0)))
+
+
+def test_embeddings_with_sparse_gradients_and_buffers_of_complex_numbers():
+    class Rotating(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            self.words, self.read = nn.Embedding(9, 4, sparse=sparse), nn.Linear(4, 3)
+            self.register_buffer("turn", torch.polar(torch.ones(5, 2, dtype=torch.float64), torch.arange(10, dtype=torch.float64).view(5, 2)))
+        def forward(self, x):
+            pairs = torch.view_as_complex(self.words(x).unflatten(-1, (2, 2)))
+            return self.read((torch.view_as_real(pairs * self.turn).flatten(2) ** 2).mean(1))
+    words = torch.randint(9, (23, 5), generator=GEN)
+    torch.manual_seed(0)
+    net = Rotating(True).double()
+    net.turn = Rotating(True).turn                                      # torch's own double() has dropped the imaginary part
+    dense = Rotating(False)._apply(lambda t: t)
+    dense.load_state_dict(net.state_dict()), [m.double() for m in (dense.words, dense.read)]
+    agrees(Problem(net, each, TensorDataset(words, Y)), brute(dense, lambda model: F.cross_entropy(model(words), Y)))
+    assert net.words.sparse
+    small = Rotating(False)
+    small.load_state_dict(net.state_dict()), small.words.to(torch.bfloat16)
+    problem = Problem(small, each, TensorDataset(words, Y))              # in float32, and so is a copy in float64 that checks it
+    torch.testing.assert_close(problem.loss(problem.theta0).double(), brute(dense, lambda model: F.cross_entropy(model(words), Y))[0], rtol=.02, atol=.02)
+
+
 def test_losses_that_people_have():
     pairs = TensorDataset(normal(12, 4), normal(12, 4))
     def contrastive(model, batch):
@@ -129,10 +189,9 @@ def test_losses_that_people_have():
     field = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     def residual(model, batch):                                        # u″ = −u, with derivatives of the inputs inside
         t = batch[0].clone().requires_grad_()
-        with torch.enable_grad():
-            u = model(t)
-            slope, = torch.autograd.grad(u.sum(), t, create_graph=True)
-            bend, = torch.autograd.grad(slope.sum(), t, create_graph=True)
+        u = model(t)
+        slope, = torch.autograd.grad(u.sum(), t, create_graph=True)
+        bend, = torch.autograd.grad(slope.sum(), t, create_graph=True)
         return (bend + u).square().squeeze(1)
     agrees(Problem(field, residual, where), brute(field, lambda model: residual(model, where.tensors).mean()))
 

@@ -57,6 +57,7 @@ class Problem(Risk):
         examples in float64, which no search counts. Where a network cannot be had in float64, symmetry alone is looked at.
         """
         if linear: self.check_apart()
+        if why := self._checked.get("slopes"): raise TypeError(why)
         key = linear, self.network.is_frozen
         if key not in self._checked: self._checked[key] = self._wrong_products(linear)
         if self._checked[key]: raise TypeError(self._checked[key])

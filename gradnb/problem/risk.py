@@ -24,7 +24,7 @@ from ..models.losses import LOSSES, accuracy, resolve_loss
 from ..models.means import Ratio, couples, for_examples
 from ..models.objectives import Objective, posed
 from .graphs import keeps_double, wrong_slopes
-from .network import Network, chosen, copied, drawing, leaves, one_device, refuse, refuse_inference, scattered, unwrapped
+from .network import Network, cast, chosen, copied, drawing, hooked, leaves, one_device, refuse, refuse_inference, scattered, unwrapped
 from ..ground.roles import Batch
 from ..ground.streams import Stream
 
@@ -75,6 +75,8 @@ class Risk:
         refuse_inference()
         refuse(module)
         self.given, self._checked = module, {}                  # given: left alone; what was checked is shared with copies
+        if names := hooked(module):
+            warnings.warn(f"hooks at the gradients of {', '.join(names[:5])}{', …' * (len(names) > 5)} are left out here: what is measured is the gradient of the loss.", stacklevel=2)
         if params is not None: module = chosen(module, params)
         self.layout, self.chunk_size = Layout.of(module), chunk_size
         found = dict(module.named_parameters())
@@ -144,7 +146,7 @@ class Risk:
                             "call requires_grad_(False) on them, or let torch.func.functional_call have detached ones.")
 
     def _check_slopes(self, network, x, y):
-        "Raise TypeError naming blocks whose gradient is wrong, in float64 where the network can; a gradient and 2 to 4 losses of 3 examples."
+        "Curvature is refused where blocks have a gradient that is not the slope, in float64 where the network can; a gradient and 2 to 4 losses of 3 examples."
         def wrong(network, dtype):
             a, b = (t.to(dtype) if t.is_floating_point() else t for t in (x, y))
             def f(blocks):
@@ -161,19 +163,27 @@ class Risk:
             except (RuntimeError, TypeError): names = wrong(network, self.dtype)       # which the network insists on
             if drew(): raise TypeError("the loss draws random numbers, so it is no function of the parameters; let the network draw them.")
         if names:
-            raise TypeError(f"the gradient of {', '.join(map(repr, names[:5]))}{', …' * (len(names) > 5)} is not the slope of the loss: where these move, "
-                            "the loss moves otherwise. Is it used under no_grad, detached, changed by a hook, an embedding's padding_idx that is read "
-                            "all the same, or behind a backward pass written by hand? requires_grad_(False) leaves a parameter out.")
+            why = (f"the gradient of {', '.join(map(repr, names[:5]))}{', …' * (len(names) > 5)} is not the slope of the loss: where these move, the loss moves "
+                   "otherwise. Is it used under no_grad, detached, an embedding's padding_idx that is read all the same, or behind a backward pass written "
+                   "by hand (a straight-through estimator)?")
+            if network.hush or network.casts:             # left out of the pass, and not of what a checkpoint computes again?
+                raise TypeError(f"{why} Or does torch.utils.checkpoint compute a function of Dropout, or autocast, again? Let it have the module.")
+            self._checked["slopes"] = f"{why} A Hessian is that of a loss; requires_grad_(False) leaves a parameter out."
+            warnings.warn(f"{why} Gradients are taken as they are, and curvature is refused.", stacklevel=4)
 
     def _try_sample(self, module, size, settled):
         "Examples are counted where each is known to have a loss of its own, else batches, each with its weight; as they are, where that is settled."
         params, sample, objective = self.layout.named(self.theta0), self.dataset, self.per_example
-        module = module if all(v.dtype == self.dtype for v in module.parameters()) else copied(module).to(self.dtype)
+        module = module if all(v.dtype == self.dtype for v in module.parameters()) else cast(copied(module), self.dtype)
         first = sample.few()
         try: network = Network(module, params, first, objective.ask)
         except (RuntimeError, ValueError, IndexError):                               # it insists on batches of the owner's size
             first = sample.x[:1]
-            network = Network(module, params, first, objective.ask)
+            try: network = Network(module, params, first, objective.ask)
+            except RuntimeError as e:
+                if "dtype" not in str(e) or module is self.given: raise
+                raise TypeError(f"{objective!r} casts to a precision of its own, and parameters of less than float32 are measured in {self.dtype}: {e}. Cast to "
+                                "that of the model, x.to(next(model.parameters()).dtype).") from e
         except AttributeError as e:
             raise TypeError(f"{objective!r} does not read (model, batch), as a function must on data that are no gradnb.Dataset: {e}. A loss of outputs and targets "
                             "is a pair there: (lambda model, batch: model(batch[0]), lambda outputs, batch: loss(outputs, batch[1])).") from e
