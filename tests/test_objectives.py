@@ -12,10 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from gradnb import GD, Batch, Dataset, Descent, MiniBatch, Problem, check_problem, sharpness, train
+from gradnb import GD, Batch, Dataset, Descent, MiniBatch, Problem, Stream, check_problem, sharpness, train
 from gradnb.measure.noise.spread import Spread
 
-F64 = torch.float64
+F64, OWN = torch.float64, random.Random(0)
 GEN = torch.Generator().manual_seed(0)
 def normal(*shape): return torch.randn(*shape, generator=GEN, dtype=F64)
 
@@ -71,12 +71,12 @@ def test_the_laws_of_problems_hold(data, loss):
 
 
 def test_a_stream_is_kept_as_far_as_was_said():
-    class Stream(IterableDataset):
+    class Flowing(IterableDataset):
         def __iter__(self): yield from zip(X, Y)
     whole = brute(NET, lambda model: F.cross_entropy(model(X[:14]), Y[:14]))
-    agrees(Problem(NET, mean, DataLoader(Stream(), batch_size=7), batches=2), whole)
+    agrees(Problem(NET, mean, DataLoader(Flowing(), batch_size=7), batches=2), whole)
     agrees(Problem(NET, mean, ((X[i:i + 7], Y[i:i + 7]) for i in (0, 7, 14)), batches=2), whole)
-    with pytest.raises(ValueError, match="batches=16"): Problem(NET, mean, DataLoader(Stream(), batch_size=7))
+    with pytest.raises(ValueError, match="batches=16"): Problem(NET, mean, DataLoader(Flowing(), batch_size=7))
 
 
 @pytest.mark.parametrize("form", [dict, UserDict, lambda d: list(d.values()), lambda d: (d["x"], {"deep": d["y"]})])
@@ -113,6 +113,40 @@ def test_the_mean_over_tokens_is_not_the_mean_of_means():
     agrees(Problem(net, whole, texts, size=tokens), truth)
     agrees(Problem(net, parts, texts), truth)
     assert abs(Problem(net, whole, texts).loss(Problem(net, whole, texts).theta0) - truth[0]) > 1e-4
+
+
+def test_what_an_objective_draws_from_python_and_numpy_is_the_streams():
+    "Mixup as people write it: its mean over streams is that of its two kinds of draws, counted; the generators stand where they stood."
+    pick = torch.tensor([4, 7, 1, 20])
+    def mixed(model, batch):
+        share, other = .25 + .5 * np.random.randint(2), torch.roll(torch.arange(len(batch[0])), random.choice([1, 2]))
+        out = model(share * batch[0] + (1 - share) * batch[0][other])
+        return share * F.cross_entropy(out, batch[1]) + (1 - share) * F.cross_entropy(out, batch[1][other])
+    def told(share, by):
+        out = NET(share * X[pick] + (1 - share) * X[pick].roll(by, 0))
+        return share * F.cross_entropy(out, Y[pick]) + (1 - share) * F.cross_entropy(out, Y[pick].roll(by))
+    random.seed(3), np.random.seed(3)
+    stands = random.getstate(), str(np.random.get_state())
+    problem = Problem(NET, mixed, [(X[pick], Y[pick])])
+    all_of_them = sorted(told(share, by).item() for share in (.25, .75) for by in (1, 2))
+    found = [problem.loss(problem.theta0, Batch(torch.tensor([0]), noise=Stream(k))).item() for k in range(60)]
+    assert problem.noisy and {round(v, 9) for v in found} == {round(v, 9) for v in all_of_them}
+    assert found[:5] == [problem.loss(problem.theta0, Batch(torch.tensor([0]), noise=Stream(k))).item() for k in range(5)]
+    assert problem.loss(problem.theta0) == problem.loss(problem.theta0) and round(problem.loss(problem.theta0).item(), 9) in {round(v, 9) for v in all_of_them}
+    assert stands == (random.getstate(), str(np.random.get_state()))
+
+
+def test_a_target_by_the_model_itself_without_a_gradient():
+    "Temporal differences: gradients of examples are those of autograd, and curvature is refused."
+    line = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    def difference(model, batch):
+        with torch.no_grad(): target = 1 + .9 * model(batch[0].roll(1, 1))
+        return (model(batch[0]) - target).square().squeeze(1)
+    with pytest.warns(UserWarning, match="curvature is refused"): problem = Problem(line, difference, TensorDataset(X, Y))
+    rows = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(difference(line, (X[i:i + 1],)).sum(), list(line.parameters()))]) for i in range(len(X))])
+    torch.testing.assert_close(problem.example_grads(problem.theta0), rows)
+    torch.testing.assert_close(torch.cat([io.sq_norms() for io in problem.layer_io(problem.theta0)]), rows.square().sum(1))
+    with pytest.raises(TypeError, match="is not the slope"): sharpness(problem, problem.theta0)
 
 
 @pytest.mark.parametrize("data", [lambda x, f: TensorDataset(x, f), lambda x, f: [(x[:4], f[:4]), (x[4:], f[4:])]])
@@ -349,7 +383,7 @@ def test_batch_norm_in_training_mode_has_batches():
     (lambda m, b: {"loss": mean(m, b)}, TensorDataset(X, Y), TypeError, "gave a dict"),
     (lambda m, b: mean(m, b).item(), TensorDataset(X, Y), TypeError, "gave a float"),
     (lambda m, b: mean(NET, b), TensorDataset(X, Y), TypeError, "the model that it is given"),
-    (lambda m, b: mean(m, b) * random.random(), TensorDataset(X, Y), TypeError, "two answers"),
+    (lambda m, b: mean(m, b) * OWN.random(), TensorDataset(X, Y), TypeError, "two answers"),
     ("ce", [{"x": X, "y": Y}], TypeError, r"objective\(model, batch\)"),
     (lambda m, b: mean(m, (b[0], b[1])), [(X, Y[:3])], ValueError, ""),
 ], ids=["tensor", "empty", "words", "no examples", "outputs", "dictionary", "number", "another model", "random", "no pair", "unequal"])

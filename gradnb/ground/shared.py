@@ -68,7 +68,7 @@ def put_back(states: dict):
 @contextmanager
 def everywhere(
     stream: Stream,
-):                   # a function that says whether any were drawn
+):                   # a function that says whose were drawn from
     "The global generators of Python, NumPy and torch (CPU) draw from the stream inside, and all are what they were afterwards."
     with alone():
         before = generators()
@@ -76,7 +76,7 @@ def everywhere(
         np.random.seed(stream.int63 % 2**32)
         put_back({"torch": stream.generator().get_state()})
         start = generators()
-        try: yield lambda: bool(moved(start))
+        try: yield lambda: moved(start)
         finally: put_back(before)
 
 # %% ../../nbs/01_ground/15_shared.ipynb #full

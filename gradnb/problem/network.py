@@ -27,7 +27,7 @@ from ..data.samples import alike
 from ..ground.layout import ROLES, role_of
 from ..ground.registry import unknown
 from ..ground.streams import Stream
-from ..ground.shared import alone, full_precision, on_calls
+from ..ground.shared import alone, everywhere, full_precision, on_calls
 from ..models.losses import lending
 
 # %% ../../nbs/05_problem/01_network.ipynb #drawing
@@ -35,17 +35,18 @@ from ..models.losses import lending
 def drawing(
     noise: Stream | None,    # where random numbers come from inside; None: torch's own
     device: torch.device,    # where the forward pass runs
-):                           # a function that says whether any were drawn
+    wide: bool = False,      # Python's and NumPy's too
+):                           # a function that says whose were drawn from, or whether any were
     "torch's global generators draw from the stream inside, and are what they were afterwards."
     if noise is None: yield; return
     devices = ["cpu"] if device.type == "cpu" else ["cpu", device]
     def states(): return [torch.get_rng_state() if d == "cpu" else torch.get_device_module(d).get_rng_state(d) for d in devices]
     def put(new):
         for d, state in zip(devices, new): torch.set_rng_state(state) if d == "cpu" else torch.get_device_module(d).set_rng_state(state, d)
-    with alone():
+    with alone(), everywhere(noise) if wide else nullcontext() as whose:
         kept, start = states(), [noise.generator(d).get_state() for d in devices]
         put(start)
-        try: yield lambda: not all(map(torch.equal, start, states()))
+        try: yield whose or (lambda: not all(map(torch.equal, start, states())))
         finally: put(kept)
 
 # %% ../../nbs/05_problem/01_network.ipynb #hush
@@ -272,6 +273,7 @@ class Network:
     noisy = False     # does it draw when it is given a stream?
     hush = False      # are there functions of Dropout to leave out when it is not?
     draws = False     # does it draw even then?
+    wide = False      # and from the generators of Python or NumPy?
     fresh = False     # does each forward pass need a copy of the module to itself?
     casts = None      # does it turn autocast on? None: that is being found out
     lends = None      # are other modules with buffers called, such as the teacher of an objective? None: that is being found out
@@ -319,16 +321,17 @@ class Network:
         start = {k: v.clone() for k, v in self.module.named_buffers()}
         def run(module, buffers=start, hush=False):
             after = {k: v.clone() for k, v in buffers.items()}
-            with drawing(Stream() / "trial", x.device) as drew:
+            with drawing(Stream() / "trial", x.device, wide=True) as drew:
                 out = self._forward(module, params, x, after, hush)
                 return out, after, drew()
         def listen():
             with self._sources(sources): return run(self.loud)
-        try: out, after, self.noisy = self._unheard(listen)
+        try: out, after, drew = self._unheard(listen)
         except RuntimeError as e:
             if "not require grad" not in str(e): raise
             self.derives = True
-            out, after, self.noisy = self._unheard(listen)
+            out, after, drew = self._unheard(listen)
+        self.noisy, self.wide = bool(drew), bool({"Python", "NumPy"} & {*drew})
         if not isinstance(out, Tensor):
             what = f"a {type(out).__name__}" + (f" of {', '.join(map(str, out))}" if isinstance(out, dict) else "")
             raise TypeError(f"a network must return one tensor (b, …), and this one returns {what}; wrap it in a module that picks "
@@ -349,6 +352,7 @@ class Network:
             self.places[self.module] = places(self.module)
             out, after, self.hush = run(self.module)
             if self.hush: out, after, self.draws = run(self.module, hush=True)
+            self.hush, self.draws = bool(self.hush), bool(self.draws)
         self.buffers = {k: v for k, v in start.items() if not torch.equal(v, after[k])}
         eps = torch.finfo(out.dtype).eps if out.is_floating_point() else 0
         def gap(buffers):                   # relative; the same buffers again show what is rounding
@@ -358,15 +362,16 @@ class Network:
         shift = lambda v: v + 1 + (10 * torch.randn(v.shape, generator=gen).to(v) if v.is_floating_point() else 0)
         moved = max(gap({k: shift(v) for k, v in self.buffers.items()}) for _ in range(2)) if self.buffers else 0
         if (again := gap({})) > eps ** .5:
-            raise TypeError("this network answers the same question twice with two answers: it draws random numbers that are not of torch's "
-                            "global generator, or keeps something from call to call; draw by torch's functions without generator=, keep nothing.")
+            raise TypeError("this network answers the same question twice with two answers: it draws random numbers that are of no global "
+                            "generator, or keeps something from call to call; draw by torch's functions without generator=, and pass what is kept with the batch.")
         if moved > 16 * eps + 10 * again:
             raise TypeError(f"the outputs of this network in training mode depend on buffers that it writes, {list(self.buffers)[:3]} "
                             "(spectral normalisation?), so its loss is no function of the parameters; use module.eval().")
         if not self.buffers or self.draws:
             still = copied(self.module).eval()
             self.places[still] = places(still)
-            calm, _, self._draws_still = run(still, hush=True)
+            calm, _, drew = run(still, hush=True)
+            self._draws_still = bool(drew)
             self.modal = self.noisy or bool(self.buffers) or calm.shape != out.shape or not torch.allclose(out, calm, eps ** .5, eps ** .5, equal_nan=True)
             del self.places[still]
         with torch.enable_grad(): self._try_backward({k: v.requires_grad_() for k, v in params.items()}, x[:4])
@@ -408,14 +413,17 @@ class Network:
 
     def _try_backward(self, params, x):
         "Whether each forward pass needs a copy to itself, and whether any parameter is beyond reach."
+        again = TypeError(f"{'a function of Dropout' if self.hush else 'autocast'} is called inside of what torch.utils.checkpoint computes again, and it is no module that it "
+                          "computes, so it cannot be left out; let torch.utils.checkpoint have the module.")
+        apart = lambda a, b: any((s - t).norm() > 1e-3 * t.norm() for s, t in zip(a, b))
         def slopes():
             out = self(params, x)
             if not out.requires_grad: return [torch.zeros_like(p) for p in params.values()]
             ours, theirs = {id(t) for t in (*params.values(), *tree_leaves(getattr(x, "batch", x)))}, {id(p): k for k, p in self.module.named_parameters()}
             odd = [t for t in leaves(out) if id(t) not in ours and (id(t) not in theirs or self.fresh)]
-            again = {id(t) for t in leaves(self(params, x))} if odd else ()
+            lasting = {id(t) for t in leaves(self(params, x))} if odd else ()
             for t in odd:
-                if id(t) not in again: continue      # made in the forward pass itself, as inputs that a loss differentiates by
+                if id(t) not in lasting: continue      # made in the forward pass itself, as inputs that a loss differentiates by
                 what = f"parameter {theirs[id(t)]!r} by a way that cannot be followed" if id(t) in theirs else \
                        f"a trainable tensor of shape {tuple(t.shape)} that is none of its parameters"
                 raise TypeError(f"the outputs of this network depend on {what}; register it (nn.Parameter, nn.ParameterList, nn.ModuleList), "
@@ -424,16 +432,17 @@ class Network:
             try: return [g.nan_to_num() for g in torch.autograd.grad((out * weights).sum(), list(params.values()), materialize_grads=True)]
             except RuntimeError as e:
                 if isinstance(e, CheckpointError) and not self.fresh: return None                # what is computed again is not under our modes
-                if isinstance(e, CheckpointError) and (self.hush or self.casts):
-                    raise TypeError(f"{'a function of Dropout' if self.hush else 'autocast'} is called inside of what torch.utils.checkpoint computes again, and it is no module that it "
-                                    "computes, so it cannot be left out; let torch.utils.checkpoint have the module.") from e
+                if isinstance(e, CheckpointError) and (self.hush or self.casts): raise again from e
                 if "use_reentrant" not in str(e): raise TypeError(f"torch finds no gradient of this network: {e}") from e
                 raise TypeError("this network uses torch.utils.checkpoint with use_reentrant=True, through which no gradient of a chosen tensor "
                                 "can be taken; pass use_reentrant=False.") from e
         quick = slopes()
         self.fresh = True
-        lasting = slopes()
-        self.fresh = quick is None or any((a - b).norm() > 1e-3 * b.norm() for a, b in zip(quick, lasting))
+        sound = slopes()
+        if self.hush:                                 # a mask of what is computed again is drawn like that of the first time
+            with drawing(Stream() / "other", self.device):
+                if apart(slopes(), sound): raise again
+        self.fresh = quick is None or apart(quick, sound)
 
     @alone
     def _forward(self, module, params, x, buffers, hush=False):
@@ -471,7 +480,7 @@ class Network:
 
     def _quiet(self, params, x, buffers):
         if not self.draws: return self._forward(self.module, params, x, buffers, self.hush)
-        with drawing(Stream() / "fixed", self.device): return self._forward(self.module, params, x, buffers, self.hush)
+        with drawing(Stream() / "fixed", self.device, self.wide): return self._forward(self.module, params, x, buffers, self.hush)
 
     def __call__(self,
         params: dict[str, Tensor],      # parameters by name
@@ -482,7 +491,7 @@ class Network:
         "The outputs, and no trace of having been asked but in the buffers that are given."
         if buffers is None: buffers = self.buffers if self.is_frozen else {k: v.clone() for k, v in self.buffers.items()}
         if noise is None or not self.noisy: return self._quiet(params, x, buffers)
-        with drawing(noise, self.device): return self._forward(self.loud, params, x, buffers)
+        with drawing(noise, self.device, self.wide): return self._forward(self.loud, params, x, buffers)
 
     @torch.no_grad()
     def settle(self,

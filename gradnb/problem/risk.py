@@ -158,7 +158,7 @@ class Risk:
             return wrong_slopes(f, there)
         gen = (Stream() / "beside").generator()
         blocks = {k: v + scattered(v, gen) for k, v in self.layout.named(self.theta0).items()}
-        with drawing(Stream() / "trial", x.device) as drew:
+        with drawing(Stream() / "trial", x.device, wide=True) as drew:
             try: names = wrong(network.to(torch.float64), torch.float64)
             except (RuntimeError, TypeError): names = wrong(network, self.dtype)       # which the network insists on
             if drew(): raise TypeError("the loss draws random numbers, so it is no function of the parameters; let the network draw them.")
@@ -166,8 +166,6 @@ class Risk:
             why = (f"the gradient of {', '.join(map(repr, names[:5]))}{', …' * (len(names) > 5)} is not the slope of the loss: where these move, the loss moves "
                    "otherwise. Is it used under no_grad, detached, an embedding's padding_idx that is read all the same, or behind a backward pass written "
                    "by hand (a straight-through estimator)?")
-            if network.hush or network.casts:             # left out of the pass, and not of what a checkpoint computes again?
-                raise TypeError(f"{why} Or does torch.utils.checkpoint compute a function of Dropout, or autocast, again? Let it have the module.")
             self._checked["slopes"] = f"{why} A Hessian is that of a loss; requires_grad_(False) leaves a parameter out."
             warnings.warn(f"{why} Gradients are taken as they are, and curvature is refused.", stacklevel=4)
 

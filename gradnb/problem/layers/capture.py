@@ -146,7 +146,7 @@ def record(
         def note(_, args, kwargs, out):
             outs = [(i, get_gradient_edge(o), o.shape) for i, o in enumerate(tree_leaves(out))
                     if isinstance(o, Tensor) and o.requires_grad]
-            uses.append(Use(name, args, kwargs, outs, [(t, t._version) for t in tensors((args, kwargs))]))
+            if outs: uses.append(Use(name, args, kwargs, outs, [(t, t._version) for t in tensors((args, kwargs))]))      # not under no_grad, as a target's are
         return note
     try:
         for name, (module, _, _) in found.items(): handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
