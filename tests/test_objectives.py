@@ -136,6 +136,22 @@ def test_what_an_objective_draws_from_python_and_numpy_is_the_streams():
     assert stands == (random.getstate(), str(np.random.get_state()))
 
 
+def test_another_network_in_an_objective_is_held_as_it_stands():
+    torch.manual_seed(1)
+    critic = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Softplus(), nn.Linear(4, 1)).double()
+    def fooling(model, batch): return F.softplus(-critic(model(batch[0]))).mean()
+    batches = [(X[:12],), (X[12:],)]
+    with pytest.warns(UserWarning, match=r"depends on 6 trainable tensors that are none of the model's parameters, of shape \(.*held still"):
+        problem = Problem(NET, fooling, batches)
+    for _ in range(2):
+        held = deepcopy(critic).requires_grad_(False)
+        agrees(problem, brute(NET, lambda model: sum(len(x) * F.softplus(-held(model(x))).mean() for x, in batches) / 23))
+        assert all(p.grad is None for p in critic.parameters()) and critic[1].num_batches_tracked == 0
+        with torch.no_grad(): critic[0].weight.mul_(2)                # it has been trained meanwhile
+    with pytest.raises(TypeError, match="reads parameter '0.weight' of the module itself, not of a copy"):
+        Problem(NET, lambda model, batch: mean(model, batch) + sum(p.square().sum() for p in NET.parameters()), TensorDataset(X, Y))
+
+
 def test_a_target_by_the_model_itself_without_a_gradient():
     "Temporal differences: gradients of examples are those of autograd, and curvature is refused."
     line = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()

@@ -277,6 +277,7 @@ class Network:
     fresh = False     # does each forward pass need a copy of the module to itself?
     casts = None      # does it turn autocast on? None: that is being found out
     lends = None      # are other modules with buffers called, such as the teacher of an objective? None: that is being found out
+    others = ()       # trainable tensors besides its parameters on which an objective depends, such as a critic's
     derives = False   # does it take derivatives by torch.autograd itself, as a loss of forces does, or a penalty of gradients?
     _draws_still = False    # and in evaluation mode?
     modal = True      # are its outputs in evaluation mode other ones?
@@ -287,7 +288,7 @@ class Network:
         module: nn.Module,            # in training or in evaluation mode, which is kept; it is copied
         params: dict[str, Tensor],    # parameters to try it with
         x,                            # a few inputs to try it on
-        ask: Callable = lambda module, x: module(x),    # how it is called; whatever it returns are its outputs
+        ask: Callable | None = None,    # how it is called, (module, x) → outputs, by an objective; None: on x
     ):
         refuse(module)
         self._ask = ask
@@ -422,12 +423,12 @@ class Network:
             ours, theirs = {id(t) for t in (*params.values(), *tree_leaves(getattr(x, "batch", x)))}, {id(p): k for k, p in self.module.named_parameters()}
             odd = [t for t in leaves(out) if id(t) not in ours and (id(t) not in theirs or self.fresh)]
             lasting = {id(t) for t in leaves(self(params, x))} if odd else ()
-            for t in odd:
-                if id(t) not in lasting: continue      # made in the forward pass itself, as inputs that a loss differentiates by
-                what = f"parameter {theirs[id(t)]!r} by a way that cannot be followed" if id(t) in theirs else \
-                       f"a trainable tensor of shape {tuple(t.shape)} that is none of its parameters"
+            odd = [t for t in odd if id(t) in lasting]      # not made in the forward pass itself, as inputs that a loss differentiates by
+            lost, self.others = [theirs[id(t)] for t in odd if id(t) in theirs], odd
+            if lost or odd and not self._ask:
+                what = f"parameter {lost[0]!r} by a way that cannot be followed" if lost else f"a trainable tensor of shape {tuple(odd[0].shape)} that is none of its parameters"
                 raise TypeError(f"the outputs of this network depend on {what}; register it (nn.Parameter, nn.ParameterList, nn.ModuleList), "
-                                "reach it through self, or detach it (of another module: torch.func.functional_call with detached ones).")
+                                "reach it through self, or detach it.")
             weights = torch.randn(out.shape, generator=(Stream() / "outputs").generator()).to(out)
             try: return [g.nan_to_num() for g in torch.autograd.grad((out * weights).sum(), list(params.values()), materialize_grads=True)]
             except RuntimeError as e:
@@ -468,12 +469,13 @@ class Network:
 
     def _asked(self, module, x, hush):
         "The outputs; whoever else is called has copies of its buffers until then."
-        if not hush and self.casts is False and self.lends is False: return self._ask(module, x)
+        ask = self._ask or (lambda module, x: module(x))
+        if not hush and self.casts is False and self.lends is False: return ask(module, x)
         under = Under(*[Hush()][:hush], *[Unmixed(self.device)][:self.casts is not False])
         if self.fresh and under.modes:
             for m in module.modules(): m.forward = under(m.forward)
         with under, lending(module.modules()) if self.lends is not False else nullcontext() as lent:
-            try: return self._ask(module, x)
+            try: return ask(module, x)
             finally:
                 if self.casts is None and under.modes[-1].met: self.casts = True
                 if self.lends is not False: self.lends = self.lends or bool(lent) or None

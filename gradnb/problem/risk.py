@@ -95,6 +95,13 @@ class Risk:
         if self.network.casts:
             warnings.warn(f"{type(module).__name__}, or its objective, turns torch.autocast on; here it is left off, and all is computed in {self.dtype}, as its parameters are.",
                           stacklevel=2)
+        others, self.network.others = self.network.others, ()
+        if own := [k for k, p in self.given.named_parameters() if any(p is t for t in others)]:
+            raise TypeError(f"the objective reads parameter {own[0]!r} of the module itself, not of a copy of it, so that it would stay as it is; reach it through the model that "
+                            "the objective is given.")
+        if others:
+            warnings.warn(f"the loss depends on {len(others)} trainable tensors that are none of the model's parameters, of shape {', '.join(str(tuple(t.shape)) for t in others[:3])}"
+                          f"{', …' * (len(others) > 3)}; they are held still, as they are whenever something is measured.", stacklevel=2)
         if chunk_size is not None and chunk_size < self.n and self.loss_couples:
             raise ValueError(f"chunk_size={chunk_size} would change this loss, in which what an example costs depends on the others in its "
                              f"batch; leave chunk_size out, and give batches of the size that is meant.")
@@ -143,7 +150,7 @@ class Risk:
         names = {id(p): f"{k!r} of {type(m).__name__}" for m in owners for k, p in m.named_parameters()}
         if still := [names.get(id(t), f"of shape {tuple(t.shape)}") for t in leaves(value) if isinstance(t, nn.Parameter) and not any(t is b for b in blocks.values())]:
             raise TypeError(f"the loss has parameters of its own, which would stay as they are: {', '.join(still[:5])}; make them part of the network, "
-                            "call requires_grad_(False) on them, or let torch.func.functional_call have detached ones.")
+                            "or call requires_grad_(False) on them.")
 
     def _check_slopes(self, network, x, y):
         "Curvature is refused where blocks have a gradient that is not the slope, in float64 where the network can; a gradient and 2 to 4 losses of 3 examples."
@@ -151,7 +158,7 @@ class Risk:
             a, b = (t.to(dtype) if t.is_floating_point() else t for t in (x, y))
             def f(blocks):
                 value = self.per_example(network(blocks, a), b).sum()
-                if value.requires_grad: self._check_still(value, blocks)
+                if value.requires_grad and not isinstance(self.per_example, Objective): self._check_still(value, blocks)
                 return value
             there = {k: v.to(dtype) for k, v in blocks.items()}
             if dtype != self.dtype and not keeps_double(f, there): raise TypeError("some of it is rounded to less")
