@@ -254,8 +254,41 @@ def test_a_noisy_matvec_ends_unconverged():
     A, _ = symmetric(SPECTRA["decay"](300))
     draws = Stream(5).generator()
     noisy = lambda v: A @ v + torch.randn(v.shape, generator=draws, dtype=F64)
-    e = lanczos(noisy, randn(1, 300), tol=1e-6, max_matvecs=60)
-    assert not e.converged and e.matvecs == 60
+    with pytest.warns(UserWarning, match="not symmetric"): e = lanczos(noisy, randn(1, 300), tol=1e-6, max_matvecs=60)
+    assert not e.converged and e.matvecs < 30
+
+
+@pytest.mark.parametrize("memory", [None, 16])
+@pytest.mark.parametrize("kind", ["quantised", "white", "bfloat16"])
+@pytest.mark.parametrize("name", ["cluster", "decay", "negative"])
+def test_a_search_that_rounding_has_stopped_stops(name, kind, memory):
+    A, _ = symmetric(SPECTRA[name](400))
+    def coarse(v):
+        unit = v.abs().max() / 200
+        if kind == "quantised": return A @ (unit * (v / unit).round())
+        if kind == "bfloat16": return (A.bfloat16() @ v.bfloat16()).double()
+        noise = torch.randn(400, dtype=F64, generator=torch.Generator().manual_seed(hash(float(v @ torch.arange(400.).double())) % 2**60))
+        return A @ v + .004 * (A @ v).norm() * noise / 20
+    with pytest.warns(UserWarning, match="not symmetric to within tol = 1e-05"):
+        e = lanczos(coarse, randn(2, 400), tol=1e-5, memory=memory)
+    assert e.matvecs < 150 and not e.converged and e.values + e.errors >= torch.linalg.eigvalsh(A)[-1]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_a_search_that_is_slow_goes_on(dtype):
+    A, _ = symmetric(torch.linspace(0, 1, 1000, dtype=F64)**.5, dtype=dtype)
+    assert lanczos(Counter(A), randn(2, 1000, dtype=dtype), tol=1e-5).matvecs == 220
+
+
+@pytest.mark.parametrize("start", [randn(1, 60), torch.linalg.qr(randn(1, 60, 60))[0]], ids=["vector", "whole"])
+def test_rough_products_have_their_rounding_in_the_error(start):
+    A, _ = symmetric(SPECTRA["decay"](60))
+    coarse = lambda v: (A.bfloat16() @ v.bfloat16()).double()
+    with pytest.warns(UserWarning, match="not symmetric"):
+        e = lanczos(coarse, start, k=3, tol=1e-6)
+    assert e.matvecs <= 60 and not e.converged and ((torch.linalg.eigvalsh(A).flip(0)[:3] - e.values).abs() <= e.errors).all()
+    assert (e.errors < 1).all()
 
 
 def test_non_finite_products_are_named():

@@ -28,7 +28,7 @@ class Eigs(NamedTuple):
     residuals: Tensor  # (k,) ‖A v − λ v‖₂, float64 on the CPU, in the units of the values
     errors: Tensor     # (k,) what the i-th eigenvalue may exceed values[i] by; at least the tol; infinite where nobody looked
     matvecs: int       # products paid, counted in columns
-    converged: bool    # False: the budget ran out first
+    converged: bool    # False: the budget ran out first, or the products are too rough
     sketch: "Sketch | None" = None   # what else the search learned, for the next one
 
     def as_row(self) -> dict:
@@ -199,7 +199,7 @@ class Basis:
 
     def clear(self, sketch: Sketch | None = None):
         "Forgets all rows."
-        self.Q, self.R = [], []
+        self.Q, self.R, self.rounded = [], [], 0.
         self.T = self.M = self.F = torch.zeros(0, 0, dtype=torch.float64)
         self.recall(sketch)
 
@@ -286,6 +286,10 @@ class Basis:
         "‖A v − θ v‖ of vectors v = Y Q, (c,)."
         return torch.cat([Y @ self.M - theta[:, None] * Y, Y @ self.F], 1).norm(dim=1)
 
+    def rounding(self, Y: Tensor) -> Tensor:
+        "The part of those residuals that is the products' asymmetry, (c,): more rows do not take it away."
+        return (Y @ (self.M - self.T)).norm(dim=1)
+
     def outside(self) -> Tensor:
         "Inner products of what A turns the rows into outside of their span, (m, m): of A Q − T Q."
         off = self.M - self.T
@@ -293,6 +297,7 @@ class Basis:
 
     def rotate(self, Y: Tensor):
         "Goes over to the rows Y Q, Y (a, m) orthonormal; their images cost no product."
+        self.rounded = max(self.rounded, *self.rounding(Y).tolist())
         Y0 = torch.nn.functional.pad(Y, (0, len(self.R)))
         images = torch.cat([Y @ self.M, Y @ self.F], 1)                      # in Q and R; what Y does not hold of them goes to the new R
         _, S, W = torch.linalg.svd(images - images @ Y0.T @ Y0, full_matrices=False)
@@ -305,7 +310,9 @@ class Basis:
         self.C, self.E = (torch.cat([self.C, self.E], 1) @ turn.T).split([len(Y), len(turn) - len(Y)], 1)
 
     def eigs(self, theta: Tensor, Y: Tensor, r: Tensor, errors: Tensor, converged: bool, sketch: Sketch | None = None) -> Eigs:
-        "The Ritz pairs with coefficients Y (k, m), as the answer."
+        "The Ritz pairs with coefficients Y (k, m), as the answer: an error is at least twice the rounding seen."
+        own = 2 * self.rounding(Y).clamp_min(self.rounded)
+        errors, converged = torch.maximum(errors, own), converged and not (own > errors).any()
         vectors = combine(Y, self.Q, self.like.new_empty(len(Y), self.width))
         return Eigs(theta, vectors.T, r, errors, self.products, converged, sketch)
 

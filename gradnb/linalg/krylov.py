@@ -6,6 +6,7 @@
 __all__ = ['RISK', 'certify', 'lanczos']
 
 # %% ../../nbs/02_linalg/02_krylov.ipynb #imports
+import warnings
 from collections.abc import Callable
 from math import inf, pi, sqrt
 from typing import NamedTuple
@@ -136,6 +137,13 @@ def _look(T: Tensor, F: Tensor, a: int, p: int, k: int, allowed: Tensor) -> tupl
         return (bounds[-k:] - known).flip(0).clamp_min(0)
     return top, ceiling, rise(ceiling), rise(torch.minimum(ceiling, top + allowed / 4))
 
+def _exhausted(B: Basis, a: int, k: int, allowed: Tensor, error: Tensor) -> bool:
+    "Would most of these errors be left, and too large, if A turned the rows into nothing outside of their span? Asymmetry stays."
+    off, floor = B.M - B.T, 10 * torch.finfo(B.like.dtype).eps * B.T.diagonal().abs().max()
+    if not (F := _factor(off @ off.T, floor)).any(): return False
+    least = _look(B.T, F, a, B.p, k, allowed)[2]
+    return bool((least > allowed).any() and (error <= 2 * least.clamp_min(allowed / 2)).all())
+
 def certify(
     B: Basis,                 # that holds what a search has found, at least k rows
     k: int,                   # pairs wanted
@@ -166,6 +174,7 @@ def certify(
             B.rotate(Y[:k + (B.limit - k) // 3])
             a = None
         missed = a is not None and top > max(theta[k - 1] + allowed, least)   # a pair of the k came from outside: are there more?
+        if a is not None and not missed and p > min(budget, B.limit) and _exhausted(B, a, k, allowed, error): return error, False
         rough = r > torch.maximum(allowed, (allowed * theta.abs().max() / 200).sqrt())
         if a is None or missed and not rough.any(): a, y, (top, ceiling, error, rest) = B.m, None, unknown(theta)     # of the next random row
         elif missed or open.any() and ceiling <= max(theta[k - 1], top) + allowed:
@@ -199,6 +208,10 @@ def _scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tup
         if (rest > allowed).any() and ceiling <= max(theta[k - 1], top) + allowed: return error, 0
         before, q = [q], w.div_(left.to(w))
 
+def _rounded(B: Basis, Y: Tensor, r: Tensor, allowed: Tensor) -> Tensor:
+    "Which of these residuals (c,) are rounding by more than half, in squares, and as large as an error may be?"
+    return B.rounding(Y) > r.clamp_min(allowed) / 2**.5
+
 def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, vectors: bool, keep: int, dtype: torch.dtype | None) -> tuple[Tensor, bool, Sketch | None]:
     "As `certify`, with few vectors at a time; and what was learned."
     sketch, eps, rough = None, torch.finfo(B.like.dtype).eps, 1.
@@ -221,6 +234,7 @@ def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, v
             theta, Y = (x[:k] for x in B.ritz())
             r = B.residuals(theta, Y)
             if not seen and not (r > aim).any(): break
+            if not seen and _rounded(B, Y, r, allowed)[r.argmax()]: return error, False, sketch
             y = torch.eye(B.m, dtype=Y.dtype)[-1] if seen else Y[int(r.argmax())]
             if B.full:
                 best = B.ritz()[1][:max(k, (B.m + 1) // 3)]
@@ -240,7 +254,8 @@ def _settle(B: Basis, k: int, guards: int, follow: int, tol: float, stream: Stre
         error, r = _errors(B, theta[:len(r)], Y[:len(r)], r, joint, worked[:len(r)])[:c], r[:c]
         open, allowed = open_pairs(theta, r, r if vectors else error, k, tol, torch.finfo(B.like.dtype).eps)
         done = B.m == B.p or B.m >= k and not open.any()
-        if done or B.products >= budget: return done
+        open &= ~_rounded(B, Y[:c], r, allowed)
+        if done or B.products >= budget or B.m >= k and not open.any(): return done
         wanted = open & (torch.arange(len(r)) < k)
         worst = int((error * (wanted if wanted.any() else open)).argmax())
         worked[worst], y, W = True, joint.inside[worst], None
@@ -300,10 +315,14 @@ def lanczos(
     if not B.add(rows.clone()): B.add_random(stream)
     done, new = not settle or _settle(B, k, guards, follow, tol, stream, budget, vectors, keep), None
     error = torch.full((k,), inf if B.m < p else 0, dtype=torch.float64)
-    if check and done and B.m < p:
+    if check and B.m < p and (done or B.products < budget and not lean):
         if lean and settle: error, done, new = _certify_in_few(B, k, tol, stream, budget, vectors, keep, half)
         else: error, done = certify(B, k, tol, stream, budget, vectors, keep)
     theta, Y = (x[:k] for x in B.ritz())
     r, allowed = B.residuals(theta, Y), max(tol, 10 * torch.finfo(rows.dtype).eps) * B.ritz()[0].abs().max()
     if keep and new is None: new = _updated(B, _joint(B), keep, half)
-    return B.eigs(theta, Y, r, error.clamp_min(allowed), done, new)
+    found = B.eigs(theta, Y, r, error.clamp_min(allowed), done, new)
+    if check and not found.converged and B.products < budget:
+        warnings.warn(f"what A makes of the search's vectors is not symmetric to within tol = {tol:g}, so more products would not help; "
+                      "the errors hold: choose a larger tol, or products of higher precision.", stacklevel=3)
+    return found
