@@ -139,8 +139,18 @@ def test_what_does_not_fit_is_named_before_anything_is_measured(tmp_path):
     torch.save({"x": torch.ones(2)}, tmp_path / "step_2.pt")
     with pytest.raises(ValueError, match="none of this problem's parameters.*it has x"): measure_weights(problem, [good, tmp_path / "step_2.pt"], store=tmp_path / "runs")
     torch.save({"a": state, "b": state}, tmp_path / "step_2.pt")
-    with pytest.raises(ValueError, match="2 times, under 'a', 'b'"): measure_weights(problem, tmp_path / "step_2.pt")
+    with pytest.raises(ValueError, match="2 times, under 'a', 'b'; say which: key='b'"): measure_weights(problem, tmp_path / "step_2.pt")
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_average_beside_the_weights_is_measured_by_its_key(tmp_path):
+    problem, state, mean = Problem(network(), "ce", DATA), network(1).state_dict(), network(2).state_dict()
+    torch.save({"state_dict": state, "averages": {"ema": {f"module.{k}": v for k, v in mean.items()}}}, tmp_path / "epoch_3.pth")
+    for key, seed in ((None, 1), ("state_dict", 1), ("averages.ema", 2)):
+        found = measure_weights(problem, tmp_path / "epoch_3.pth", ["grad_norm"], key=key)["grad_norm"]
+        theta = problem.layout.join(dict(network(seed).named_parameters()).values())
+        assert found.steps.tolist() == [3] and abs(found.values[0] - problem.grad_and_loss(theta)[0].norm()) < 1e-6
+    with pytest.raises(ValueError, match="nothing under 'averages.swa'; at 'swa' there are ema"): measure_weights(problem, tmp_path / "epoch_3.pth", key="averages.swa")
 
 
 def test_nothing_in_a_file_is_executed(tmp_path):
@@ -150,7 +160,7 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     for i, kind in enumerate((True, False)): torch.save({"model": state, "hyper": Evil()}, tmp_path / f"evil_{i}.pt", _use_new_zipfile_serialization=kind)
     torch.save(network(), tmp_path / "whole_2.pt")
     for file in tmp_path.glob("*.pt"):
-        with pytest.raises(ValueError, match=f"{file.name} cannot be read.*keep weights as data"): measure_weights(problem, file)
+        with pytest.raises(ValueError, match=f"{file.name} cannot be read.*it holds .*no data but code.*keep weights as data"): measure_weights(problem, file)
     assert not (tmp_path / "run").exists()
 
 

@@ -20,6 +20,7 @@ def add_measure(commands):
         epilog="example: gradnb measure my_module:problem --weights 'ckpt/step*.safetensors' --probe sharpness:k=5")
     p.add_argument("problem", metavar="MODULE:NAME", help="a Problem in a module of yours, or a function that makes one: my_module:problem, folder/file.py:make")
     p.add_argument("--weights", action="append", required=True, metavar="FILES", help="safetensors, or what torch.save wrote; with * and ?, quoted; may repeat")
+    p.add_argument("--key", metavar="NAME", help="under which a checkpoint has the weights, as state_dict_ema (default: where its names are most like the problem's)")
     p.add_argument("--probe", action="append", default=[], metavar="NAME", help="what to measure, as sharpness:k=5; may repeat (default: sharpness)")
     p.add_argument("--steps", type=int, nargs="+", metavar="K", help="of the checkpoints (default: the last whole number in each file's name)")
     p.add_argument("--name", help="of the run (default: by the network's class)")
@@ -50,7 +51,7 @@ def problem_at(
     if not hasattr(found, name): raise ValueError(f"{module} has no {name!r}; it has {', '.join(n for n in vars(found) if n[0] != '_')[:300]}.")
     found = getattr(found, name)
     if callable(found) and not hasattr(found, "layout"): found = found()
-    if not (hasattr(found, "layout") and hasattr(found, "at")): raise ValueError(f"{where} is no Problem but {found!r:.100}; write problem = Problem(model, loss, data) there.")
+    if not (hasattr(found, "layout") and hasattr(found, "at")): raise ValueError(f"{where} is no Problem but {'the class ' + found.__name__ if isinstance(found, type) else type(found).__name__}; write problem = Problem(model, loss, data) there.")
     return found
 
 def measure(args) -> int:
@@ -60,7 +61,7 @@ def measure(args) -> int:
     problem, kept = problem_at(args.problem), args.store is not None or len(listed(args.weights)) > 1
     with tempfile.TemporaryDirectory() as nowhere, warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(printed(f"gradnb: {message}"), file=sys.stderr)
-        run = measure_weights(problem, args.weights, args.probe or ("sharpness",), Store(args.store if kept else nowhere), args.name, args.steps, None, args.again, args.batch, args.seed)
+        run = measure_weights(problem, args.weights, args.probe or ("sharpness",), Store(args.store if kept else nowhere), args.name, args.steps, None, args.again, args.batch, args.seed, args.key)
         frame = run.frame()
         if len(frame) == 1: frame = frame.T.reset_index().set_axis(["measured", "value"], axis=1)
         print(as_csv(frame) if args.csv else as_text(frame), end="" if args.csv else "\n")

@@ -12,6 +12,7 @@ import os
 import pickletools
 import re
 import time
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ def load_foreign(
             if t.numel() * t.element_size() > size: raise ValueError(f"a tensor of shape {tuple(t.shape)} is more than the file holds")
         return found
     except Exception as e:      # an unpickler fails on junk in any way it likes
+        if found := re.search(r"GLOBAL (\S+)", str(e)):
+            raise ValueError(f"it holds {found[1]}, which is no data but code, and nothing that a file brings along is run") from None
         raise ValueError(f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'it is damaged'}"[:300]) from None
 
 def check_pickle(stream: BytesIO, most: float):

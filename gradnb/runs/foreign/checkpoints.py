@@ -69,8 +69,13 @@ def find_weights(
     problem,         # whose weights they are
     tree: Mapping,   # what a file holds
     where: str,      # the file
+    key: str | None = None,    # under which they are there, as "state_dict_ema"
 ) -> Weights:
     "The weights in a checkpoint. Raises ValueError, naming them, where parameters are missing, misshapen, or more than the problem has."
+    for part in key.split(".") if key else ():
+        if not isinstance(tree.get(part), Mapping):
+            raise ValueError(f"{where} has nothing under {key!r}; at {part!r} there are {', '.join(k for k, v in tree.items() if isinstance(v, Mapping)) or 'no dicts'}.")
+        tree = tree[part]
     aliases = {}
     for name, t in problem.module.named_parameters(remove_duplicate=False): aliases.setdefault(id(t), []).append(name)
     same = {name: names for names in aliases.values() for name in names}               # tied parameters have several names
@@ -104,7 +109,7 @@ def most_alike(
     best = [at for at, (count, _) in found.items() if count == most]
     usual = [at for at in best if {*".".join(at).split(".")} <= USUAL] or best
     if len(usual) > 1: raise ValueError(f"{where} has these parameters {len(usual)} times, under {', '.join(repr('.'.join(filter(None, at)).rstrip('.')) for at in usual)}; "
-                                        "hand over the one that is meant: weights={step: state_dict}.")
+                                        f"say which: key={'.'.join(filter(None, usual[-1])).rstrip('.')!r}.")
     return *usual[0], found[usual[0]][1]
 
 # %% ../../../nbs/08_runs/14_foreign/04_checkpoints.ipynb #steps
@@ -151,14 +156,15 @@ def measure_weights(
     again: str = "refuse",         # as for Store.record; "go on" measures what is not there, at whatever step
     batch_size: int | None = None, # what the training took at a time, for the noise of its gradients
     seed: int = 0,                 # of what probes draw
+    key: str | None = None,        # under which a checkpoint has them, as "state_dict_ema"; None: where its names are most like the problem's
 ):                                 # the Run, or without a store its Traces
     "Measure a training from its checkpoints. Raises ValueError where one is of another network, or none can be read."
     probes, lost = check_probes(probes), {}
-    found = sorted(surveyed(problem, listed(weights, steps), lost), key=lambda at: at[0])
+    found = sorted(surveyed(problem, listed(weights, steps), lost, key), key=lambda at: at[0])
     if not found: raise ValueError(" ".join(lost.values()))
     for (k, a), (l, b) in zip(found, found[1:]):
         if k == l: raise ValueError(f"{label(a)} and {label(b)} are both of step {k}; say which steps: steps=[…].")
-    run, had, known = None, {}, {"model": type(problem.module).__name__, "p": problem.p, "n": problem.n, "dataset": problem.dataset.name, "probes": [p.name for p in probes]}
+    run, had, known = None, {}, {"model": type(problem.module).__name__, "p": problem.p, "n": problem.n, "dataset": problem.dataset.name, "probes": [p.name for p in probes]} | ({"key": key} if key else {})
     if store is not None:
         store = store if isinstance(store, Store) else Store(store)
         name, known = name or f"weights of {known['model']}", known | dict(config or {})
@@ -175,7 +181,7 @@ def measure_weights(
         for step, w in found:
             there = {name: rows[step] for name, rows in had.items() if step in rows}
             for row in there.items(): keep(row[0], step, row[1])
-            look(watching, problem, step, w, keep, lost, there)
+            look(watching, problem, step, w, keep, lost, there, key)
     except BaseException as e:
         if run is not None: run.close("interrupted", f"{type(e).__name__}: {e}; measured to step {run.step}")
         raise
@@ -193,7 +199,7 @@ def rows_of(
     values = lambda t, i: Row({c: v[i] if v.ndim > 1 else float(v[i]) for c, v in t.columns.items()})
     return {name: {int(k): values(t, i) for i, k in enumerate(t.steps)} for name, t in runs[max(runs)].traces.items() if not t.arrays} if runs else {}
 
-def surveyed(problem, series: list, lost: dict) -> Iterator[tuple[int, object]]:
+def surveyed(problem, series: list, lost: dict, key: str | None = None) -> Iterator[tuple[int, object]]:
     "The checkpoints that can be read, with their steps."
     for step, w in series:
         if isinstance(w, Tensor): problem.check(w)
@@ -202,7 +208,7 @@ def surveyed(problem, series: list, lost: dict) -> Iterator[tuple[int, object]]:
             except (ValueError, FileNotFoundError) as e:
                 lost[label(w)] = str(e)
                 continue
-            find_weights(problem, tree, label(w))
+            find_weights(problem, tree, label(w), key)
             if step is None and isinstance(w, Path): step = step_of(w, tree)
         if step is None and len(series) > 1: raise ValueError(f"nobody says of which step {label(w)} is; say it: steps=[…].")
         if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0): raise ValueError(f"a step is a whole number ≥ 0, got {step!r} for {label(w)}.")
@@ -210,10 +216,10 @@ def surveyed(problem, series: list, lost: dict) -> Iterator[tuple[int, object]]:
 
 def label(w) -> str: return str(w) if isinstance(w, (str, Path)) else "a state dict" if isinstance(w, Mapping) else "θ"
 
-def look(watching: Watching, problem, step: int, w, keep, lost: dict, there=()):
+def look(watching: Watching, problem, step: int, w, keep, lost: dict, there=(), key: str | None = None):
     "All probes but those that are there, at one checkpoint. What fails is kept in words."
     if w is None or all(p.name in there for p in watching.probes): return
-    try: theta, held = (w.detach(), {}) if isinstance(w, Tensor) else find_weights(problem, w if isinstance(w, Mapping) else read_weights(w), label(w))
+    try: theta, held = (w.detach(), {}) if isinstance(w, Tensor) else find_weights(problem, w if isinstance(w, Mapping) else read_weights(w), label(w), key)
     except (ValueError, FileNotFoundError) as e:
         lost[label(w)] = str(e)
         return
