@@ -105,6 +105,38 @@ def interrupted_at(step, store, spec):
     finally: PROBES["train"] = train
 
 
+NOTEBOOK = """
+import sys, threading, torch
+from dataclasses import dataclass
+from gradnb import *
+SHARE = .5
+@kind
+@dataclass(frozen=True)
+class Signs(Rule):
+    lr: float
+    def step(self, state, blocks, grads): return {k: b - self.lr * grads[k].sign() for k, b in blocks.items()}, state
+@PROBES.add("gentle")
+def gentle(every: int = 5, lock: object = None): return Probe("gentle", lambda k: k % every == 0, lambda view: SHARE * view.full_grad.norm())
+@MODELS.add("narrow")
+def narrow(in_shape, outputs, width: int = 3): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, width), torch.nn.Tanh(), torch.nn.Linear(width, outputs))
+LOCK = threading.Lock()
+@PROBES.add("locked")
+def locked(): return Probe("locked", lambda k: True, lambda view: LOCK.locked())
+specs = [Spec("digits-50", "narrow:width=4", "mse", Signs(.01), 10, probes=("gentle:every=5",), seed=k) for k in range(2)]
+here, there = (sweep(specs, sys.argv[1] + name, engine, progress=False) for name, engine in (("here", "here"), ("pool", "pool:workers=2")))
+assert here.status.tolist() == there.status.tolist() == ["finished"] * 2, there.error.tolist()
+same = [[Store(sys.argv[1] + name).open(s).trace("gentle").values.tolist() for s in specs] for name in ("here", "pool")]
+assert same[0] == same[1] and len(same[0][0]) == 3
+"""
+
+
+def test_what_a_notebook_defines_goes_along_into_other_processes(tmp_path):
+    "`python -c` has a __main__ without a file, as a notebook has: a fresh process cannot import it."
+    done = subprocess.run([sys.executable, "-c", NOTEBOOK, f"{tmp_path}/"], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "'locked' of this notebook cannot be sent to other processes" in done.stderr and "put it into a module" in done.stderr
+
+
 FLAKY = """
 import os
 import sys

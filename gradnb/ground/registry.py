@@ -113,6 +113,10 @@ class Registry(UserDict):
         named = [k for k in list(takes)[len(args):] if takes[k].kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
         if not any(q.kind is q.VAR_KEYWORD for q in takes.values()):
             for key in (kwargs | more):
+                if key in takes and key not in named:
+                    first = [*inspect.signature(next(iter(self._known.values()))).parameters][:len(args)]
+                    raise TypeError(f"a {self.kind} takes {', '.join(first)} before arguments of its own, and {name!r} has {key!r} among its first {len(args)}: "
+                                    f"def {builder.__name__}({', '.join(first)}, {key}).")
                 if key not in named: raise unknown(f"argument of {self.kind} {name!r}", key, named)
         missing = [k for k in named if takes[k].default is inspect.Parameter.empty and k not in kwargs | more]
         if missing: raise ValueError(f"{self.kind} {name!r} needs {', '.join(missing)}: write {name}:{missing[0]}=VALUE.")

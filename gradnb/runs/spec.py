@@ -193,8 +193,10 @@ class Spec(Identity):
 
     def __post_init__(self):
         object.__setattr__(self, "probes", (self.probes,) if isinstance(self.probes, str) else tuple(self.probes))
-        for name, v in dict(dataset=self.dataset, model=self.model, loss=self.loss, probes=self.probes).items():
-            if not all(isinstance(w, str) for w in (v if name == "probes" else (v,))): raise TypeError(f"a spec names its {name} by words, got {v!r:.200}.")
+        for name, v, where in (("dataset", self.dataset, "SOURCES"), ("model", self.model, "MODELS"), ("loss", self.loss, "LOSSES"), ("probes", self.probes, "PROBES")):
+            for odd in (w for w in (v if name == "probes" else (v,)) if not isinstance(w, str)):
+                word = getattr(odd, "name", getattr(odd, "__name__", type(odd).__name__)).lower()
+                raise TypeError(f"a spec names its {name} by words, got {odd!r:.200}; file what makes it, @{where}.add({word!r}) above a function that returns it, and name it {word!r}.")
         if not isinstance(self.rule, (Rule, Stepper)) or isinstance(self.rule, type): raise TypeError(f"a spec needs a rule or a flow, got rule={self.rule!r:.200}.")
         if not isinstance(self.estimator, Estimator) or isinstance(self.estimator, type): raise TypeError(f"a spec needs an estimator, got {self.estimator!r:.200}.")
         check_number("a run", "steps", self.steps, 0, whole=True)

@@ -17,7 +17,7 @@ from ...ground.roles import check_number
 from .. import Run, Spec, Store
 from ..spec import usable
 from ..run import is_done
-from .engines import ENGINES, Here, Pool, Worker, plugins, through
+from .engines import ENGINES, Here, Pool, Worker, notebooks_own, plugins, through
 from .grid import unique
 from .stack import stacks
 
@@ -79,7 +79,7 @@ def sweep(
     if isinstance(engine, (Here, Pool)): usable(device)          # others compute elsewhere
     todo = [s for s in specs if not is_done(Run(store.root / s.hash))]
     if dry_run: return results(todo, store)
-    worker = Worker(str(store.root.resolve()), device, interval, plugins(), wait)
+    worker = Worker(str(store.root.resolve()), device, interval, plugins(), wait, own=b"" if isinstance(engine, Here) else notebooks_own())
     errors, again = {}, todo
     with tqdm(total=len(specs), initial=len(specs) - len(todo), desc="sweep", unit="run", disable=progress is not True) as bar, held():
         try:
