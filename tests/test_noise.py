@@ -21,7 +21,7 @@ from gradnb.measure.noise.batchsize import inner_product_test, norm_test, orthog
 from gradnb.measure.noise.comparing import bias_check, step_cost
 from gradnb.measure.noise.compat import faghri2020
 from gradnb.measure.noise.coordinates import Moments, coordinate_normalized_variance, coordinate_variance, gsnr, stopping_evidence, tic_diagonal
-from gradnb.measure.noise.spread import Spread, grad_norm_sq, grad_variance, noise_scale, normalized_variance, signal_to_noise
+from gradnb.measure.noise.spread import (Spread, excess, grad_norm_sq, grad_variance, jackknife, left_out, noise_scale, normalized_variance, signal_to_noise)
 from gradnb.measure.probes.view import PROBES, View
 from gradnb.problem import Problem
 from gradnb.ground.draws import Draws
@@ -57,6 +57,25 @@ def ready(estimator, problem, theta=None):
 
 def sums(z, labels):
     return z.new_zeros(int(labels.max()) + 1, z.shape[1]).index_add_(0, labels, z)
+
+
+def test_what_the_jackknife_counts_twice_over_all_samples():
+    population = torch.tensor([[1.4, .2, .5], [-.2, 1.1, .2], [.2, -.8, -.3]], dtype=torch.float64)
+    cov = torch.cov(population.T, correction=0)
+    values, squares = [], []
+    for idx in product(range(3), repeat=5):
+        spread = Spread.of(population[list(idx)])
+        V, V_out, m, m_out = left_out(spread)
+        values.append(m - V / 5)
+        squares.append(jackknife(values[-1], m_out - V_out / 4).stderr**2 - excess(spread._replace(cross=(cov @ cov).trace().item()))**2)
+    assert torch.tensor(squares).mean().item() == pytest.approx(torch.tensor(values).var(correction=0).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("statistic, signal", [(grad_norm_sq, 0), (grad_norm_sq, .5), (signal_to_noise, 0), (signal_to_noise, .5)])
+def test_standard_errors_are_what_draws_show(statistic, signal):
+    found = [statistic(g) for g in signal + randn(800, 30, 40)]
+    stated, shown = (torch.tensor([e[i] for e in found]) for i in (1, 0))
+    assert .9 < (stated.square().mean() / shown.var()).sqrt() < 1.2
 
 
 # --- closed forms --------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['dots', 'square', 'largest', 'sums_of', 'Sweeps', 'swept', 'Spread', 'jackknife', 'third_and_fourth', 'left_out',
-           'quadratic_error', 'bow', 'grad_variance', 'grad_norm_sq', 'signal_to_noise', 'normalized_variance',
-           'noise_scale', 'through', 'noise_scale_of_pairs', 'by_block']
+           'quadratic_error', 'excess', 'bow', 'grad_variance', 'grad_norm_sq', 'signal_to_noise',
+           'normalized_variance', 'noise_scale', 'through', 'noise_scale_of_pairs', 'by_block']
 
 # %% ../../../nbs/07_measure/01_noise/01_spread.ipynb #imports
 from collections.abc import Callable
@@ -171,13 +171,15 @@ def jackknife(
     positive: bool = False,   # an interval that stays above 0
     least: float = 0.,        # a standard error below which none is stated
     bow: float = 0.,          # of a square: the variance of its root, along which it bends upwards
+    excess: float = 0.,       # what leaving out draws counts twice, taken off the standard error, in squares
     level: float = 0.95,      # how often the interval covers the truth
 ) -> Estimate:                # of infinite width from 2 draws, which are too few to leave one out
     "A statistic with the standard error that leaving out draws shows."
     n, known = len(without), bool(without.isfinite().all())
     away, unit = in_unit(without - without.mean())
     error = lambda away: sqrt((n - 1) / n * away.square().sum().item()) if known else inf
-    stderr = max(unit * error(away), least)
+    wide = max(unit * error(away), least)
+    stderr = max(wide * sqrt(1 - min(excess / wide, 1.)**2), least) if excess else wide
     if positive and value > 0:
         away = without.log() if (without > 0).all() else without / value
         away = away - away.mean()
@@ -185,7 +187,7 @@ def jackknife(
         factor = exp(up) if up < 700 else inf
         return Estimate(value, stderr, value / factor, value * factor)
     t = skewed_student(n, *third_and_fourth(away), level)
-    return Estimate(value, stderr, value - t * stderr, value + t * stderr + t * t * bow)
+    return Estimate(value, stderr, value - t * wide, value + t * wide + t * t * bow)
 
 def third_and_fourth(away: Tensor) -> tuple[float, float]:
     "Skewness and excess kurtosis of what has mean 0."
@@ -206,6 +208,10 @@ def quadratic_error(spread: Spread) -> float:
     "Standard error of ‖ḡ‖² − Tr Cov/n where there is no signal, √(2 tr Cov²)/n."
     return sqrt(2 * spread.cross) / spread.n
 
+def excess(spread: Spread) -> float:
+    "Root of what the jackknife's variance of ‖ḡ‖² − Tr Cov/n has too much in the mean, 2 tr Cov²/((n−1)(n−2))."
+    return sqrt(2 * spread.cross / (spread.n - 1) / max(spread.n - 2, 1))
+
 def bow(spread: Spread) -> float:
     "Variance of ḡ along a direction of the noise, tr Cov²/Tr Cov/n."
     return spread.cross * (spread.n - 1) / max(spread.far.sum().item(), 1e-300) / spread.n
@@ -224,7 +230,7 @@ def grad_norm_sq(
     "‖G‖², the squared norm of the mean that the draws scatter around, without bias."
     spread = Spread.of(draws, turned=False)
     V, V_out, m, m_out = left_out(spread)
-    found = jackknife(m - V / spread.n, m_out - V_out / (spread.n - 1), least=quadratic_error(spread), bow=bow(spread))
+    found = jackknife(m - V / spread.n, m_out - V_out / (spread.n - 1), least=quadratic_error(spread), bow=bow(spread), excess=excess(spread))
     return found.times(spread.unit, spread.unit)
 
 def signal_to_noise(
@@ -234,7 +240,8 @@ def signal_to_noise(
     spread = Spread.of(draws, turned=False)
     V, V_out, m, m_out = left_out(spread)
     if V == 0: return Estimate(inf, 0., inf, inf)
-    return jackknife(m / V - 1 / spread.n, m_out / V_out - 1 / (spread.n - 1), least=quadratic_error(spread) / V, bow=bow(spread) / V)
+    return jackknife(m / V - 1 / spread.n, m_out / V_out - 1 / (spread.n - 1), least=quadratic_error(spread) / V, bow=bow(spread) / V,
+                     excess=excess(spread) / V)
 
 def normalized_variance(
     draws: Tensor | Draws | Spread,   # independent draws of a gradient estimate (n, p), n ≥ 2
