@@ -175,7 +175,7 @@ def rows(
 ) -> Iterator[Row]:
     "All rows of this bench, a minute or two of work."
     mlp, cnn = network("fc-tanh", n), network("cnn-relu:width=16", max(8, n // 5))
-    yield from speed_rows(mlp, "MLP", (1.1, 1.5, 1.2), repeats)
+    yield from speed_rows(mlp, "MLP", (1.1, 1.65, 1.65), repeats)
     yield memory_row(mlp, "MLP", 1.5)
     yield from speed_rows(cnn, "CNN", (None, 1.6, None), repeats)
     yield memory_row(cnn, "CNN", 1.)
