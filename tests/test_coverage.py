@@ -24,6 +24,7 @@ import gradnb
 from gradnb import Quadratic, Stream, sharpness
 from gradnb.ground.estimate import Estimate
 from gradnb.linalg import Eigs, hutchinson, lanczos, lobpcg, power_iteration
+from gradnb.linalg.krylov import lanczos_bound
 from gradnb.linalg.spectra import spectrum, xtrace
 from gradnb.linalg.trace import frobenius
 from gradnb.measure.noise.batchsize import cabs, critical_batch, inner_product_test, norm_test, orthogonality_test
@@ -151,11 +152,16 @@ def magnitude(s, stream):
     e = power_iteration(product(s.values), s.start, max(s.tol, 1e-4), stream=stream)
     return e.values.abs(), e.values.abs() + e.errors
 
+def bound_alone(s, stream):
+    "After a number of products that is drawn too."
+    return lanczos_bound(product(s.values), s.start, s.tol, int(2 * 60 ** uniform(stream / "budget", 1).item()), stream)
+
 CLAIMS = [Claim(f"linalg: eigenvalues, {how}, {kind}", search(kind), state, top, .995)
           for kind in SPECTRA for how, state in (("cold", cold), ("warm", warm), ("sharpness", sharp), ("in few", in_few))]
 CLAIMS += [Claim(f"linalg: eigenvalues, lobpcg, {kind}", search(kind, 100), drawn_block, top, .995) for kind in ("clustered", "multiple", "indefinite")]
 CLAIMS += [Claim(f"linalg: largest magnitude, {kind}", search(kind, 100), magnitude, lambda s: s.values.double().abs().max(), .995)
            for kind in ("clustered", "indefinite")]
+CLAIMS += [Claim(f"linalg: bound alone, {kind}", search(kind), bound_alone, lambda s: s.values.double()[:1], .995) for kind in SPECTRA]
 
 
 # --- traces and densities ---------------------------------------------------------------------------------------
@@ -388,7 +394,7 @@ CLAIMS += [Claim(f"measure: critical_batch, {what} of {c} and 50, noise {noise},
 COUNTED = {      # what states an error → the claims that count it
     "ground.estimate.Estimate.mean": "mean of 5", "ground.estimate.Estimate.student": "mean of 5", "ground.estimate.skewed_student": "tail_index, mohammadi",
     "linalg.krylov.lanczos": "eigenvalues, cold", "linalg.krylov.certify": "eigenvalues, cold", "linalg.basis.Basis.eigs": "eigenvalues, cold",
-    "linalg.basis.open_pairs": "eigenvalues, cold", "linalg.iterations.lobpcg": "eigenvalues, lobpcg", "linalg.iterations.power_iteration": "largest magnitude",
+    "linalg.basis.open_pairs": "eigenvalues, cold", "linalg.iterations.lobpcg": "eigenvalues, lobpcg", "linalg.iterations.power_iteration": "largest magnitude", "linalg.krylov.lanczos_bound": "bound alone",
     "linalg.spectra.xtrace": "xtrace", "linalg.spectra.Spectrum.trace": "‖A‖², spectrum", "linalg.spectra.Spectrum.density": "density at a place",
     "linalg.trace.hutchinson": "hutchinson", "linalg.trace.frobenius": "‖A‖_F, frobenius", "measure.curvature.sharpness": "eigenvalues, sharpness", "measure.tail.sketch.TailSketch.tail_index": "tail_index, mohammadi",
     "measure.thresholds.metrics.preconditioned_sharpness": "eigenvalues, sharpness", "measure.noise.batchsize.radius": "inner_product_test",
