@@ -518,6 +518,7 @@ def test_a_new_figure_passes_a_smoke_test(tmp_path, monkeypatch, capsys):
     path, line = capsys.readouterr().out.splitlines()
     assert path == "mine/my_own.ipynb" and main([*line.split()[1:], "--store", "runs", "--engine", "here"]) == 0
     assert "1 claims computed, none judged" in capsys.readouterr().out and load_claims("figures/my_own/claims.json") and Path("figures/index.html").exists()
+    assert main(["figures", "mine/my_own.ipynb", "--size", "smoke", "--dry-run"]) == 0 and "my_own" in capsys.readouterr().out
     assert not {"my_own", "_template"} & {*find_figures()} and main(["new-figure", "my_own"]) == 2 and "is there already" in capsys.readouterr().err
 
 

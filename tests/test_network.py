@@ -209,6 +209,10 @@ class Reentrant(Base):
     def forward(self, x): return super().forward(x, lambda f, h: checkpoint(f, h, use_reentrant=True))
 
 
+class ReentrantFirst(Base):
+    def forward(self, x): return self.o(checkpoint(self.a, x.flatten(1).detach().requires_grad_(), use_reentrant=True).tanh() + self.b.bias)
+
+
 class Dropping(Base):
     def __init__(self): super().__init__(); self.drop = nn.Dropout(.3)
     def block(self, h): return self.drop(self.b(h).tanh())
@@ -445,7 +449,7 @@ def test_gradients_that_are_computed_in_a_hook(kind):
 
 
 @pytest.mark.parametrize("kind, says", [
-    (Reentrant, "use_reentrant=False"), (Unregistered, r"shape \(12,.*nn.ModuleList"), (Foreign, r"trainable tensor of shape \(12,.*reach it through self"), (Counting, "two answers"), (Owning, "two answers")])
+    (Reentrant, "use_reentrant=False"), (ReentrantFirst, "use_reentrant=False"), (Unregistered, r"shape \(12,.*nn.ModuleList"), (Foreign, r"trainable tensor of shape \(12,.*reach it through self"), (Counting, "two answers"), (Owning, "two answers")])
 def test_what_is_no_function_of_the_parameters_is_refused_when_the_problem_is_made(kind, says):
     torch_, numpy_ = torch.get_rng_state(), str(np.random.get_state())
     module = made(kind)

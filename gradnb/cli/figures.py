@@ -7,6 +7,7 @@ __all__ = ['add_places', 'add_figures', 'figures', 'add_bench', 'bench']
 
 # %% ../../nbs/11_cli/06_figures.ipynb #imports
 import os
+from pathlib import Path
 from tqdm.auto import tqdm
 from ..ground.display import as_text
 from .train import add_store
@@ -22,7 +23,7 @@ def add_figures(commands):
     p = commands.add_parser("figures", help="regenerate figures and check their claims",
         description="Train what the figures need and the store lacks, execute the notebooks of those that are not up to date, check their claims, "
                     "and write DIR/index.html. Without names: all figures.")
-    p.add_argument("names", nargs="*", metavar="NAME", help="which figures")
+    p.add_argument("names", nargs="*", metavar="NAME", help="which figures; or the notebooks themselves, mine/my_figure.ipynb")
     add_places(p)
     p.add_argument("--size", default="default", choices=("smoke", "default", "full"), help="seconds, minutes, or the paper's (default: %(default)s)")
     p.add_argument("-p", "--param", action="append", default=[], metavar="NAME=VALUE", help="override a parameter of the notebooks; may repeat")
@@ -39,6 +40,9 @@ def add_figures(commands):
 def figures(args) -> int:
     from gradnb.show.build import dry_run, run_figures
     from gradnb.show.figures import find_figures
+    if folders := {str(Path(name).parent) for name in args.names if name.endswith(".ipynb")}:
+        if len(folders | {args.folder or folders.copy().pop()}) > 1: raise ValueError(f"notebooks come from one folder at a time, got {', '.join(args.names)}.")
+        args.folder, args.names = folders.pop(), [Path(name).stem for name in args.names]
     if args.list: print("\n".join(sorted(find_figures(args.folder)))); return 0
     if bare := [p for p in args.param if "=" not in p]: raise ValueError(f"-p takes NAME=VALUE, got {bare[0]!r}.")
     params = dict(p.split("=", 1) for p in args.param)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['drawing', 'Hush', 'Unmixed', 'Under', 'twice_differentiable', 'places', 'rebound', 'cast', 'copied', 'scattered',
-           'refuse', 'hooked', 'one_device', 'refuse_inference', 'modes', 'unwrapped', 'chosen', 'leaves', 'Network']
+           'refuse', 'hooked', 'one_device', 'refuse_inference', 'modes', 'unwrapped', 'chosen', 'nodes', 'leaves',
+           'Network']
 
 # %% ../../nbs/05_problem/01_network.ipynb #imports
 import re
@@ -254,18 +255,23 @@ def chosen(
     if not names: raise ValueError(f"params={which!r} chooses none of the parameters {', '.join([*named][:8])}{', …' * (len(named) > 8)}.")
     return copied(module, {id(p): nn.Parameter(p.detach(), requires_grad=k in names) for k, p in named.items()})
 
+def nodes(
+    out: Tensor,        # with a graph
+) -> list:
+    "The operations in a graph."
+    todo, seen = [out.grad_fn], {}
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen: continue
+        seen[node] = True
+        todo += [n for n, _ in node.next_functions]
+    return [*seen]
+
 def leaves(
     out: Tensor,
 ) -> list[Tensor]:
     "The tensors that a graph ends in."
-    found, todo, seen = [], [out.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen: continue
-        seen.add(node)
-        if hasattr(node, "variable"): found.append(node.variable)
-        todo += [n for n, _ in node.next_functions]
-    return found
+    return [n.variable for n in nodes(out) if hasattr(n, "variable")]
 
 # %% ../../nbs/05_problem/01_network.ipynb #network
 class Network:
@@ -419,6 +425,9 @@ class Network:
         apart = lambda a, b: any((s - t).norm() > 1e-3 * t.norm() for s, t in zip(a, b))
         def slopes():
             out = self(params, x)
+            if any("CheckpointFunction" in n.name() for n in nodes(out)):
+                raise TypeError("this network uses torch.utils.checkpoint with use_reentrant=True, through which no gradient of a chosen tensor "
+                                "can be taken; pass use_reentrant=False.")
             if not out.requires_grad: return [torch.zeros_like(p) for p in params.values()]
             ours, theirs = {id(t) for t in (*params.values(), *tree_leaves(getattr(x, "batch", x)))}, {id(p): k for k, p in self.module.named_parameters()}
             odd = [t for t in leaves(out) if id(t) not in ours and (id(t) not in theirs or self.fresh)]
@@ -434,9 +443,7 @@ class Network:
             except RuntimeError as e:
                 if isinstance(e, CheckpointError) and not self.fresh: return None                # what is computed again is not under our modes
                 if isinstance(e, CheckpointError) and (self.hush or self.casts): raise again from e
-                if "use_reentrant" not in str(e): raise TypeError(f"torch finds no gradient of this network: {e}") from e
-                raise TypeError("this network uses torch.utils.checkpoint with use_reentrant=True, through which no gradient of a chosen tensor "
-                                "can be taken; pass use_reentrant=False.") from e
+                raise TypeError(f"torch finds no gradient of this network: {e}") from e
         quick = slopes()
         self.fresh = True
         sound = slopes()

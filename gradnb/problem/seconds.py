@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
-from .graphs import nodes
+from .network import nodes
 from ..ground.estimate import in_unit, to_unit
 from ..ground.streams import Stream
 
