@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from gradnb import (Batch, Dataset, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, build_model, check_problem, grad_variance,
@@ -625,7 +626,7 @@ def test_the_last_straw_is_named_by_check_problem():
 
 
 class Pooled(nn.Module):
-    def __init__(self): super().__init__(); self.bag, self.o = nn.EmbeddingBag(5, 4), nn.Linear(4, 3)
+    def __init__(self, **how): super().__init__(); self.bag, self.o = nn.EmbeddingBag(5, 4, **how), nn.Linear(4, 3)
     def forward(self, x): return self.o(self.bag(x).tanh())
 
 
@@ -636,11 +637,59 @@ class BiasAlone(Base):
 
 def test_operations_without_second_derivatives_are_named():
     words = torch.randint(5, (20, 6), generator=Stream(3).generator())
-    for module, data, says in ((made(Pooled), Dataset(words, words[:, 0] % 3, words, words[:, 0] % 3, 3, words=5), "no second derivative of embedding_bag"),
+    for module, data, says in ((made(Pooled, mode="max"), Dataset(words, words[:, 0] % 3, words, words[:, 0] % 3, 3, words=5), "no second derivative of embedding_bag"),
                                (made(BiasAlone), DIGITS, "add the bias to what it returns")):
         problem = Problem(module, "ce", data)
         assert problem.grad_and_loss(problem.theta0)[0].isfinite().all()
         with pytest.raises(TypeError, match=says): problem.hvp(problem.theta0, problem.theta0)
+
+
+def test_hard_sigmoids_and_weight_norm_have_products_and_training_keeps_what_is_fused():
+    class Hard(Base):
+        def block(self, h): return F.hardsigmoid(self.b(h)) * torch._weight_norm(h, h[:, :1], 0)
+    class Heard(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None): names.append(func); return func(*args, **(kwargs or {}))
+    problem, v, names = Problem(made(Hard), "ce", DIGITS), draw(Problem(made(Base), "ce", DIGITS).p), []
+    theta, eps = problem.theta0 + .05 * draw(problem.p, name="theta"), 1e-6
+    slope = (problem.grad_and_loss(theta + eps * v)[0] - problem.grad_and_loss(theta - eps * v)[0]) / (2 * eps)
+    torch.testing.assert_close(problem.hvp(theta, v), slope, rtol=1e-5, atol=1e-6)
+    out = problem.outputs(theta, DIGITS.x[:5].double())
+    rows = torch.autograd.functional.jacobian(lambda t: problem.outputs(t, DIGITS.x[:5].double()), theta) @ v
+    torch.testing.assert_close(problem.at(theta, Batch(torch.arange(5))).ggn(v) @ v, (rows * (out.softmax(1) * (rows - (out.softmax(1) * rows).sum(1, True)))).sum() / 5)
+    with Heard(): problem.grad_and_loss(theta)
+    assert F.hardsigmoid in names and torch._weight_norm in names and F.relu6 not in names and problem.kinks == ("Hardsigmoid",)
+
+
+@pytest.mark.parametrize("how", [dict(mode="mean"), dict(mode="sum", padding_idx=2), dict(mode="mean", padding_idx=-1)])
+@pytest.mark.parametrize("offsets", [False, True])
+def test_bags_of_embeddings_have_products(how, offsets):
+    "With offsets, every other bag empty, and without, and with weights where there is a sum: the fused operation's values and gradients; products are differences of gradients."
+    words, y = torch.randint(5, (12, 3), generator=Stream(3).generator()), torch.arange(12) % 3
+    class Bags(nn.Module):
+        def __init__(self): super().__init__(); self.table = nn.Parameter(draw(5, 4))
+        def forward(self, x):
+            starts = 3 * torch.arange(len(x)).repeat_interleave(2) + torch.tensor([0, 3]).repeat(len(x)) if offsets else None
+            share = 1 + x.to(self.table) / 7 if how["mode"] == "sum" else None
+            bag = F.embedding_bag(x.reshape(-1) if offsets else x, self.table, starts, per_sample_weights=share.reshape(-1) if offsets and share is not None else share, **how)
+            return (bag.view(len(x), -1, 4).sum(1).sin() @ self.table.T)[:, :3]
+    problem, v = Problem(Bags(), "ce", Dataset(words, y, words, y, 3, words=5)), draw(20)
+    theta, eps = problem.theta0 + .1 * draw(20, name="theta"), 1e-5
+    slope = (problem.grad_and_loss(theta + eps * v)[0] - problem.grad_and_loss(theta - eps * v)[0]) / (2 * eps)
+    torch.testing.assert_close(problem.hvp(theta, v), slope, rtol=1e-7, atol=1e-8)
+
+
+def test_cudnn_is_left_out_of_the_products_of_recurrent_layers_and_stands_as_it_was():
+    class Heard(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.gru: on.append(torch.backends.cudnn.enabled)
+            return func(*args, **(kwargs or {}))
+    class Last(nn.GRU):
+        def forward(self, x): return super().forward(x.squeeze(1))[0][:, -1]
+    problem, on = Problem(Last(8, 10, batch_first=True).double(), "ce", DIGITS), []
+    with Heard(): problem.grad_and_loss(problem.theta0)
+    assert on == [True]
+    with Heard(): problem.hvp(problem.theta0, problem.theta0)
+    assert len(on) > 1 and not any(on[1:]) and torch.backends.cudnn.enabled
 
 
 class Packed(nn.Module):

@@ -25,7 +25,7 @@ from .likelihood import sample_targets
 from .network import twice_differentiable
 from .point import Point
 from .risk import Risk
-from .seconds import own_functions, plain_operations, wrong_jacobian, wrong_rows
+from .seconds import own_functions, wrong_jacobian, wrong_rows
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/10_derivatives.ipynb #problem
@@ -36,8 +36,8 @@ class Problem(Risk):
     @twice_differentiable()
     def gradient_graph(self, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, n: int, noise: Stream | None = None, graph: bool = True) -> Graph:
         "A chunk's share of the batch loss, and its gradient, with their graph."
-        places, plain = cuts(self.network.loud if noise else self.network.module, self.layout), plain_operations(self.module)
-        with plain: return Graph.of(places, self.layout, theta, lambda blocks: self.piece(blocks, x, y, weight, n, noise), graph)
+        places = cuts(self.network.loud if noise else self.network.module, self.layout)
+        return Graph.of(places, self.layout, theta, lambda blocks: self.piece(blocks, x, y, weight, n, noise), graph)
 
     def _in_double(self) -> "Problem":
         "This problem in float64, on three examples and without noise; itself, where its network insists on its own precision."

@@ -90,7 +90,7 @@ def saved_bytes(
     return sum(seen.values())
 
 # %% ../../nbs/05_problem/04_graphs.ipynb #kinks
-KINKS = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "Prelu", "Rrelu", "Softshrink", "Hardshrink", "Abs", "Clamp", "MaxPool")
+KINKS = ("Relu", "LeakyRelu", "Hardtanh", "Hardsigmoid", "Hardswish", "Maximum", "Minimum", "Threshold", "Prelu", "Rrelu", "Softshrink", "Hardshrink", "Abs", "Clamp", "MaxPool")
 
 def kinks_of(
     out: Tensor,        # with a graph

@@ -21,7 +21,7 @@ from ..ground.parts import Parts
 from ..ground.streams import Stream
 from ..models.objectives import Objective, posed
 from .designs import NotFinite
-from .network import Unmixed, one_device, twice_differentiable
+from .network import Plain, Unmixed, one_device, twice_differentiable
 from .parallel import Apart, as_one, rank
 from .risk import Evaluation
 
@@ -312,7 +312,7 @@ class Sharded:
     def _twice(self, u: Tensor) -> Tensor:
         "H(θ) u by differentiating twice."
         out, along = torch.zeros_like(u), self.layout.named(u).values()
-        with twice_differentiable(), self.untouched() as params:
+        with twice_differentiable(), Plain(), self.untouched() as params:
             for loss in self._losses():
                 slopes = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
                 steep = [(g, v) for g, v in zip(slopes, along) if g is not None and g.requires_grad]       # the others are constant
