@@ -210,7 +210,7 @@ def generalized_sharpness(
 
 def inside(starting: Iterable[Tensor], far, model, tol: float) -> Tensor:     # (p, 2)
     "The best ends of ascents in what the search for λ₁ has seen of H, which take no products."
-    ends = [ascend(lambda v: model(v[:, 0])[:, None], far, far(v)[:, None], tol, 4)[:2] for v in starting]
+    ends = [ascend(lambda v: model(v[:, 0])[:, None], far, far(v)[:, None], tol, 8)[:2] for v in starting]
     ends = sorted(((dot(d, Hd).item(), d[:, 0]) for d, Hd in ends), key=lambda e: -e[0])
     best = ends[0][1]
     other = next((d for _, d in ends if (d @ best).abs() <= .99 * d.norm() * best.norm()), ends[-1][1])
