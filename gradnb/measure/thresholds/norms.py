@@ -147,7 +147,7 @@ def generalized_sharpness(
 
     It costs `most` times the products of a sharpness at most; where they do not suffice for a better bound, it is λ₁ times the norm's constant.
     A look from an earlier answer is sure of its bound alone and not of λ₁, which it counts as if that had taken max(4, ½ ln p) products: mostly fewer than it does, and where it does not, the look takes a little more.
-    Holds some 25 copies of a float32 θ beside the problem and its graph, in the spectral norm up to eight of its largest matrix more. Raises ValueError on an unknown norm, TypeError on what is no point.
+    Holds some 25 copies of a float32 θ beside the problem and its graph, in the spectral norm 27. Raises ValueError on an unknown norm, TypeError on what is no point.
     """
     if not isinstance(point, Point): raise TypeError(f"generalized_sharpness takes a point, problem.at(theta), got {type(point).__name__}.")
     check(norm)
