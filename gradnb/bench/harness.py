@@ -138,12 +138,13 @@ def peak_bytes(
 def peer(
     module: str,    # what is imported
     package: str,   # what is installed
+    get: str = "'gradnb[bench]'",    # for pip
 ) -> ModuleType:
     "Another library. Raises ImportError that tells how to get it."
     try: return import_module(module)
     except ModuleNotFoundError as e:
         if e.name != module.split(".")[0]: raise
-        raise ImportError(f"{package} is not installed: pip install 'gradnb[bench]'", name=module) from None
+        raise ImportError(f"{package} is not installed: pip install {get}", name=module) from None
 
 def attempt(
     work: Callable,    # what may fail: a peer at work

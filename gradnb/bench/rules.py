@@ -175,7 +175,7 @@ def kfac_rows(
                 cross_entropy(net(x), y).backward()
                 for step in steps: step()
         return go
-    theirs, (preconditioner, why) = network(), attempt(lambda: peer("kfac.preconditioner", "kfac-pytorch").KFACPreconditioner)
+    theirs, (preconditioner, why) = network(), attempt(lambda: peer("kfac.preconditioner", "kfac-pytorch", "git+https://github.com/gpauloski/kfac-pytorch").KFACPreconditioner)
     if why: yield Row.of(name, None, None, 1.1, "s", why); return
     ours, momentum = network(), torch.optim.SGD(theirs.parameters(), .01, momentum=.9)
     mine = optim.KFAC(ours, .01, every=10, invert=10)
