@@ -159,12 +159,14 @@ def certify(
     p, eps, a = B.p, torch.finfo(B.like.dtype).eps, None
     unknown = lambda theta: (theta[-1], 2 * theta.abs().max(), *[theta.new_full((k,), inf)] * 2)
     while True:
-        theta, Y = B.ritz()
+        (theta, Y), stalled = B.ritz(), False
         allowed = max(tol, 10 * eps) * theta.abs().max()
         if B.m == p: return allowed.expand(k), True
         if a is None: top, ceiling, error, rest = unknown(theta)
         elif (B.m - a) % (1 + B.m // 24) == 0 or B.full or B.products >= budget:      # a look costs more in a large basis
+            before = error
             top, ceiling, error, rest = _look(B.T, _factor(B.outside(), 10 * eps * theta.abs().max()), a, p, k, allowed)
+            stalled = not (error < before).all()
         open = (rest > allowed) & (theta[:k] + rest > least)
         r = B.residuals(theta[:k], Y[:k])
         if vectors: open |= r > allowed
@@ -175,7 +177,7 @@ def certify(
             B.rotate(Y[:k + (B.limit - k) // 3])
             a = None
         missed = a is not None and top > max(theta[k - 1] + allowed, least)   # a pair of the k came from outside: are there more?
-        if a is not None and not missed and p > min(budget, B.limit) and _exhausted(B, a, k, allowed, error): return error, False
+        if stalled and not missed and p > min(budget, B.limit) and _exhausted(B, a, k, allowed, error): return error, False
         rough = r > torch.maximum(allowed, (allowed * theta.abs().max() / 200).sqrt())
         if a is None or missed and not rough.any(): a, y, (top, ceiling, error, rest) = B.m, None, unknown(theta)     # of the next random row
         elif missed or open.any() and ceiling <= max(theta[k - 1], top) + allowed:
