@@ -342,7 +342,7 @@ def lanczos_bound(
     "The largest eigenvalue between two bounds, from a random direction. Holds 3 vectors beside those of a product, and half as many as rows of the sketch."
     check_given("lanczos_bound", matvec, "product")
     q, before, rows, T = torch.randn(len(like), generator=stream.generator(), dtype=like.dtype).to(like.device), [], [], torch.zeros(0, 0, dtype=torch.float64)
-    q, eps, rough = q.div_(length(q)), torch.finfo(like.dtype).eps, T.new_zeros(())
+    q, across, eps, rough = q.div_(length(q)), 0., torch.finfo(like.dtype).eps, T.new_zeros(())
     while True:
         if len(rows) < FIRST[0]: rows.append(q.bfloat16())
         w, T = apply(matvec, q, len(T)).clone(), torch.nn.functional.pad(T, (0, 1, 0, 1))
