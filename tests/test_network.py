@@ -678,7 +678,9 @@ def test_bags_of_embeddings_have_products(how, offsets):
     torch.testing.assert_close(problem.hvp(theta, v), slope, rtol=1e-7, atol=1e-8)
 
 
-def test_cudnn_is_left_out_of_the_products_of_recurrent_layers_and_stands_as_it_was():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_cudnn_is_left_out_of_the_products_of_recurrent_layers_and_stands_as_it_was(monkeypatch, frozen):
+    if frozen: monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)      # as torch.testing and disable_global_flags leave it
     class Heard(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             if func is torch.gru: on.append(torch.backends.cudnn.enabled)

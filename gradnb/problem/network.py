@@ -122,9 +122,10 @@ def embedding_bag(input, weight, offsets=None, max_norm=None, norm_type=2., scal
 
 def without_cudnn(f: Callable) -> Callable:
     def plain(*args, **kwargs):
-        before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+        before = torch.backends.cudnn.enabled
+        torch._C._set_cudnn_enabled(False)                # as cudnn.flags() does, which sets all other flags too; the attribute can be frozen
         try: return f(*args, **kwargs)
-        finally: torch.backends.cudnn.enabled = before
+        finally: torch._C._set_cudnn_enabled(before)
     return plain
 
 class Plain(TorchFunctionMode):
