@@ -41,7 +41,8 @@ def figures(args) -> int:
     from gradnb.show.build import dry_run, run_figures
     from gradnb.show.figures import find_figures
     if folders := {str(Path(name).parent) for name in args.names if name.endswith(".ipynb")}:
-        if len(folders | {args.folder or folders.copy().pop()}) > 1: raise ValueError(f"notebooks come from one folder at a time, got {', '.join(args.names)}.")
+        folders |= {args.folder} - {None}
+        if len(folders) > 1: raise ValueError(f"notebooks come from one folder at a time, got {', '.join(args.names)}.")
         args.folder, args.names = folders.pop(), [Path(name).stem for name in args.names]
     if args.list: print("\n".join(sorted(find_figures(args.folder)))); return 0
     if bare := [p for p in args.param if "=" not in p]: raise ValueError(f"-p takes NAME=VALUE, got {bare[0]!r}.")
