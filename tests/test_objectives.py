@@ -562,6 +562,17 @@ def test_gauss_newton_of_a_language_model_with_padding():
 def batches_of(ids, labels): return [dict(input_ids=i, labels=l) for i, l in zip(ids, labels)]
 
 
+def test_an_objective_may_read_what_a_network_returns_in_training_only():
+    class Detector(torch.nn.Module):
+        def __init__(self): super().__init__(); self.layer = torch.nn.Linear(3, 2)
+        def forward(self, x, y=None): return {"error": (self.layer(x) - y).square().mean()} if self.training else [*self.layer(x)]
+    x, y = torch.linspace(-1, 1, 12).view(4, 3), torch.linspace(0, 1, 8).view(4, 2)
+    problem = Problem(net := Detector(), lambda model, batch: sum(model(*batch).values()), [(x, y)])
+    weight, bias = net.layer.weight.detach(), net.layer.bias.detach()
+    torch.testing.assert_close(float(problem.at(problem.theta0).loss), float((x @ weight.T + bias - y).square().mean()))
+    with pytest.raises(AttributeError, match="values"): problem.frozen().at(problem.theta0).loss
+
+
 @pytest.mark.parametrize("fixed", [True, False])
 def test_a_network_is_tried_on_a_part_of_a_batch_unless_it_insists_on_the_whole(fixed):
     torch.manual_seed(0)

@@ -54,7 +54,8 @@ class Problem(Risk):
         Gauss–Newton and Fisher matrices need.
 
         Once for training mode and once for evaluation mode, before the first product: at most 6 products and 15 gradients of three
-        examples in float64, which no search counts. Where a network cannot be had in float64, symmetry alone is looked at.
+        examples in float64, which no search counts. A network that cannot be had in float64 is judged in its own
+        precision, by symmetry alone where the loss has kinks.
         """
         if linear: self.check_apart()
         if why := self._checked.get("slopes"): raise TypeError(why)
@@ -75,7 +76,7 @@ class Problem(Risk):
             found = None
             for k in range(3):
                 rows = wrong_rows(lambda theta, graph: twin.gradient_graph(theta, *few, graph=graph).grad, twin.layout, theta(k), Stream(k) / "rows")
-                if twin is self and self.dtype != torch.float64: rows = {k: v for k, v in rows.items() if not k}
+                if twin is self and self.dtype != torch.float64 and self.kinks: rows = {k: v for k, v in rows.items() if not k}
                 found = rows if found is None else {k: v for k, v in found.items() if k in rows}
                 if not found: return ""
             named = ", ".join(f"{k!r} ({v:.0%} off)" for k, v in found.items() if k)

@@ -32,11 +32,13 @@ def skew(u: Tensor, Hu: Tensor, v: Tensor, Hv: Tensor) -> float:
 def wrong_rows(
     gradient,          # θ (p,) that requires a gradient, whether with a graph → ∇L (p,)
     layout,            # of θ
-    theta: Tensor,     # where, (p,) float64
+    theta: Tensor,     # where, (p,)
     stream: Stream,    # of the directions
 ) -> dict[str, float]: # how far off, relative to the block; under "" how far from symmetric
     "Blocks in which a Hessian product is not the difference of gradients. 2 products, 5 gradients."
-    theta, step = theta.detach(), 1e-8 * (theta.detach().square().mean().sqrt() + 1e-3)
+    fine = theta.dtype == torch.float64
+    step, steadily, wrong = (1e-8, 1e-3, 1e-2) if fine else (2e-3, 1e-2, 1e-1)
+    theta, step = theta.detach(), step * (theta.detach().square().mean().sqrt() + 1e-3)
     draw = lambda name: torch.randn(len(theta), generator=(stream / name).generator(), dtype=torch.float64).to(theta)
     g = gradient(leaf := theta.detach().requires_grad_(), True)
     if not g.requires_grad: return {}
@@ -50,9 +52,9 @@ def wrong_rows(
     apart = [((a - b).norm(), max(a.norm(), b.norm())) for a, b in zip(layout.split(near), layout.split(Hv))]
     del Hv
     far = slope(3 * step)
-    steady = ((a - b).norm() <= 1e-3 * size for a, b, (_, size) in zip(layout.split(near), layout.split(far), apart))
-    found = {name: float(gap / size) for name, (gap, size), same in zip(layout.names, apart, steady) if same and gap > 1e-2 * size}
-    seen = theta.dtype != torch.float64 or (near - far).norm() <= 1e-2 * near.norm()      # of a loss that is constant there is rounding only, which has no symmetry
+    steady = ((a - b).norm() <= steadily * size for a, b, (_, size) in zip(layout.split(near), layout.split(far), apart))
+    found = {name: float(gap / size) for name, (gap, size), same in zip(layout.names, apart, steady) if same and gap > wrong * size}
+    seen = not fine or (near - far).norm() <= 1e-2 * near.norm()      # of a loss that is constant there is rounding only, which has no symmetry
     return found | ({"": off} if seen and off > 1e-2 else {})
 
 def wrong_jacobian(
