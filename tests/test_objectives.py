@@ -446,6 +446,20 @@ def test_a_language_model_with_padding():
     torch.testing.assert_close(problem.hvp(problem.theta0, v), flat(product), rtol=1e-3, atol=2e-4)
 
 
+def test_a_batch_that_the_loader_drops_is_none_and_its_examples_are_some():
+    x, y = normal(9, 3), torch.arange(9) % 2
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    loader = DataLoader(TensorDataset(x, y), batch_size=4, drop_last=True, shuffle=True)
+    mean = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])
+    problem = Problem(net, mean, loader)
+    want = (mean(net, (x[:4], y[:4])) + mean(net, (x[4:8], y[4:8]))) / 2
+    assert problem.n == 2
+    torch.testing.assert_close(problem.at(problem.theta0).loss, want.detach())
+    each = Problem(net.eval(), lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"), loader)
+    assert each.n == 9
+    torch.testing.assert_close(each.at(each.theta0).loss, mean(net, (x, y)).detach())
+
+
 @pytest.mark.parametrize("kind", ["bert", "resnet"])
 def test_curvlinops_on_the_same_model_loss_and_loader(kind):
     "Version 3.0.1 is off by up to 1e-2 in the weights of LayerNorm (by double backward ours are right to 1e-15); they are left out."

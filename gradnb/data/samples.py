@@ -153,6 +153,7 @@ class Sample:
     count: int = 0               # examples in a batch, as its owner has it; 0: not said
     each: float = 1.             # the mean weight of a member: examples in a batch, or tokens
     parts: tuple = ()            # the numbers of the examples in each batch, where there are single ones
+    rest: tuple = ()             # of those that are too few for a batch of a loader with drop_last
     shelf: Shelf | None = None   # reads single examples; None: there are only batches
     workers: tuple = (0, None)   # how many processes of the owner's read ahead, and what each begins with
     classes = words = augment = None
@@ -185,7 +186,7 @@ class Sample:
     def by_example(self) -> "Sample | None":
         "The same data, example by example; None where there are only batches."
         if self.shelf is None: return None
-        where = torch.tensor([i for part in self.parts for i in part])
+        where = torch.tensor([i for part in (*self.parts, self.rest) for i in part])
         return replace(self, x=Examples(self.shelf, where, to=self.x._to), y=self.y.new_ones(len(where)), each=1.)
 
     def weighing(self, weights: Sequence[float]) -> "Sample":
@@ -217,11 +218,13 @@ class Sample:
         count = 1 if single else getattr(loader, "batch_size", None) or count
         parts = (_consecutive(range(len(source)), count) if loader is None else _parts(loader, len(source), count))[:batches]
         if not parts: raise ValueError(f"{name} is empty.")
+        rest = parts[-1] if getattr(loader, "drop_last", False) and len(parts) > 1 and len(parts[-1]) < count else ()
+        parts = parts[:len(parts) - bool(rest)]
         shelf = Shelf(source, default_collate if loader is None else loader.collate_fn)
         if single: read = lambda numbers: shelf.collate(shelf.item(numbers[0], parts[numbers[0]]))
         else: read = lambda numbers: shelf(parts[numbers[0]])
         many = cls(Examples(read, torch.arange(len(parts)), True), torch.ones(len(parts), dtype=torch.float64), name)
-        return many if single else replace(many.weighing([len(p) for p in parts]), count=count, parts=parts, shelf=shelf,
+        return many if single else replace(many.weighing([len(p) for p in parts]), count=count, parts=parts, rest=rest, shelf=shelf,
                                            workers=(0, None) if loader is None else (loader.num_workers, loader.worker_init_fn))
 
     @classmethod
