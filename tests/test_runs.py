@@ -5,13 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from gradnb import GD, Adam, Cosine, Descent, FromTorch, MiniBatch, Momentum, Piecewise, Quadratic, Run, Scheduled, Spec, Store, every, probe, train
+from gradnb import GD, Adam, Cosine, Descent, FromTorch, MiniBatch, Momentum, Piecewise, Quadratic, Rule, Run, Scheduled, Spec, Store, every, kind, probe, train
+from gradnb.cli.command import main
+from gradnb.ground.files import seal
+from gradnb.ground.roles import KINDS, RULES
 from gradnb.move.rules.inplace import InPlace
 from gradnb.problem.designs import NotFinite
 from gradnb.runs import Recorder
@@ -180,6 +184,29 @@ specs = st.builds(
 def test_specs_come_back(spec):
     again = Spec.from_json(spec.to_json())
     assert again == spec and again.hash == spec.hash
+
+
+def test_a_run_of_a_rule_that_is_not_known_here_is_read_and_goes_on_where_it_is(tmp_path, capsys):
+    @kind
+    @dataclass(frozen=True)
+    class Signs(Rule):
+        lr: float
+        def step(self, state, blocks, grads): return {k: b - self.lr * grads[k].sign() for k, b in blocks.items()}, state
+    spec, store = Spec("digits-100", "fc-tanh:width=4", "mse", Signs(.01), 6, probes="sharpness:every=3"), Store(tmp_path)
+    try:
+        known = store.run(spec, progress=False)
+        frame, theta = known.frame(), known.theta
+        del KINDS["Signs"]
+        run, = Store(tmp_path).list(rule="Signs")
+        assert run.hash == known.hash and run.frame().equals(frame) and torch.equal(run.theta, theta) and not run.damage()
+        assert Store(tmp_path).frame()["rule.lr"].eq(.01).all() and run.about["status"] == "finished"
+        main(["runs", "list", "--store", str(tmp_path)]), main(["runs", "show", known.hash, "--store", str(tmp_path)])
+        assert "rule=Signs rule.lr=0.01" in capsys.readouterr().out
+        (run.path / "manifest.json").write_text(seal(run.manifest | {"status": "interrupted"}))
+        with pytest.raises(ValueError, match="'Signs', which is not known here; import its definition"): store.run(run.spec, progress=False)
+        KINDS["Signs"] = Signs
+        assert store.run(Run(run.path).spec, progress=False).frame().equals(frame)
+    finally: KINDS.data.pop("Signs", None), RULES.data.pop("signs", None)
 
 
 def test_every_field_has_a_say_in_the_hash():

@@ -276,6 +276,7 @@ ODD = {
     "a rule that is an estimator": PLAIN | {"rule": {"kind": "FullBatch"}},
     "a kind that is a list": PLAIN | {"rule": {"kind": ["GD"]}},
     "an unknown kind": PLAIN | {"rule": {"kind": "Mine", "lr": 0.1}},
+    "an unknown kind with odd fields": PLAIN | {"rule": {"kind": "Mine", "lr": [{"x": [None]}], "\ud800": {"kind": {}}, "status": 1}},
     "deep": '{"kind":"Spec","rule":' + "[" * 900 + "]" * 900 + "}",
     "deeper": "[" * 10**5, "no JSON": "{", "empty": "", "no text": b"\xff\xfe\x00", "a number beyond floats": '{"kind":"Imported","origin":"a","settings":{"lr":1e999},"source":"b"}',
     "half a surrogate": '{"kind":"Imported","origin":"\\ud800","settings":{"rule.lr":"\\udfff"},"source":"b"}',

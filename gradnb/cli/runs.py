@@ -9,6 +9,7 @@ __all__ = ['add_runs', 'condition', 'runs', 'verify', 'summary']
 import json
 import sys
 from .train import add_store
+from ..runs.spec import Imported, Spec
 
 # %% ../../nbs/11_cli/05_runs.ipynb #runs
 def add_runs(commands):
@@ -101,5 +102,6 @@ def summary(run) -> str:
     "A run in a line; what cannot be read of it is said in its place."
     try: s, status, tags = run.spec, run.status, "".join(f"  [{t}]" for t in run.about.get("tags", ()))
     except (ValueError, OSError): return "{0}  {status:11}  {message}".format(run.hash, **run.about)
-    if not hasattr(s, "rule"): return f"{run.hash}  {status:11} {s.origin}: {s.source}{tags}"
-    return f"{run.hash}  {status:11} {s.dataset} {s.model} {s.loss} {s.rule} {s.estimator} steps={s.steps} seed={s.seed}{tags}"
+    if isinstance(s, Spec): words = f"{s.dataset} {s.model} {s.loss} {s.rule} {s.estimator} steps={s.steps} seed={s.seed}"
+    else: words = f"{s.origin}: {s.source}" if isinstance(s, Imported) else " ".join(f"{k}={v}" for k, v in s.fields.items() if v not in (None, ()))
+    return f"{run.hash}  {status:11} {words}{tags}"

@@ -92,6 +92,8 @@ class Registry(UserDict):
     ):
         "Decorator that files a builder under its names."
         def file(builder):
+            if not hasattr(builder, "__qualname__"):
+                raise TypeError(f"a {self.kind} is filed by a function or class that makes it, and {builder!r} is made already; file def {names[0]}(): return ….")
             for name in names:
                 there = self._filed(builder).get(name, builder)
                 if there.__qualname__ != builder.__qualname__:      # the same again: a cell that was run twice

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ground.files import plain_file, read_small, say_once, unseal
 from ..ground.locks import Lock
 from .record import CHECKPOINTS, read_checkpoint
-from .spec import SCHEMA, Identity, Imported, Newer, Spec, Unreadable
+from .spec import SCHEMA, Elsewhere, Identity, Imported, Newer, Spec, Unreadable
 from .tracefiles import file_name, is_copy, open_trace, sound_trace, trace_names
 from ..ground.traces import Trace, column_names
 
@@ -43,7 +43,7 @@ class Run:
         self.path, self.hash = Path(path), Path(path).name
 
     @property
-    def spec(self) -> Spec | Imported:
+    def spec(self) -> Spec | Imported | Elsewhere:
         "What was asked for. Raises ValueError where that is damaged: Newer where a newer gradnb wrote it, Unreadable where it means nothing here."
         file = self.path / "spec.json"
         text = read_small(plain_file(file, self.path.parent))

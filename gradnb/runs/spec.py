@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'MARKS', 'BESIDE', 'Unreadable', 'Newer', 'encode', 'as_float', 'unused', 'newest', 'decode', 'canonical',
-           'Identity', 'lacks', 'flat_fields', 'named_fields', 'usable', 'Spec', 'Imported']
+           'Identity', 'lacks', 'flat_fields', 'named_fields', 'usable', 'Spec', 'Imported', 'Elsewhere']
 
 # %% ../../nbs/08_runs/03_spec.ipynb #imports
 import json
@@ -103,15 +103,21 @@ class Identity:
 
     @classmethod
     def from_json(cls, text: str | bytes):
-        "What to_json wrote, here or by an older gradnb. Raises Newer on what a newer one wrote, ValueError on anything else."
+        """What to_json wrote, here or by an older gradnb; of classes that are not known here, an `Elsewhere`, where a Spec is not asked for.
+        Raises Newer on what a newer one wrote, ValueError on anything else."""
         data = parse_json(text)
         schema = data.pop("schema", 1) if isinstance(data, dict) else 1
         if type(schema) is not int or schema < 1: raise ValueError(f"schema {schema!r:.60} is no number of a version.")
         if schema > SCHEMA: raise Newer(f"this run was written by a newer gradnb: its schema is {schema}, and this one knows up to {SCHEMA}.")
         try:
-            found = decode(data)
+            text = text if isinstance(text, str) else text.decode("utf-8")
+            try: found = decode(data)
+            except Unreadable as e:
+                if type(e) is Newer or not issubclass(Elsewhere, cls) or data.get("kind") != "Spec": raise
+                found = Elsewhere(data, f"{e}")
+                object.__setattr__(found, "_written", text)
             if not isinstance(found, cls): raise ValueError("this JSON is no gradnb spec.")
-            full, text = encode(found), text if isinstance(text, str) else text.decode("utf-8")
+            full = data if isinstance(found, Elsewhere) else encode(found)
             json.dumps(found.fields, ensure_ascii=False).encode()        # half a surrogate pair is no word
         except Unreadable: raise
         except Exception as e: raise Unreadable(f"this JSON is no gradnb spec: {type(e).__name__}: {e!s:.300}") from None     # a class of anyone's, given anything
@@ -241,3 +247,17 @@ class Imported(Identity):
         "Raises ValueError: only who made it could run it again."
         raise ValueError(f"run {self.hash} ({self.origin}: {self.source}) was not trained by gradnb: it can be read, but neither replayed nor resumed here. "
                          "Its own loop goes on with Store.record(name, config, again='go on').")
+
+# %% ../../nbs/08_runs/03_spec.ipynb #elsewhere
+@dataclass(frozen=True)
+class Elsewhere(Identity):
+    "A run of classes that are not known here, so that it can be read, and run again where they are imported."
+    data: dict                      # its spec, as JSON data
+    why: str = field(repr=False)    # what is not known
+
+    @property
+    def fields(self) -> dict: return named_fields({k: v for k, v in self.data.items() if k != "kind"}, BESIDE, "spec")
+
+    def build(self, device: str = "cpu"):
+        "Raises Unreadable, naming what is to be imported."
+        raise Unreadable(self.why)
