@@ -275,6 +275,21 @@ def test_a_search_that_rounding_has_stopped_stops(name, kind, memory):
     assert e.matvecs < 150 and not e.converged and e.values + e.errors >= torch.linalg.eigvalsh(A)[-1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_sketch_of_quite_another_matrix_is_dropped(k, dtype):
+    lam = torch.cat([20 / torch.arange(2., 12, dtype=F64), .3 * torch.linspace(1, -1, 290, dtype=F64)])
+    (old, _), (new, _) = symmetric(lam, 1, dtype), symmetric(lam / 5, 2, dtype)
+    options = dict(k=k, memory=12 + 4 * k, keep=k + 8)
+    sketch = lanczos(old.__matmul__, randn(3, 300, dtype=dtype), **options).sketch
+    start = sketch.vectors[:, :k].to(dtype, copy=True)
+    start[:, -1] += .3 * sketch.vectors[:, k:].to(dtype).sum(1) + .02 * randn(4, 300, dtype=dtype)
+    A = Counter(new)
+    e = lanczos(A, start, sketch=sketch, **options)
+    check(e, new, k, A, start, 1e-3)
+    assert e.converged and e.matvecs < 110 + 20 * k
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 def test_a_search_that_is_slow_goes_on(dtype):
