@@ -381,6 +381,62 @@ def test_half_precision_is_measured_in_single(tmp_path):
         assert abs(seen["values"][0] - exact) <= seen["errors"][0] < .1 * exact, kind
 
 
+KINKED = textwrap.dedent("""
+    import sys, torch
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+    from gradnb import sharpness
+    from gradnb.problem.parallel import rank, together
+    from gradnb.problem.sharded import Sharded
+
+    def build(kind):
+        torch.manual_seed(0)
+        if kind == "mlp": return nn.Sequential(nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, 12), nn.LeakyReLU(.1), nn.Linear(12, 4), nn.Hardtanh(-2, 2))
+        return nn.Sequential(nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 6, 2), nn.ReLU6(), nn.Flatten(), nn.Linear(24, 4))
+
+    def data(): return torch.randn(200, 36, generator=torch.Generator().manual_seed(1)), torch.arange(200) % 4
+
+    if __name__ == "__main__":
+        with together():
+            (mine, n), out = rank(), {}
+            x, y = (t.chunk(n)[mine] for t in data())
+            for kind in ("mlp", "cnn"):
+                net, calls = build(kind), []
+                for layer in net:
+                    if [*layer.parameters()]: fully_shard(layer)
+                fully_shard(net)
+                loss = lambda model: calls.append(0) or nn.functional.cross_entropy(model(x), y)
+                problem, opt = Sharded(net, loss), torch.optim.SGD(net.parameters(), .5)
+                for step in range(1 + (kind == "cnn")):        # where the model is, as it moves
+                    before = len(calls)
+                    found = sharpness(problem, tol=1e-2)
+                    out[f"{kind} {step}"] = dict(found=(found.values[0], found.errors[0]), gradients=(len(calls) - before) / found.matvecs, theta={k: p.full_tensor().detach() for k, p in net.named_parameters()})
+                    opt.zero_grad()
+                    loss(net).backward()
+                    torch.testing.assert_close(problem.grad, problem.layout.join(p.grad for p in net.parameters()))
+                    opt.step()
+            torch.save(out, f"{sys.argv[1]}/{mine}.pt")
+""")
+
+
+def test_differences_keep_to_the_pieces_of_relus(tmp_path):
+    "Networks of ReLUs, leaky ones, clipped ones and max pooling under FSDP: λ₁ of the dense Hessian in float64 lies in a narrow interval."
+    (tmp_path / "kinked.py").write_text(KINKED)
+    torchrun(tmp_path / "kinked.py", tmp_path)
+    made = {"__name__": "kinked"}
+    exec(KINKED, made)
+    got = torch.load(tmp_path / "0.pt", weights_only=True)
+    for kind, seen in got.items():
+        net, (x, y) = made["build"](kind.split()[0]).double(), made["data"]()
+        names, shapes, sizes = zip(*((k, p.shape, p.numel()) for k, p in net.named_parameters()))
+        theta = torch.cat([seen["theta"][k].double().reshape(-1) for k in names])
+        def loss(t): return torch.nn.functional.cross_entropy(torch.func.functional_call(net, {k: b.view(s) for k, s, b in zip(names, shapes, t.split(sizes))}, x.double()), y)
+        exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, theta))[-1]
+        value, error = seen["found"]
+        assert abs(value - exact) <= error < .05 * exact, (kind, value, error, exact)
+        assert seen["gradients"] < 7
+
+
 HELD = textwrap.dedent("""
     import gc, sys, torch
     from torch import nn

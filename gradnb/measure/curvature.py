@@ -103,11 +103,14 @@ def sharpness(
     a small θ about a copy a product (two, of blocks). Raises ValueError where θ or ∇L is not finite or the memory too small for a search, and MemoryError where it is not free.
     """
     if which not in WHICH: raise ValueError(f"which is {', '.join(map(repr, WHICH))}; got {which!r}.")
+    smooth = "the loss has kinks ({}); its Hessian is that of the smooth piece around θ."
     check_number("sharpness", "tol", tol, 0)
     if memory not in (None, inf): check_number("sharpness", "memory", memory, 0)
     if hasattr(problem, "parts"):
         if theta is not None or batch is not None: problem = problem.at(theta, batch)
-        return _in_parts(problem, k, warm, stream, which, tol, room(memory, k, warm, problem.p), max_matvecs=max_matvecs, vectors=vectors, check=check)
+        found = _in_parts(problem, k, warm, stream, which, tol, room(memory, k, warm, problem.p), max_matvecs=max_matvecs, vectors=vectors, check=check)
+        if problem.kinks: warnings.warn(smooth.format(", ".join(problem.kinks)), stacklevel=2)
+        return found
     if not isinstance(problem, Point): check_given("sharpness", problem, "point")
     point = problem if isinstance(problem, Point) else problem.at(theta, batch)
     if point.theta.dtype not in (torch.float32, torch.float64):
@@ -116,8 +119,7 @@ def sharpness(
         if not torch.isfinite(vec).all():
             bad = [n for n, b in point.problem.layout.named(vec).items() if not torch.isfinite(b).all()]
             raise NotFinite(f"{what} is not finite in {', '.join(bad[:4])}; there is no Hessian here. If the run has diverged, look at an earlier step.")
-    if point.problem.kinks:
-        warnings.warn(f"the loss has kinks ({', '.join(point.problem.kinks)}); its Hessian is that of the smooth piece around θ.", stacklevel=2)
+    if point.problem.kinks: warnings.warn(smooth.format(", ".join(point.problem.kinks)), stacklevel=2)
     memory = room(memory, k, warm, point.problem.p)
     if memory is not None:
         one = point.theta.nbytes
