@@ -2,6 +2,7 @@
 import itertools
 from dataclasses import dataclass, replace
 from itertools import islice
+from math import ceil
 
 import numpy as np
 import pytest
@@ -551,7 +552,7 @@ def test_a_look_at_a_norm_costs_three_of_sharpness(norm):
         assert found.low <= found.high * (1 + 1e-12) and found.low >= eigs.values[0].item() * .99
         spent.append((found.products, eigs.matvecs))
         warm, sketch = found, eigs.sketch
-    assert all(a <= 3 * b for a, b in spent) and sum(a for a, _ in spent[1:]) < 2.6 * sum(b for _, b in spent[1:]), spent
+    assert all(a <= ceil(2.8 * b) <= 3 * b for a, b in spent), spent
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -576,7 +577,7 @@ def test_a_look_at_a_norm_spends_no_more_than_it_may(norm, most):
     problem = small()
     point = problem.at(problem.theta0)
     found, eigs = generalized_sharpness(point, norm, most=most), sharpness(point)
-    assert eigs.matvecs < found.products <= most * eigs.matvecs and 0 < found.low <= found.high <= (eigs.values + eigs.errors).item() * problem.p
+    assert eigs.matvecs < found.products <= ceil(most * eigs.matvecs) and 0 < found.low <= found.high <= (eigs.values + eigs.errors).item() * problem.p
     with pytest.raises(ValueError, match="most=1"): generalized_sharpness(point, norm, most=1)
 
 
@@ -636,7 +637,7 @@ def test_the_probe_of_a_norm():
     with pytest.raises(ValueError, match="probe 'generalized_sharpness'.*most=1"): PROBES.build("generalized_sharpness:most=1")
     for most in (2., 6.):
         point, found = problem.at(problem.theta0), train(problem, Descent(Signum(.02, 0.)), 1, f"generalized_sharpness:most={most}", progress=False)[1]["linf_sharpness"].columns
-        assert sharpness(point).matvecs < found["products"][0] <= most * sharpness(point).matvecs
+        assert sharpness(point).matvecs < found["products"][0] <= ceil(most * sharpness(point).matvecs)
     with pytest.raises(TypeError, match="takes a point, problem.at"): generalized_sharpness(problem, "linf")
 
 

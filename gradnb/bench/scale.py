@@ -23,6 +23,7 @@ from ..linalg.spectra import spectrum
 from ..linalg.trace import hutchinson
 from ..measure.curvature import sharpness
 from ..measure.probes.view import PROBES, View
+from ..measure.thresholds.norms import generalized_sharpness
 from ..models import build_model
 from ..move.rules.adam import Adam
 from ..move.steppers import Descent, trajectory
@@ -35,6 +36,7 @@ class Cost(NamedTuple):
     "Of one call."
     copies: float      # of θ, held at a time at most
     gradients: float   # processor time, in gradients
+    products: int | None = None    # with the Hessian, where the answer says them
 
 def network(
     width: int,
@@ -59,9 +61,9 @@ def cost(
     gradient: float,               # seconds
 ) -> Cost:
     "What one call holds and takes."
-    spent = []
-    peak = peak_bytes(lambda: spent.append(seconds(work)), problem.device)
-    return Cost(peak / problem.theta0.nbytes, spent[0] / gradient)
+    spent, answers = [], []
+    peak = peak_bytes(lambda: spent.append(seconds(lambda: answers.append(work()))), problem.device)
+    return Cost(peak / problem.theta0.nbytes, spent[0] / gradient, getattr(answers[0], "matvecs", getattr(answers[0], "products", None)))
 
 # %% ../../nbs/10_bench/13_scale.ipynb #works
 def plain_adam(problem: Problem, steps: int = 3):
@@ -87,6 +89,7 @@ def works(problem: Problem) -> dict[str, tuple[Callable, float | None]]:
     return {"sharpness, k = 1": (lambda: sharpness(point), 16), "sharpness, k = 5": (lambda: sharpness(point, k=5), 32),
             "sharpness, k = 1, memory = 10": (lambda: sharpness(point, memory=10), 10),
             ALIKE: (lambda: sharpness(point, vectors=True, check=False), 16),
+            "sharpness in ℓ∞": (lambda: generalized_sharpness(point), 26), "sharpness in the spectral norm": (lambda: generalized_sharpness(point, "spectral"), 28),
             "trace": (lambda: hutchinson(point.hvp, p, 8), None), "density": (lambda: spectrum(point.hvp, p, 2, 10), None),
             "variance": (probe("grad_variance:draws=8"), 6), "variance of updates with Adam": (probe("update_variance:draws=8"), 6), "noise scale": (probe("noise_scale"), 6),
             "tail index": (probe("tail_index:draws=80,surrogates=3"), 6),
@@ -124,6 +127,8 @@ def size_rows(
         held = f"{note}; against {most} copies and 16 MB for chunks" if most else note
         yield Row.of(f"{name}, {about}, memory", found.copies, allowed, 1. if most else None, "copies of θ", held), name, found
         yield Row.of(f"{name}, {about}, time", found.gradients, None, None, "gradients", note), "", None
+        if name.startswith("sharpness in"):
+            yield Row.of(f"{name}, {about}, products", found.products, ours["sharpness, k = 1"].products, 3., "HVPs", "a first look, against one at λ₁"), "", None
     mine = ours[ALIKE]
     for name, (work, hidden) in peers(problem).items():
         found, why = attempt(cost, problem, work, gradient)
@@ -161,7 +166,7 @@ def more_rows(
 def rows(
     sizes: tuple[tuple[int, int], ...] = ((64, 2), (160, 3), (320, 8)),    # widths and layers, in growing order
 ) -> Iterator[Row]:
-    "All rows of this bench, about nine minutes of work and up to 6 GB of memory."
+    "All rows of this bench, about a quarter of an hour of work and up to 6 GB of memory."
     found = {}
     with one_thread():
         for width, layers in sizes:

@@ -8,7 +8,7 @@ __all__ = ['NORMS', 'ROUNDS', 'OWN', 'FLOOR', 'CLOSE', 'WORTH', 'matrix', 'ball'
 
 # %% ../../../nbs/07_measure/04_thresholds/04_norms.ipynb #imports
 from collections.abc import Iterable
-from math import inf, log
+from math import ceil, inf
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -140,13 +140,12 @@ def generalized_sharpness(
     tol: float = 1e-3,                      # relative gain at which an ascent rests; five times it, error of the eigenvalue
     max_steps: int = 30,                    # of an ascent; each takes a product a start
     warm: Tensor | Generalized | None = None,   # an earlier answer, or its direction (p,); then it takes the starts' place
-    most: float = 3.,                       # products, in those of a search for λ₁
+    most: float = 2.8,                      # products, in those of a search for λ₁
     stream: Stream = Stream(),              # of the random starts
 ) -> Generalized:
     """max dᵀHd over the unit ball of a norm (Islamov et al. 2026), from both sides: S is between `low` and `high`.
 
-    It costs `most` times the products of a sharpness at most; where they do not suffice for a better bound, it is λ₁ times the norm's constant.
-    A look from an earlier answer is sure of its bound alone and not of λ₁, which it counts as if that had taken max(4, ½ ln p) products: mostly fewer than it does, and where it does not, the look takes a little more.
+    It begins with a sharpness, warm from an earlier answer, and costs `most` times the products of that at most, rounded up; where they do not suffice for a better bound, it is λ₁ times the norm's constant.
     Holds some 25 copies of a float32 θ beside the problem and its graph, in the spectral norm 27. Raises ValueError on an unknown norm, TypeError on what is no point.
     """
     if not isinstance(point, Point): raise TypeError(f"generalized_sharpness takes a point, problem.at(theta), got {type(point).__name__}.")
@@ -160,10 +159,9 @@ def generalized_sharpness(
     scaled = lambda v: v if unit is None else unit.view(-1, *[1] * (v.ndim - 1)) * v      # (p,) or (p, r)
     product = lambda v: scaled(point.hvp(scaled(v)))
     far = lambda v: layout.join(ball(norm, named(v))[0].values())
-    sketch = getattr(warm, "sketch", None)
-    plain = sharpness(point, warm=sketch, check=sketch is None, stream=stream / "sharpness")
-    budget = int(most * (plain.matvecs + (0 if sketch is None else max(4, log(len(theta)) / 2))))    # as if it had made sure of λ₁
-    left, known, seen = budget - plain.matvecs, plain.sketch.values, plain.sketch.vectors.T
+    plain = sharpness(point, warm=getattr(warm, "sketch", None), stream=stream / "sharpness")
+    budget, known, seen = ceil(most * plain.matvecs), plain.sketch.values, plain.sketch.vectors.T
+    left = budget - plain.matvecs
     among = lambda c: scaled(combine(c[None], seen, theta.new_empty(1, len(theta)))[0])                  # of what the search has seen
     model = lambda v: among(known * inner(seen, [scaled(v)])[:, 0])
     mixes = [*torch.eye(len(known), dtype=torch.float64)[:2]]
@@ -180,8 +178,7 @@ def generalized_sharpness(
     low = max(0., dot(d, Hd).item())
     top = max(0., plain.values[0].item())
     constant = sum(u * u * size(norm, s) for u, s in zip(lengths, layout.shapes))
-    crude = lambda eigs: (max(0., (eigs.values + eigs.errors)[0].item()) * constant, eigs.converged)
-    high, sure = crude(plain)
+    high, sure = max(0., (plain.values + plain.errors)[0].item()) * constant, plain.converged
     d, Hd = d[:, 0], Hd[:, 0]
     off = (Hd - model(d)).norm() / Hd.norm()                                # of the model
     up, cost, floor, was = known > 1e-6 * top, 3, min(max(FLOOR[0], off.item()), FLOOR[1]), inf
@@ -203,9 +200,6 @@ def generalized_sharpness(
         (high, sure), was, left, floor = min((high, sure), found), high, left - cost, floor / 5
         if shown: B = corrected(seen_at_d(), *shown)
         del shown
-    if high == inf:
-        plain = sharpness(point, warm=plain.sketch, stream=stream / "sharpness")
-        (high, sure), left = crude(plain), left - plain.matvecs
     return Generalized(low, max(high, low), scaled(d), budget - left, bool(rest) and bool(sure), plain.sketch)
 
 def inside(starting: Iterable[Tensor], far, model, tol: float) -> Tensor:     # (p, 2)
