@@ -249,9 +249,9 @@ def test_a_stopped_sweep_cancels_what_an_executor_has_not_begun(tmp_path):
     class Idle(Executor):
         def submit(self, *_):
             futures.append(Future())
+            if len(futures) == 3: threading.Timer(1, signal.raise_signal, [signal.SIGINT]).start()
             return futures[-1]
-    futures, stop = [], threading.Timer(1, signal.raise_signal, [signal.SIGINT])
-    stop.start()
+    futures = []
     with pytest.raises(KeyboardInterrupt, match="0 of 3 runs done"):
         sweep(grid(SPEC, seed=range(3)), tmp_path, engine=Idle(), progress=False)
     assert [f.cancelled() for f in futures] == [True] * 3
@@ -509,6 +509,12 @@ def test_axes_of_the_command_line_are_axes_of_a_grid(tmp_path, capsys, flags, wa
     hashes = [line.split(",") for line in capsys.readouterr().out.splitlines()]
     assert [line[hashes[0].index("hash")] for line in hashes[1:] if len(line) == len(hashes[0])] == [
         s.hash for s in wanted(Spec("digits-100", "fc-tanh:width=4", "mse", GD(0.1), 3))]
+
+
+@pytest.mark.parametrize("wrong", [dict(dataset="digitz"), dict(model="fc-tann:width=6"), dict(loss="mes"), dict(probes="sharpnes:every=2"), dict(probes="sharpness:evry=2")])
+def test_a_word_that_means_nothing_is_said_before_anything_is_trained(tmp_path, wrong):
+    with pytest.raises(ValueError, match="Did you mean"): sweep([SPEC, replace(SPEC, **wrong)], tmp_path, engine="pool:workers=2", progress=False)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_failed_run_is_an_exit_status(tmp_path, capsys):

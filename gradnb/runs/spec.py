@@ -14,10 +14,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from hashlib import sha256
 from math import inf, isfinite
 import torch
-from ..data import load_dataset
+from ..data.sources import load_dataset, read_name
 from ..move.estimators.minibatch import FullBatch
 from ..ground.files import parse_json
-from ..models import build_model
+from ..ground.registry import parse_call
+from ..models.build import MODELS, build_model
+from ..models.losses import LOSSES
 from ..problem import Problem
 from ..ground.roles import KINDS, Estimator, Rule, Stepper, check_number, later
 from ..move.rules.fromtorch import optimizer_class
@@ -213,6 +215,10 @@ class Spec(Identity):
         if self.dtype not in ("float32", "float64"): raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}.")
         if isinstance(self.rule, Stepper) and self.estimator != FullBatch():
             raise ValueError(f"a flow follows the gradient of all examples; leave out the estimator {self.estimator!r}.")
+
+    def check_words(self):
+        "Raises ValueError where a name means nothing here; what it stands for is not made."
+        read_name(self.dataset), MODELS[parse_call(self.model)[0]], LOSSES[self.loss], check_probes(self.probes)
 
     def build(self,
         device: str = "cpu",   # where to compute; no part of the run's identity

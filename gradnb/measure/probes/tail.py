@@ -15,9 +15,8 @@ from ...problem.graphs import check_free
 from .view import PROBES, Probe, View
 from ..tail.compat import original_noise_index
 from ..tail.controls import control_row, gaussian_surrogate
-from ..tail.estimators import LEAST_BLOCKS, METHODS, tail_index
-from ..tail.magnitudes import TailRefusal
-from ..tail.noise import noise_index, noise_norms, on_split, paired_noise, pairs, partition_grads
+from ..tail.estimators import LEAST_BLOCKS, METHODS
+from ..tail.noise import index_or_nan, noise_index, noise_norms, on_split, paired_noise, pairs, partition_grads
 from ..tail.sketch import layer_groups
 
 # %% ../../../nbs/07_measure/09_probes/03_tail.ipynb #index
@@ -92,9 +91,7 @@ def noise_norms_probe(
     if draws < 2 * LEAST_BLOCKS: raise ValueError(f"{draws} draws are too few for an index; take {2 * LEAST_BLOCKS} or more.")
     def measure(view):
         norms = torch.cat([noise_norms(z[None]) for z in pairs(run_grads(view, draws))])
-        try: index = tail_index(norms, "hill")._asdict()
-        except TailRefusal: index = dict.fromkeys(("value", "stderr", "low", "high"), torch.nan)
-        return index | {"norms": norms}
+        return index_or_nan(norms, "hill") | {"norms": norms}
     return Probe("noise_norms", every, measure)
 
 @PROBES.add("layer_norms")

@@ -78,6 +78,7 @@ def sweep(
     engine = as_engine(engine)
     if isinstance(engine, (Here, Pool)): usable(device)          # others compute elsewhere
     todo = [s for s in specs if not is_done(Run(store.root / s.hash))]
+    for s in {(s.dataset, s.model, s.loss, s.probes): s for s in todo}.values(): s.check_words()
     if dry_run: return results(todo, store)
     worker = Worker(str(store.root.resolve()), device, interval, plugins(), wait, own=b"" if isinstance(engine, Here) else notebooks_own())
     errors, again = {}, todo
