@@ -224,7 +224,7 @@ def test_an_executor_of_somebody_else_is_an_engine(tmp_path, flaky, executor, di
     specs = [once, flaky(tmp_path / "fails"), replace(SPEC, seed=1)]
     with executor(tmp_path / "work") as engine:
         frame = sweep(specs, tmp_path / "store", engine=engine, progress=False, interval=0.0)
-        assert frame.status.tolist() == ["finished", "failed", "finished"] and "try 0 fails" in frame.outcome[1]
+        assert frame.status.tolist() == ["finished", "failed", "finished"] and "try 0 fails" in frame.outcome[1], frame.error.tolist()
         assert sweep(specs, tmp_path / "store", engine=engine, progress=False).status.tolist() == ["finished"] * 3
     sweep(specs, tmp_path / "here", progress=False)
     for s in specs:
