@@ -409,7 +409,7 @@ COUNTED = {      # what states an error → the claims that count it
     **{f"measure.tail.methods.{m}": f"tail_index, {m}" for m in ("mle", "mcculloch", "logmoment", "ecf", "mohammadi22")},
     "measure.tail.methods.inverse": "tail_index, hill", "measure.tail.methods.LogQuantile.of": "tail_index, mcculloch",
     **{f"measure.tail.estimators.{f}": "tail_index, " for f in ("estimate_index", "tail_index", "compare_records", "compare_tails", "m_profile", "k_plot")},
-    "measure.tail.noise.noise_index": "tail_index, mohammadi", "measure.tail.verdict.profile_change": "profile_change", "show.plots.tail.profile_frame": "tail_index, ",
+    "measure.tail.noise.noise_index": "tail_index, mohammadi", "measure.tail.noise.index_or_nan": "tail_index, mohammadi", "measure.tail.verdict.profile_change": "profile_change", "show.plots.tail.profile_frame": "tail_index, ",
     "runs.sweeps.comparison.geometric_mean": "geometric_mean", "runs.sweeps.pairs.antilog": "geometric_mean", "runs.sweeps.comparison.spread_times": "spread_times",
     "runs.sweeps.limits.mean_between": "mean_between"}
 CONVERTS = "the numbers that it is given, in other units or under another name"

@@ -446,6 +446,14 @@ def test_a_language_model_with_padding():
     torch.testing.assert_close(problem.hvp(problem.theta0, v), flat(product), rtol=1e-3, atol=2e-4)
 
 
+def test_one_batch_of_parts_of_several_lengths_needs_no_size():
+    points, edge, net = normal(6, 2), normal(3, 2), nn.Linear(2, 1).double()
+    objective = lambda model, batch: model(batch[0]).square().mean() + model(batch[1]).square().mean()
+    problem = Problem(net, objective, [(points, edge)])
+    torch.testing.assert_close(problem.at(problem.theta0).loss, objective(net, (points, edge)).detach())
+    with pytest.raises(ValueError, match="say size="): Problem(net, objective, [(points, edge)] * 2)
+
+
 def test_a_batch_that_the_loader_drops_is_none_and_its_examples_are_some():
     x, y = normal(9, 3), torch.arange(9) % 2
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()

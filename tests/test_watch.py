@@ -658,6 +658,32 @@ def test_a_watch_that_is_forgotten_loses_nothing(tmp_path):
     assert "watched 0 steps; measuring took" in done.stdout and not done.stderr.count("Traceback")
 
 
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.parametrize("held", [True, False])
+def test_graphs_whose_adjacency_is_sparse(layout, held):
+    "As a buffer or in the batch, against the same network with the dense one."
+    gen = torch.Generator().manual_seed(0)
+    S, x, y = (torch.rand(20, 20, generator=gen) < .2).double(), torch.randn(20, 4, generator=gen, dtype=torch.float64), torch.arange(20) % 3
+    class Net(nn.Module):
+        def __init__(self, S):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+            self.register_buffer("S", S)
+        def forward(self, x, S): return self.last(S @ torch.tanh(self.first(S @ x)))
+    objective = lambda model, batch: nn.functional.cross_entropy(model(batch[0], model.S if held else batch[1]), batch[2])
+    sparse = getattr(S, layout)()
+    net, dense = Net(sparse if held else None), Net(S if held else None)
+    dense.load_state_dict(dict(net.named_parameters()), strict=False)
+    optimizer = torch.optim.SGD(net.parameters(), .1)
+    with gradnb.watch(net, objective, [(x, sparse, y)], "sharpness:every=1", optimizer, strict=True) as watch:
+        objective(net, (x, sparse, y)).backward()
+        optimizer.step()
+        watch.step()
+    problem = gradnb.Problem(dense, objective, [(x, S, y)])
+    found, want = watch.traces["sharpness"].columns["value"][0], gradnb.sharpness(problem.at(problem.theta0)).values[0]
+    assert found == pytest.approx(float(want), rel=1e-3)
+
+
 def test_a_word_for_what_is_wrong():
     model, data = small()
     opt = torch.optim.SGD(model.parameters(), .05)

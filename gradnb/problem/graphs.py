@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from ..data.samples import stored
 from ..ground.streams import Stream
 from .network import nodes, scattered
 
@@ -74,7 +75,7 @@ def saved_bytes(
     "What the graph keeps, each storage once."
     seen = {}
     def pack(t):
-        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        for s in stored(t): seen[s.untyped_storage().data_ptr()] = s.untyped_storage().nbytes()
         return t
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): kept = work()

@@ -213,7 +213,7 @@ def copied(
 ) -> nn.Module:
     "A module that shares nothing with the first but what `memo` says."
     memo = {} if memo is None else memo
-    for t in (t for m in module.modules() for t in tree_leaves(vars(m)) if isinstance(t, Tensor) and not t.is_leaf):
+    for t in (t for m in module.modules() for t in tree_leaves(vars(m)) if isinstance(t, Tensor) and not (t.is_leaf and t.layout == torch.strided)):
         memo.setdefault(id(t), t.detach().clone())
     twin = deepcopy(module, memo)
     for m in twin.modules():
@@ -416,7 +416,7 @@ class Network:
             out, after, self.hush = run(self.module)
             if self.hush: out, after, self.draws = run(self.module, hush=True)
             self.hush, self.draws = bool(self.hush), bool(self.draws)
-        self.buffers = {k: v for k, v in start.items() if not torch.equal(v, after[k])}
+        self.buffers = {k: v for k, v in start.items() if not alike(v, after[k])}
         eps = torch.finfo(out.dtype).eps if out.is_floating_point() else 0
         def gap(buffers):                   # relative; the same buffers again show what is rounding
             other = run(self.module, start | buffers, self.hush)[0]

@@ -209,7 +209,9 @@ class Risk:
                 weights = torch.stack([w.sum() for w in weights]) if sample.whole else torch.cat(weights)
                 objective, sample = replace(objective, mean=float(weights.mean())), sample.weighing(weights)
             elif sample.whole and (size or not sample.parts):
-                sample = sample.weighing([float((size or size_of)(sample.x[i:i + 1].batch)) for i in range(sample.n)])
+                try: sample = sample.weighing([float((size or size_of)(sample.x[i:i + 1].batch)) for i in range(sample.n)])
+                except ValueError:
+                    if size or sample.n > 1: raise             # one batch alone weighs 1, however many examples it has
         self.per_example, self.dataset = objective, sample
         self._check_slopes(network, *self._few(3)[:2])
         return network

@@ -17,6 +17,7 @@ from functools import cache
 from types import MethodType, SimpleNamespace
 import torch
 from torch import Tensor, nn
+from ...data.samples import alike, stored
 from ...ground.roles import Estimator, Rule, State
 from ...ground.shared import full_precision, generators, moved, put_back
 from ...measure.probes.view import View
@@ -204,14 +205,15 @@ class Glance(View):
 
 # %% ../../../nbs/08_runs/14_foreign/01_glance.ipynb #held
 @torch.no_grad()
-def marks(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+def marks(tensors: dict[str, Tensor]) -> dict[str, list]:
     "By what a tensor is known to have changed: its version, and its first entries, for who writes past that."
     here = {k: getattr(t, "to_local", lambda t=t: t)() for k, t in tensors.items()}       # of a sharded one this process's part
-    return {k: (None if t.is_inference() else t._version, t.reshape(-1)[:8].clone()) for k, t in here.items()}
+    return {k: [(None if s.is_inference() else s._version, s.reshape(-1)[:8].clone()) for s in stored(t)] for k, t in here.items()}
 
-def differ(now: dict[str, tuple], before: dict[str, tuple]) -> list[str]:
+def differ(now: dict[str, list], before: dict[str, list]) -> list[str]:
     "Whose marks are other ones."
-    return [k for k, (version, some) in now.items() if k not in before or version != before[k][0] or not torch.equal(some, before[k][1])]
+    same = lambda a, b: len(a) == len(b) and all(v == w and torch.equal(s, t) for (v, s), (w, t) in zip(a, b))
+    return [k for k in now if k not in before or not same(now[k], before[k])]
 
 def constants(problem, module: nn.Module) -> dict[str, Tensor]:
     "What of a live network the problem of it takes as constant."
@@ -222,7 +224,7 @@ def with_held(problem, held: dict[str, Tensor]):
     "A problem whose network holds other constants; itself, where they are its own or its network is the live one."
     if problem.module is problem.given: return problem
     there = {**dict(problem.module.named_parameters()), **dict(problem.module.named_buffers())}
-    new = {n: t for n, t in held.items() if n in there and n not in problem.buffers and t.shape == there[n].shape and not torch.equal(t.to(there[n]), there[n])}
+    new = {n: t for n, t in held.items() if n in there and n not in problem.buffers and t.shape == there[n].shape and not alike(t.to(there[n]), there[n])}
     if not new: return problem
     other = problem.around(problem.network.around(copied))
     vars(other).update({k: v for k, v in vars(problem).items() if k not in vars(other)})        # what was found out of the network's make still holds
