@@ -204,11 +204,12 @@ def generalized_sharpness(
 
 def inside(starting: Iterable[Tensor], far, model, tol: float) -> Tensor:     # (p, 2)
     "The best ends of ascents in what the search for λ₁ has seen of H, which take no products."
-    ends = [ascend(lambda v: model(v[:, 0])[:, None], far, far(v)[:, None], tol, 8)[:2] for v in starting]
-    ends = sorted(((dot(d, Hd).item(), d[:, 0]) for d, Hd in ends), key=lambda e: -e[0])
-    best = ends[0][1]
-    other = next((d for _, d in ends if (d @ best).abs() <= .99 * d.norm() * best.norm()), ends[-1][1])
-    return torch.stack([best, other], 1)
+    def climbed(starts, steps):
+        ends = [ascend(lambda v: model(v[:, 0])[:, None], far, d[:, None], tol, steps)[:2] for d in starts]
+        return [d[:, 0] for d, Hd in sorted(ends, key=lambda e: -dot(*e).item())]
+    best, *others = climbed(map(far, starting), 2)
+    other = next((d for d in others if (d @ best).abs() <= .99 * d.norm() * best.norm()), others[-1])
+    return torch.stack(climbed((best, other), 6), 1)
 
 def dot(a: Tensor, b: Tensor) -> Tensor: return sum((a[c].double() * b[c]).sum(0) for c in chunks(a.T))      # of columns
 
