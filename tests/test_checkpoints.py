@@ -230,5 +230,9 @@ def test_the_command(tmp_path):
     assert stored.trace("grad_norm").values.tolist() == pytest.approx([right[20], right[100]], rel=1e-5)
     one = run("mine.py:problem", "--weights", "step20.ckpt", "--probe", "grad_norm")
     assert one.returncode == 0 and "measured" in one.stdout and f"{right[20]:.4f}"[:5] in one.stdout and [*tmp_path.glob("runs*")] == [tmp_path / "runs"]
+    spread = run("mine:problem", "--weights", "step20.ckpt", "step100.ckpt", "--probe", "grad_norm", "--store", "others", "--csv")
+    assert spread.stdout == many.stdout                                      # as a shell spells step*.ckpt out
+    none = run("mine:problem", "--weights", "step20.ckpt", "--probe", "grad_variance")
+    assert none.returncode and not none.stdout and "--batch 128" in none.stderr
     bad = run("mine:nothing", "--weights", "step20.ckpt")
     assert bad.returncode == 2 and "has no 'nothing'" in bad.stderr and "Traceback" not in bad.stderr

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import roi_align
 
 from gradnb import (Batch, Dataset, Descent, FullBatch, GD, MiniBatch, Momentum, PROBES, Problem, Stream, build_model, check_problem, grad_variance,
                     load_dataset, sharpness, train, trajectory)
@@ -635,10 +636,15 @@ class BiasAlone(Base):
     def block(self, h): return F.layer_norm(self.b(h), (12,), weight=None, bias=self.shift)
 
 
+class Aligned(nn.Module):
+    def __init__(self): super().__init__(); self.conv, self.o = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(8, 10)
+    def forward(self, x): return self.o(roi_align(self.conv(x), [x.new_tensor([[0., 0., 7., 7.]])] * len(x), 2).flatten(1))
+
+
 def test_operations_without_second_derivatives_are_named():
     words = torch.randint(5, (20, 6), generator=Stream(3).generator())
     for module, data, says in ((made(Pooled, mode="max"), Dataset(words, words[:, 0] % 3, words, words[:, 0] % 3, 3, words=5), "no second derivative of embedding_bag"),
-                               (made(BiasAlone), DIGITS, "add the bias to what it returns")):
+                               (made(BiasAlone), DIGITS, "add the bias to what it returns"), (made(Aligned), DIGITS, "no second derivative of roi_align")):
         problem = Problem(module, "ce", data)
         assert problem.grad_and_loss(problem.theta0)[0].isfinite().all()
         with pytest.raises(TypeError, match=says): problem.hvp(problem.theta0, problem.theta0)

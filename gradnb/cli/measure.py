@@ -19,7 +19,7 @@ def add_measure(commands):
         description="Measure a training from its checkpoints: a series becomes a run of a store, one prints a table.",
         epilog="example: gradnb measure my_module:problem --weights 'ckpt/step*.safetensors' --probe sharpness:k=5")
     p.add_argument("problem", metavar="MODULE:NAME", help="a Problem in a module of yours, or a function that makes one: my_module:problem, folder/file.py:make")
-    p.add_argument("--weights", action="append", required=True, metavar="FILES", help="safetensors, or what torch.save wrote; with * and ?, quoted; may repeat")
+    p.add_argument("--weights", nargs="+", action="extend", required=True, metavar="FILE", help="safetensors, or what torch.save wrote; with * and ?, if the shell leaves them; may repeat")
     p.add_argument("--key", metavar="NAME", help="under which a checkpoint has the weights, as state_dict_ema (default: where its names are most like the problem's)")
     p.add_argument("--probe", action="append", default=[], metavar="NAME", help="what to measure, as sharpness:k=5; may repeat (default: sharpness)")
     p.add_argument("--steps", type=int, nargs="+", metavar="K", help="of the checkpoints (default: the last whole number in each file's name)")
@@ -64,6 +64,6 @@ def measure(args) -> int:
         run = measure_weights(problem, args.weights, args.probe or ("sharpness",), Store(args.store if kept else nowhere), args.name, args.steps, None, args.again, args.batch, args.seed, args.key)
         frame = run.frame()
         if len(frame) == 1: frame = frame.T.reset_index().set_axis(["measured", "value"], axis=1)
-        print(as_csv(frame) if args.csv else as_text(frame), end="" if args.csv else "\n")
+        if len(frame): print(as_csv(frame) if args.csv else as_text(frame), end="" if args.csv else "\n")
         if kept: print(f"{run.hash} {run.manifest['message']}, in {run.path}", file=sys.stderr)
         return int(run.status != "finished")

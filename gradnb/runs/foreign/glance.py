@@ -152,7 +152,7 @@ class Untold(Estimator, Rule):
     def refresh(self, state, *_): return state
 
     def sample(self, state, problem, stream):
-        raise TypeError(f"this loop draws its own batches, and how many examples it takes at a time was not said: {self.call}(…, batch_size=128).")
+        raise TypeError(f"this loop draws its own batches, and how many examples it takes at a time was not said: {self.call}(…, batch_size=128){', or --batch 128' if self.call != 'watch' else ''}.")
 
     def design(self, state, problem): self.sample(state, problem, None)
 
