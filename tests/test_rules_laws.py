@@ -20,7 +20,7 @@ from gradnb.measure.probes.view import every, probe
 from gradnb.runs.laws import check_rule, check_stepper, same, stored
 from gradnb.models import build_model
 from gradnb.problem import Problem
-from gradnb.ground.roles import RULES, Passing
+from gradnb.ground.roles import RULES, Passing, Rule, check_range
 from gradnb.ground.trees import flatten, unflatten
 from gradnb.move.rules.adam import Adam
 from gradnb.move.rules.ademamix import AdEMAMix
@@ -407,3 +407,20 @@ def test_a_rate_in_units_of_the_edge_is_that_rate(c, tmp_path):
     assert torch.equal(train(problem, stepper, 12, state=half)[0].theta, state.theta)
     spec = Spec("digits-60", "fc-tanh:width=4", "mse", PerSharpness(GD(c)), 3)
     assert Spec.from_json(spec.to_json()) == spec and Store(tmp_path).run(spec).manifest["status"] == "finished"
+
+
+def test_what_a_rule_of_ones_own_forgets_is_said():
+    @dataclass(frozen=True)
+    class Mine(Rule):
+        lr: float
+        def __post_init__(self): check_range(self, "lr", 0)
+        def step(self, state, blocks, grads):
+            moved = {k: b - self.lr * grads[k] for k, b in blocks.items()}
+            return moved if self.lr == 1 else ({k: v for k, v in moved.items() if k != "fc1.weight"}, state)
+    data = load_dataset("digits-60")
+    problem = Problem(build_model("fc-tanh:width=4", data), "ce", data)
+    with pytest.raises(TypeError, match="Mine.step must return two things, .* returned a dict"): train(problem, Descent(Mine(1.)), 1)
+    with pytest.raises(ValueError, match="Mine.step returned no block 'fc1.weight'"): train(problem, Descent(Mine(.5)), 1)
+    with pytest.raises(ValueError, match=r"got lr=np.float32\(0.5\); write lr=float\(lr\)"): Mine(np.float32(.5))
+    with pytest.raises(ValueError, match=r"loss mse_loss cannot read outputs of shape \(8, 10\) with targets of shape \(8,\)"):
+        Problem(build_model("fc-tanh:width=4", data), torch.nn.functional.mse_loss, data)

@@ -689,6 +689,7 @@ def test_a_word_for_what_is_wrong():
     opt = torch.optim.SGD(model.parameters(), .05)
     with pytest.raises(ValueError, match="moves no parameter of this network"): gradnb.watch(deepcopy(model), "mse", data, optimizer=opt)
     with pytest.raises(TypeError, match="has none"): gradnb.watch(type("Mine", (), dict(layout=None, grad_and_loss=None))())
+    with pytest.raises(TypeError, match="a network is a torch.nn.Module, got NoneType"): gradnb.watch(None, "mse", data)
     with pytest.raises(TypeError, match="torch.optim.Optimizer, or a list of several, got str"): gradnb.watch(model, "mse", data, optimizer="sgd")
     with pytest.raises(TypeError, match="say which"): gradnb.watch(model, "mse", data).attach()
     lbfgs = torch.optim.LBFGS(model.parameters())

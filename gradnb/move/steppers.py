@@ -81,7 +81,12 @@ class Descent:
             theta = state.theta.clone()
             rule = move(state.rule, layout.named(theta), grads)
         else:
-            blocks, rule = self.rule.step(state.rule, layout.named(state.theta), grads)
+            made = self.rule.step(state.rule, layout.named(state.theta), grads)
+            if not isinstance(made, tuple) or len(made) != 2:
+                raise TypeError(f"{type(self.rule).__name__}.step must return two things, (blocks by name, state), and returned a {type(made).__name__}; a rule that remembers nothing returns the state it was given.")
+            blocks, rule = made
+            if lost := [n for n in layout.names if n not in blocks]:
+                raise ValueError(f"{type(self.rule).__name__}.step returned no block {lost[0]!r}; one that it does not move is returned as it was.")
             theta = layout.join(blocks[n] for n in layout.names)
         return State(state.step + 1, theta, rule, state.estimator, buffers=state.settled)
 

@@ -138,7 +138,11 @@ class Risk:
         if self.per_example in LOSSES.values() and classes and out.shape[-1] < classes:
             raise ValueError(f"the network has {out.shape[-1]} outputs, and dataset {self.dataset.name!r} has {classes} classes; give its last "
                              f"layer {classes}.")
-        self.per_example = for_examples(self.per_example, out, y, self.dataset.y)
+        try: self.per_example = for_examples(self.per_example, out, y, self.dataset.y)
+        except (RuntimeError, IndexError) as e:
+            name = getattr(self.per_example, "__name__", type(self.per_example).__name__)
+            raise ValueError(f"the loss {name} cannot read outputs of shape {tuple(out.shape)} with targets of shape {tuple(y.shape)} and type {y.dtype} of dataset "
+                             f"{self.dataset.name!r}: {e}") from e
         self._check_slopes(network, x[:3], y[:3])
         return network
 

@@ -260,7 +260,7 @@ class Store:
         tables, failed = tables_of(self.root, name, {h: line for h, line in lines.items() if line["status"] not in UNREAD})
         for hash, line in lines.items():
             if hash not in tables and (hash in failed or line["status"] in UNREAD): say_left_out(hash, failed.get(hash, line["message"]))
-        if not tables: raise KeyError(f"no run in {self.root} has trace {name!r}" + f" and meets {filters}" * bool(filters) + ".")
+        if not tables: raise KeyError(f"no run in {self.root} has {'a trace' if name is None else f'trace {name!r}'}" + f" and meets {filters}" * bool(filters) + ".")
         beside = {*BESIDE} - {k for k in MARKS for h in tables if lines[h][k]}
         about = pd.DataFrame([{"run": h} | {k: v for k, v in lines[h].items() if k not in beside} for h in tables])
         words = [c for c in about if about[c].dtype.kind not in "biuf"]

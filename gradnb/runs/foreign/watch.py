@@ -312,7 +312,7 @@ def watch(
     if ready and (objective is not None or data is not None or more): raise TypeError(f"a Problem has its objective, its data and the rest; leave {', '.join(more) or 'them'} out.")
     def make():
         if ready: return model
-        if not any(hasattr(p, "to_local") for p in model.parameters()): return Problem(model, objective, data, **more)
+        if not (isinstance(model, nn.Module) and any(hasattr(p, "to_local") for p in model.parameters())): return Problem(model, objective, data, **more)
         from gradnb.problem.sharded import Sharded       # torch's FSDP takes half a second to import
         return Sharded(model, objective, data, **more)
     with untouched(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")): problem = make()
