@@ -249,7 +249,7 @@ def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, v
 # %% ../../nbs/02_linalg/02_krylov.ipynb #lanczos
 def _settle(B: Basis, k: int, guards: int, follow: int, tol: float, stream: Stream, budget: int, vectors: bool, keep: int) -> bool:
     "Searches until the beliefs of `_errors` hold, or the budget is paid."
-    worked, before = torch.zeros(B.limit + 1, dtype=torch.bool), (-inf, inf)
+    worked = torch.zeros(B.limit + 1, dtype=torch.bool)
     while True:
         theta, Y = B.ritz()
         c = k + guards
@@ -265,17 +265,12 @@ def _settle(B: Basis, k: int, guards: int, follow: int, tol: float, stream: Stre
         if B.sketch is not None and joint.values[worst] > 0: W = _ahead(B, joint, worst)
         if B.full:                                                           # thick restart
             again = _updated(B, joint, keep) if keep and B.most == inf else None
-            now = float(theta[:k].sum()), float(error.max())
-            if again is None and now[0] <= before[0] + allowed and now[1] > .9 * before[1]:      # an old sketch leads in circles
-                B.recall(None)
-                y, W = Y[worst], None
-            before = now
+            if again is None: y, W = Y[worst], None                          # the rows go, and with them what they said of the old sketch
             best = Y[:max(follow, min(follow + (B.limit - follow) // 3, (B.m + 1) // 3 if B.most < inf else B.m))]
             B.rotate(best)
             y = best @ y
-            if again is not None:
-                B.recall(again)
-                worked[:] = True
+            if B.sketch is not None: B.recall(again)
+            worked[:] = True
         if not open.any() or not (B.grow(y) if W is None else B.add(W)): B.add_random(stream)
 
 @full_precision()
