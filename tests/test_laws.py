@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradnb import (FromTorch, FullBatch, GD, Adam, Cosine, Descent, MiniBatch, Momentum, Piecewise, PROBES, Problem, RMSProp,
-                    Scheduled, build_model, check_estimator, check_probe, check_rule, check_stepper, every, load_dataset, probe,
-                    train, trajectory)
+from gradnb import (FromTorch, FullBatch, GD, Adam, Cosine, Descent, MiniBatch, Momentum, Piecewise, PROBES, Problem, RMSProp, Scheduled,
+                    build_model, check_estimator, check_probe, check_rule, check_stepper, every, load_dataset, probe, train, trajectory,
+                    Store, tail_index, threshold)
 
 RULES = [GD(0.05), Momentum(0.02), Momentum(0.02, 0.5, nesterov=True), Adam(0.01), RMSProp(0.01),
          FromTorch(torch.optim.SGD, lr=0.02, momentum=0.9), FromTorch(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
@@ -112,3 +112,12 @@ def test_two_rules_see_the_same_batches(problem):
         list(islice(trajectory(problem, Descent(rule, Spy(5))), 4))
     assert all(torch.equal(a, b) for a, b in zip(seen[:4], seen[4:], strict=True))
     assert not torch.equal(seen[0], seen[1])
+
+
+def test_a_probe_in_words_and_what_is_no_learning_rate_and_no_draws(tmp_path):
+    check_probe("sharpness:every=5")
+    with pytest.raises(ValueError, match="Did you mean 'sharpness'"): check_probe("sharpnes")
+    with pytest.raises(TypeError, match="is of a learning rate, got GD"): threshold(GD(.1))
+    with pytest.raises(TypeError, match="tail_index takes gradients .*example_grads"): tail_index(Problem(build_model("fc-tanh:width=4", data := load_dataset("digits-60")), "ce", data))
+    with Store(tmp_path).record("mine") as run:
+        with pytest.raises(ValueError, match=r"a step is a whole number ≥ 0; .* got \{'loss': 1.0\}"): run.log({"loss": 1.}, 3)

@@ -34,7 +34,7 @@ from ..ground.shared import everywhere, generators, moved, put_back, torch_stand
 from ..ground.streams import Stream
 from .foreign.glance import Unseen
 from .foreign.watch import watch
-from .training import train
+from .training import check_probes, train
 from ..ground.trees import flatten, leaves, unflatten
 
 # %% ../../nbs/08_runs/15_laws.ipynb #ground
@@ -356,13 +356,13 @@ def check_watched(
             "answers differently beside another probe in a loop that is not ours; draw from view.stream only.")
 
 def check_probe(
-    probe: Probe,                      # a probe
+    probe: Probe | str,                # a probe, or its words
     problem: Problem | None = None,    # where to try it; None: a small quadratic
     stepper: Stepper | None = None,    # with what; None: gradient descent on mini-batches
     steps: int = 20,                   # of the trial run
 ):
     "Raise RuntimeError or TypeError naming the law that a probe breaks, in a run of ours or in a loop that is not."
-    given = problem, stepper
+    given, (probe,) = (problem, stepper), check_probes((probe,))
     problem, stepper = problem or proving_ground(), stepper or Descent(GD(0.05), MiniBatch(8))
     other = Probe("another", every(3), lambda view: view.grads(2).norm())
     go = lambda *probes: train(problem, stepper, steps, probes, progress=False)

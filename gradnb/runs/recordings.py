@@ -137,10 +137,10 @@ class Recording(Run):
             if time.monotonic() - self._flushed > self.interval: self.flush()
 
     def _step(self, step) -> int:
-        try: step = index(step) if not isinstance(step, (bool, np.bool_)) else None
-        except TypeError: step = None
-        if step is None or not 0 <= step < 2**63: raise ValueError(f"a step is a whole number ≥ 0; run {self.hash} got {step!r:.60}.")
-        return step
+        try: k = index(step) if not isinstance(step, (bool, np.bool_)) else None
+        except TypeError: k = None
+        if k is None or not 0 <= k < 2**63: raise ValueError(f"a step is a whole number ≥ 0; run {self.hash} got {step!r:.60}.")
+        return k
 
     def _rows(self, values) -> dict:
         if not isinstance(values, Mapping): raise TypeError(f"log takes values by name, log(step, {{'loss': 0.3}}); run {self.hash} got {values!r:.200}.")

@@ -15,6 +15,7 @@ import torch
 from scipy.stats import binom, kstwobign
 from torch import Tensor
 from ...ground.estimate import Estimate, check_level, skewed_student
+from ...ground.roles import check_given
 from .magnitudes import CHUNK, MOST_ZEROS, NOT_FINITE, Magnitudes, TailRefusal, histogram, near_one
 from .methods import (EXTREME, KURTOSIS, SKEWNESS, STABLE, Histograms, dedh_error, inverse, jackknife, mohammadi, mohammadi22, student)
 
@@ -98,6 +99,7 @@ def tail_index(
 
 def _as_draws(x) -> Tensor:
     "The draws as a tensor. Raises ValueError unless they are (n,) or (n, p) of floating-point numbers."
+    check_given("tail_index", x, "draws")
     x = torch.as_tensor(x).detach()
     if x.ndim not in (1, 2) or not x.is_floating_point():
         raise ValueError("a tail index takes draws (n,) or (n, p) of floating-point numbers, "

@@ -21,7 +21,7 @@ from ...ground.layout import ROLES
 from ...linalg import Eigs, Sketch
 from ...problem import Point
 from ...ground.registry import Registry
-from ...ground.roles import FLOWS, State
+from ...ground.roles import FLOWS, Rule, State, Stepper
 from ...ground.streams import Stream
 
 # %% ../../../nbs/07_measure/04_thresholds/01_metrics.ipynb #threshold
@@ -33,6 +33,8 @@ def threshold(
     decay: float = 0.,        # a: what one step takes away from θ by decoupled weight decay, a share
 ) -> float:                   # an eigenvalue, in units of 1/lr
     "The largest eigenvalue at which momentum descent is stable on a quadratic; infinite for lr = 0."
+    if isinstance(lr, (Rule, Stepper)):
+        raise TypeError(f"threshold is of a learning rate, got {lr!r:.80}; the probe 'preconditioned_sharpness' has that of a rule as it stands, beside the sharpness in its metric.")
     size = lr * weight * (1 + 2 * beta * nesterov)
     return (2 - decay) * (1 + beta) / size if size else float("inf")
 
