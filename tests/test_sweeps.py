@@ -687,11 +687,12 @@ def test_what_could_mislead_is_flagged(tmp_path):
 
 
 def test_a_rule_that_answers_with_an_average_is_judged_there(tmp_path):
-    found = compare(WHITE, {"plain": GD(.3), "free": ScheduleFreeSGD(.3)}, (0, 1), (.5, 1.), budget=3, rounds=2, store=tmp_path)
-    problem, stepper, _ = replace(found.specs["task", "free", 64], seed=1).build()
+    found = compare(WHITE, ["gd:lr=0.3", free := ScheduleFreeSGD(.3)], (0, 1), (.5, 1.), budget=3, rounds=2, store=tmp_path)
+    assert found.table.rule.tolist() == ["gd:lr=0.3", repr(free)]
+    problem, stepper, _ = replace(found.specs["task", repr(free), 64], seed=1).build()
     state, _ = train(problem, stepper, 64, seed=1)
     there, elsewhere = (problem.evaluate(theta, "train").loss for theta in (average(problem, stepper, state), state.theta))
-    value = found.ends.query("rule == 'free' and horizon == 64 and seed == 1")["value"].item()
+    value = found.ends.query("rule != 'gd:lr=0.3' and horizon == 64 and seed == 1")["value"].item()
     assert value == pytest.approx(float(there), rel=1e-6) and value != pytest.approx(float(elsewhere), rel=1e-3)
 
 

@@ -36,9 +36,8 @@ def compare(args) -> int:
     if args.probe: raise ValueError("compare chooses its own looks; leave out --probe.")
     try: horizons = [float(v) for v in args.horizons.split(",")]
     except ValueError: raise ValueError(f"--horizons takes parts of the steps, such as 0.25,0.5,1; got {args.horizons!r}.") from None
-    rules = {word: RULES.build(word) for word in args.rule}
-    task = Spec(rule=next(iter(rules.values())), estimator=estimator, **problem_from(args))
-    found = race({args.dataset: task}, rules, range(args.seed, args.seed + args.seeds), horizons, budget=args.budget, store=args.store, device=args.device)
+    task = Spec(rule=RULES.build(args.rule[0]), estimator=estimator, **problem_from(args))
+    found = race({args.dataset: task}, args.rule, range(args.seed, args.seed + args.seeds), horizons, budget=args.budget, store=args.store, device=args.device)
     if args.csv: print(as_csv(found.table), end="")
     else: print(as_text(found.table[["rule", "steps", "low", "high", "seconds", "examples", "lr"]]) + "\n")
     print(printed(str(found), lines=True), file=sys.stderr if args.csv else sys.stdout)
