@@ -95,7 +95,7 @@ def generalized_sharpness_probe(
     every: int = 10,         # steps between measurements
     starts: int = 2,         # of the first ascent; later ones begin at the last direction
     tol: float = 1e-3,       # relative gain at which an ascent rests
-    most: float = 2.8,       # products, in those of a look at λ₁
+    most: float = 2.6,       # products, in those of a look at λ₁
 ) -> Probe:
     "max dᵀHd over the unit ball of a norm, between two bounds; columns low, high, products, dual (of ∇L), threshold (nan where no theory gives one)."
     check(norm)

@@ -140,7 +140,7 @@ def generalized_sharpness(
     tol: float = 1e-3,                      # relative gain at which an ascent rests; five times it, error of the eigenvalue
     max_steps: int = 30,                    # of an ascent; each takes a product a start
     warm: Tensor | Generalized | None = None,   # an earlier answer, or its direction (p,); then it takes the starts' place
-    most: float = 2.8,                      # products, in those of a search for λ₁
+    most: float = 2.6,                      # products, in those of a search for λ₁
     stream: Stream = Stream(),              # of the random starts
 ) -> Generalized:
     """max dᵀHd over the unit ball of a norm (Islamov et al. 2026), from both sides: S is between `low` and `high`.
@@ -181,7 +181,7 @@ def generalized_sharpness(
     high, sure = max(0., (plain.values + plain.errors)[0].item()) * constant, plain.converged
     d, Hd = d[:, 0], Hd[:, 0]
     off = (Hd - model(d)).norm() / Hd.norm()                                # of the model
-    up, cost, floor, was = known > 1e-6 * top, 3, min(max(FLOOR[0], off.item()), FLOOR[1]), inf
+    up, cost, floor, was = known > 1e-6 * top, 2, min(max(FLOOR[0], off.item()), FLOOR[1]), inf
     def seen_at_d():     # B (p, r) by columns, H at d
         B = [scaled(v) * (k / top) ** .5 for v, k in zip(seen[up.to(seen.device)], known[up].tolist())]
         return corrected(B, [d / (low / top) ** .5], [(Hd / (low ** .5 * top ** .5)).to(seen)])
