@@ -43,7 +43,7 @@ for names in sys.argv[1:]:
 
 LIGHT = """
 import sys
-import gradnb
+import gradnb, gradnb.cli.command
 print(*sorted({"torch", "numpy", "pandas", "matplotlib", "scipy"} & set(sys.modules)))
 """
 

@@ -9,7 +9,6 @@ __all__ = ['add_runs', 'condition', 'runs', 'verify', 'summary']
 import json
 import sys
 from .train import add_store
-from ..runs.spec import Imported, Spec
 
 # %% ../../nbs/11_cli/05_runs.ipynb #runs
 def add_runs(commands):
@@ -100,6 +99,7 @@ def verify(found: list) -> int:
 
 def summary(run) -> str:
     "A run in a line; what cannot be read of it is said in its place."
+    from gradnb.runs.spec import Imported, Spec
     try: s, status, tags = run.spec, run.status, "".join(f"  [{t}]" for t in run.about.get("tags", ()))
     except (ValueError, OSError): return "{0}  {status:11}  {message}".format(run.hash, **run.about)
     if isinstance(s, Spec): words = f"{s.dataset} {s.model} {s.loss} {s.rule} {s.estimator} steps={s.steps} seed={s.seed}"
