@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from gradnb import GD, Spec, Store
+from gradnb import GD, Spec, Store, grid
 from gradnb.cli import main
+from gradnb.ground.display import as_csv, as_text
+from gradnb.runs.sweeps.many import results
 
 GRADNB = Path(sys.executable).with_name("gradnb")
 LINE = "train --dataset digits-300 --model fc-tanh:width=10 --loss mse --rule momentum:beta=0.9 --lr 0.01 --batch 32 --probe sharpness:every=50"
@@ -227,17 +229,15 @@ def test_numbers_that_are_none_are_refused_by_name(words, says, tmp_path, capsys
 @pytest.mark.parametrize("name", ["digits\x1b[31mred", "digits\n0123456789abcdef  finished", "a\u202eb", "=1+1", "+1", "@x", "a\rb", "a\u2028b", "\x00"])
 def test_names_are_shown_as_names(name, tmp_path, capsys):
     "A stranger's run and a grid: one line each, nothing that a terminal obeys, nothing that a spreadsheet computes."
-    from gradnb import GD, Spec
     spec = Spec(name, "fc", "ce", GD(.1), 3)
     (tmp_path / spec.hash).mkdir()
     (tmp_path / spec.hash / "spec.json").write_text(spec.to_json())
     assert main(["runs", "list", "--store", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 1 and out.rstrip("\n").isprintable() and out.startswith(spec.hash)
-    sweep = ["sweep", "--dataset", name, "--lr", ".1", "--axis", "seed=0,1", "--dry-run", "--store", str(tmp_path / "s")]
-    assert main([*sweep, "--csv"]) == 0
-    out = capsys.readouterr().out
-    assert len(out.splitlines()) == 3 and all(line.isprintable() and not line.startswith(tuple("=+-@")) for line in out.splitlines())
-    assert main(sweep) == 0 and len(capsys.readouterr().out.splitlines()) == 3
-    main(["train", "--dataset", name, "--lr", ".1", "--store", str(tmp_path / "s")])
-    assert all(line.isprintable() for line in capsys.readouterr().err.splitlines())
+    table = results(grid(spec, seed=(0, 1)), Store(tmp_path / "s")).drop(columns="error")
+    for lines in (as_csv(table).splitlines(), as_text(table).splitlines()):
+        assert len(lines) == 3 and all(line.isprintable() and not line.startswith(tuple("=+-@")) for line in lines)
+    for words in (["train"], ["sweep", "--axis", "seed=0,1", "--dry-run"]):
+        assert main([*words, "--dataset", name, "--lr", ".1", "--store", str(tmp_path / "s")]) == 2
+        assert all(line.isprintable() for line in capsys.readouterr().err.splitlines())
