@@ -168,9 +168,10 @@ def check_number(
     whole: bool = False, # must it be a whole number?
 ):
     "Refuse an argument outside [low, high), one that is no number, and one that is too large to be a float."
-    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value < high
+    kind = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    fits = kind and low <= value < high
     if not fits or not whole and abs(value) > sys.float_info.max:
-        raise ValueError(f"{who} needs {'a whole number ' * whole}{low:g} ≤ {name} < {high:g}, got {name}={value!r:.60}" + f"; write {name}=float({name})" * hasattr(value, "item") + ".")
+        raise ValueError(f"{who} needs {'a whole number ' * whole}{low:g} ≤ {name} < {high:g}, got {name}={value!r:.60}" + f"; write {name}={'int' if whole else 'float'}({name})" * (hasattr(value, "item") and not kind) + ".")
 
 def check_given(
     who: str,       # the function that was called
