@@ -687,8 +687,10 @@ def test_what_could_mislead_is_flagged(tmp_path):
 
 
 def test_a_rule_that_answers_with_an_average_is_judged_there(tmp_path):
-    found = compare(WHITE, ["gd:lr=0.3", free := ScheduleFreeSGD(.3)], (0, 1), (.5, 1.), budget=3, rounds=2, store=tmp_path)
+    how = dict(seeds=(0, 1), horizons=(.5, 1.), budget=3, rounds=2, store=tmp_path)
+    found = compare(WHITE, ["gd:lr=0.3", free := ScheduleFreeSGD(.3)], **how)
     assert found.table.rule.tolist() == ["gd:lr=0.3", repr(free)]
+    assert compare(WHITE, {"plain": "gd:lr=0.3", "free": free}, **how).table.rule.tolist() == ["plain", "free"]
     problem, stepper, _ = replace(found.specs["task", repr(free), 64], seed=1).build()
     state, _ = train(problem, stepper, 64, seed=1)
     there, elsewhere = (problem.evaluate(theta, "train").loss for theta in (average(problem, stepper, state), state.theta))

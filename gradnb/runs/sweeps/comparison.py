@@ -132,7 +132,7 @@ def target(
 @held()
 def compare(
     tasks: Spec | dict[str, Spec],   # by name: its loss_goal or acc_goal is the target, its steps the longest horizon; its rule is not used
-    rules: dict[str, Rule] | Iterable[Rule | str],   # each with the learning rate where tuning begins; by name, else called as they are written
+    rules: dict[str, Rule | str] | Iterable[Rule | str],   # each with the learning rate where tuning begins; by name, else called as they are written
     seeds: Iterable[int] = (0, 1, 2, 3, 4),   # that count
     horizons: Iterable[float] = (.25, .5, 1.),    # parts of a task's steps
     schedule: Callable = Cosine,     # steps → step → factor, zero at the end
@@ -147,7 +147,8 @@ def compare(
 ) -> Comparison:
     "Compare rules by steps, seconds and gradients to a target. Raises ValueError on what cannot be compared."
     tasks, seeds, store = {"task": tasks} if isinstance(tasks, Spec) else tasks, tuple(seeds), store if isinstance(store, Store) else Store(store)
-    if not hasattr(rules, "values"): rules = {r if isinstance(r, str) else repr(r): RULES.build(r) if isinstance(r, str) else r for r in rules}
+    if not hasattr(rules, "items"): rules = {r if isinstance(r, str) else repr(r): r for r in rules}
+    rules = {name: RULES.build(r) if isinstance(r, str) else r for name, r in rules.items()}
     if len(rules) < 2 or not all(isinstance(r, Rule) for r in rules.values()): raise ValueError(f"a comparison is of two rules or more, got {rules!r:.200}.")
     if len(set(seeds)) < max(2, len(seeds)) or {*seeds} & {*tuning}: raise ValueError(f"a comparison needs two seeds or more, each once, and none that tunes, got seeds={seeds} and tuning={tuple(tuning)}.")
     goals = {name: target(name, task) for name, task in tasks.items()}
