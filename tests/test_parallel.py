@@ -474,6 +474,17 @@ def test_what_a_process_holds_falls_as_their_number(n, tmp_path):
         assert 14 / n < most < 20 / n and longest < 2.6 / n             # a shard's vector in float64, and a little
 
 
+def test_pieces_are_held_until_other_ones_are_met():
+    from gradnb.problem.sharded import Held
+    held, x = Held(), torch.tensor([-1., 2.])
+    with held: torch.relu(x)
+    with held: assert torch.relu(-x).tolist() == [0, -2]
+    with pytest.raises(KeyboardInterrupt), held: raise KeyboardInterrupt
+    assert not held.lost
+    with held: pass
+    assert held.lost
+
+
 def test_what_cannot_be_sharded_says_so():
     from gradnb.problem.sharded import Sharded
     with pytest.raises(TypeError, match="'weight' is a plain tensor"): Sharded(torch.nn.Linear(2, 2), lambda model: 0.)

@@ -137,9 +137,9 @@ class Held(TorchFunctionMode):
         self.at = 0
         return super().__enter__()
 
-    def __exit__(self, *raised):
-        super().__exit__(*raised)
-        self.lost, self.known = self.lost or self.at != len(self.noted), True
+    def __exit__(self, kind, *raised):
+        super().__exit__(kind, *raised)
+        if kind is None: self.lost, self.known = self.lost or self.at != len(self.noted), True
 
     def piece(self, x: Tensor, which: Callable[[], Tensor]) -> Tensor:
         "On which pieces this input lies, or lay."
@@ -199,7 +199,9 @@ class Sharded:
         self.weights = [1.] if self.alone else self._weigh(size)
         self._clear()
 
-    def _clear(self): self.width, self.spent, self._known, self._held, self._there = None, [], None, None, None       # of differences; squares of the errors of the products so far; at which θ the rest is known
+    def _clear(self):
+        self.width, self.spent = None, []                               # of differences; squares of the errors of the products so far
+        self._known, self._held, self._there = None, None, None         # gradient and loss; pieces; at which θ both are known
 
     def __getattr__(self, name: str):
         raise AttributeError(f"a sharded model has no {name!r}: it gives losses, gradients of batches and Hessian products, and what is made of these; "
@@ -365,9 +367,9 @@ class Sharded:
         "H(θ) u by differences, and what those at two widths are apart."
         self._arrive()
         if self._held is None:
-            self._held = Held()
-            self._gradient(held=self._held)
-            self._agreed["kinks"] = tuple(sorted(self._held.names))
+            held = Held()
+            self._gradient(held=held)
+            self._held, self._agreed["kinks"] = held, tuple(sorted(held.names))
         if self.width is None: self._choose(u)
         near, far = (self._difference(u, h) for h in (self.width, 2 * self.width))
         apart = near - far
