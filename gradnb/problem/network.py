@@ -90,7 +90,7 @@ class Unmixed(TorchFunctionMode):
 # %% ../../nbs/05_problem/01_network.ipynb #defaults
 class Defaults(TorchFunctionMode):
     "Inside, tensors made of numbers have this precision where none is said."
-    _FLOATS = {torch.zeros, torch.ones, torch.empty, torch.eye, torch.rand, torch.randn, torch.linspace, torch.logspace, torch.fft.fftfreq, torch.fft.rfftfreq,
+    _FLOATS = {torch.zeros, torch.ones, torch.empty, torch.eye, torch.rand, torch.randn, torch.normal, torch.linspace, torch.logspace, torch.fft.fftfreq, torch.fft.rfftfreq,
                torch.hann_window, torch.hamming_window, torch.scalar_tensor}
     _NUMBERS = {torch.full, torch.arange, torch.tensor, torch.as_tensor, torch.asarray}      # floating if what they are made of is
 
@@ -100,7 +100,7 @@ class Defaults(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, own = kwargs or {}, {}
-        if func in self._FLOATS | self._NUMBERS and not kwargs.get("dtype") and not any(hasattr(a, "dtype") for a in args):
+        if (func in self._FLOATS or func in self._NUMBERS) and not kwargs.get("dtype") and not any(hasattr(a, "dtype") for a in (*args, *kwargs.values())):
             self.met = True
             if self.dtype and (func in self._FLOATS or func(*args, **kwargs).is_floating_point()): own = {"dtype": self.dtype}
         return func(*args, **{**kwargs, **own})
@@ -535,18 +535,17 @@ class Network:
     def _asked(self, module, x, hush):
         "The outputs; whoever else is called has copies of its buffers until then."
         ask = self._ask or (lambda module, x: module(x))
-        asked = {"makes": self.makes is None or self.makes and self.dtype, "hush": hush, "fused": self.fused is None or self.fused and _Twice.depth > 0, "casts": self.casts is not False}
-        if not any(asked.values()) and self.lends is False: return ask(module, x)
+        needed = {"makes": self.makes is None or self.makes and self.dtype, "hush": hush, "fused": self.fused is None or self.fused and _Twice.depth > 0, "casts": self.casts is not False}
+        if not any(needed.values()) and self.lends is False: return ask(module, x)
         modes = {"makes": Defaults(self.dtype), "hush": Hush(), "fused": Plain(), "casts": Unmixed(self.device)}
-        modes = {name: mode for name, mode in modes.items() if asked[name]}
-        under = Under(*modes.values())
+        under = Under(*(mode for name, mode in modes.items() if needed[name]))
         if self.fresh and under.modes:
             for m in module.modules(): m.forward = under(m.forward)
         with under, lending(module.modules()) if self.lends is not False else nullcontext() as lent:
             try: return ask(module, x)
             finally:
-                for name, mode in modes.items():
-                    if getattr(self, name) is None and mode.met: setattr(self, name, True)
+                for name in ("makes", "fused", "casts"):
+                    if getattr(self, name) is None and modes[name].met: setattr(self, name, True)
                 if self.lends is not False: self.lends = self.lends or bool(lent) or None
 
     def _quiet(self, params, x, buffers):
