@@ -18,7 +18,7 @@ from ...ground.roles import Rule
 
 # %% ../../../nbs/06_move/02_rules/01_inplace.ipynb #inplace
 def scaling(multiply):    # torch._foreach_mul, or in place
-    "Tensors times a number, which torch would make a tensor for each of them."
+    "Tensors times a number, which is made a tensor once; torch makes it one for each of them."
     def mul(tensors, c):
         if type(c) is float and tensors[0].is_cpu and {t.dtype for t in tensors} in ({torch.float32}, {torch.float64}): c = torch.tensor(c, dtype=tensors[0].dtype)
         return multiply(tensors, c)
