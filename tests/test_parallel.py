@@ -385,13 +385,17 @@ KINKED = textwrap.dedent("""
     import sys, torch
     from torch import nn
     from torch.distributed.fsdp import fully_shard
+    from torch.utils.checkpoint import checkpoint
     from gradnb import sharpness
     from gradnb.problem.parallel import rank, together
     from gradnb.problem.sharded import Sharded
 
+    class Again(nn.Sequential):
+        def forward(self, x): return checkpoint(super().forward, x, use_reentrant=False)
+
     def build(kind):
         torch.manual_seed(0)
-        if kind == "mlp": return nn.Sequential(nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, 12), nn.LeakyReLU(.1), nn.Linear(12, 4), nn.Hardtanh(-2, 2))
+        if kind != "cnn": return {"mlp": nn.Sequential, "again": Again}[kind](nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, 12), nn.LeakyReLU(.1), nn.Linear(12, 4), nn.Hardtanh(-2, 2))
         return nn.Sequential(nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 6, 2), nn.ReLU6(), nn.Flatten(), nn.Linear(24, 4))
 
     def data(): return torch.randn(200, 36, generator=torch.Generator().manual_seed(1)), torch.arange(200) % 4
@@ -400,7 +404,7 @@ KINKED = textwrap.dedent("""
         with together():
             (mine, n), out = rank(), {}
             x, y = (t.chunk(n)[mine] for t in data())
-            for kind in ("mlp", "cnn"):
+            for kind in ("mlp", "again", "cnn"):
                 net, calls = build(kind), []
                 for layer in net:
                     if [*layer.parameters()]: fully_shard(layer)
@@ -420,14 +424,14 @@ KINKED = textwrap.dedent("""
 
 
 def test_differences_keep_to_the_pieces_of_relus(tmp_path):
-    "Networks of ReLUs, leaky ones, clipped ones and max pooling under FSDP: λ₁ of the dense Hessian in float64 lies in a narrow interval."
+    "Networks of ReLUs, leaky ones, clipped ones and max pooling under FSDP, computed again in the backward pass or not: λ₁ of the dense Hessian in float64 lies in a narrow interval."
     (tmp_path / "kinked.py").write_text(KINKED)
     torchrun(tmp_path / "kinked.py", tmp_path)
     made = {"__name__": "kinked"}
     exec(KINKED, made)
     got = torch.load(tmp_path / "0.pt", weights_only=True)
     for kind, seen in got.items():
-        net, (x, y) = made["build"](kind.split()[0]).double(), made["data"]()
+        net, (x, y) = made["build"](kind.split()[0].replace("again", "mlp")).double(), made["data"]()
         names, shapes, sizes = zip(*((k, p.shape, p.numel()) for k, p in net.named_parameters()))
         theta = torch.cat([seen["theta"][k].double().reshape(-1) for k in names])
         def loss(t): return torch.nn.functional.cross_entropy(torch.func.functional_call(net, {k: b.view(s) for k, s, b in zip(names, shapes, t.split(sizes))}, x.double()), y)

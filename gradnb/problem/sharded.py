@@ -307,7 +307,8 @@ class Sharded:
 
     def _gradient(self, u: Tensor | None = None, h: float = 0., held=nullcontext()) -> tuple[Tensor, Tensor]:
         with self.untouched(u, h) as params, held:
-            for loss in self._losses(): loss.backward()
+            for loss in self._losses():           # loss.backward(), but that modes hold inside, for what checkpoints compute again
+                torch.autograd.Variable._execution_engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
             return self.layout.join(p.grad for p in params), self.total(torch.tensor(self._own, dtype=torch.float64)) / self.share[1]
 
     def finite(self, size: float, what: str):
