@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from ..data.samples import Sample, size_of, tensors
+from ..ground.files import say_once
 from ..ground.parts import Parts
 from ..ground.streams import Stream
 from ..models.objectives import Objective, posed
@@ -404,7 +405,9 @@ class Sharded:
             is_slope = exact is not None and self._is_slope(exact, out, apart)
             if is_slope is not None: self._agreed["twice"] = is_slope
             if is_slope: return exact, 0.
-        return out, inf if self.total(torch.tensor(float(self._held.lost))) else 2 * self.length(apart)
+        if not self.total(torch.tensor(float(self._held.lost))): return out, 2 * self.length(apart)
+        say_once(("pieces", id(self)), "other piecewise linear functions are called beside θ than at θ (a mixture of experts?), so that differences of gradients may cross any kink: no error of theirs is known.")
+        return out, inf
 
     def hvp(self,
         v: Tensor,       # direction (s,), or a block of them (s, k)

@@ -7,7 +7,7 @@ __all__ = ['partition_grads', 'on_split', 'paired_noise', 'pairs', 'noise_norms'
            'noise_index']
 
 # %% ../../../nbs/07_measure/03_tail/10_noise.ipynb #imports
-import warnings
+import re
 from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import replace
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from ...ground.estimate import Estimate, in_unit, to_unit
 from ...ground.draws import Draws
+from ...ground.files import say_once
 from ...ground.roles import Batch
 from ...ground.streams import Stream
 from .controls import control_row, gaussian_surrogate
@@ -95,10 +96,10 @@ def index_or_nan(
     method: str,             # as for tail_index
     m: int | None = None,    # as for tail_index
 ) -> dict[str, float]:       # value, stderr, low, high
-    "The tail index; where these draws have none, nan, with a warning that says why."
+    "The tail index; where these draws have none, nan, with a warning that says why, each reason once."
     try: return tail_index(x, method, m)._asdict()
     except TailRefusal as e:
-        warnings.warn(f"these draws have no tail index, and nan stands for it: {e}", RuntimeWarning, stacklevel=3)
+        say_once(("tail_index", re.sub(r"\d[\d.,]*", "", str(e))), f"these draws have no tail index, and nan stands for it, here and wherever it is so again: {e}")
         return dict.fromkeys(Estimate._fields, nan)
 
 def noise_index(
