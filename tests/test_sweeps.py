@@ -705,7 +705,7 @@ def test_gradients_of_a_step_are_counted():
 
 
 @pytest.mark.parametrize("task, rules, more, says", [
-    (WHITE, {"a": GD(.1)}, {}, "two rules"), (WHITE, {"a": GD(.1), "b": "adam"}, {}, "two rules"), (replace(WHITE, loss_goal=None), {}, {}, "loss_goal"),
+    (WHITE, {"a": GD(.1)}, {}, "two rules"), (WHITE, {"a": GD(.1), "b": 3}, {}, "two rules"), (replace(WHITE, loss_goal=None), {}, {}, "loss_goal"),
     (replace(WHITE, dataset="digits", acc_goal=.9), {}, {}, "not both"), (WHITE, {}, dict(seeds=(0,)), "two seeds"), (WHITE, {}, dict(seeds=(-1, 0)), "none that tunes"),
     (WHITE, {}, dict(horizons=(1.,)), "between horizons"), (replace(WHITE, steps=1), {}, {}, "between horizons"), (WHITE, {}, dict(horizons=(.5, 2.)), "parts of")])
 def test_what_cannot_be_compared_is_refused_before_any_run(tmp_path, task, rules, more, says):
