@@ -83,7 +83,7 @@ class Descent:
         else:
             made = self.rule.step(state.rule, layout.named(state.theta), grads)
             if not isinstance(made, tuple) or len(made) != 2:
-                raise TypeError(f"{type(self.rule).__name__}.step must return two things, (blocks by name, state), and returned a {type(made).__name__}; a rule that remembers nothing returns the state it was given.")
+                raise TypeError(f"{type(self.rule).__name__}.step must return two things, (blocks by name, state), and returned a {type(made).__name__}{f' of {len(made)}' if isinstance(made, tuple) else ''}; a rule that remembers nothing returns the state it was given.")
             blocks, rule = made
             if lost := [n for n in layout.names if n not in blocks]:
                 raise ValueError(f"{type(self.rule).__name__}.step returned no block {lost[0]!r}; one that it does not move is returned as it was.")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'MARKS', 'BESIDE', 'Unreadable', 'Newer', 'encode', 'as_float', 'unused', 'newest', 'decode', 'canonical',
-           'Identity', 'lacks', 'flat_fields', 'named_fields', 'usable', 'Spec', 'Imported', 'Elsewhere']
+           'Identity', 'lacks', 'flat_fields', 'named_fields', 'usable', 'Spec', 'check_specs', 'Imported', 'Elsewhere']
 
 # %% ../../nbs/08_runs/03_spec.ipynb #imports
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from hashlib import sha256
 from math import inf, isfinite
@@ -216,10 +216,6 @@ class Spec(Identity):
         if isinstance(self.rule, Stepper) and self.estimator != FullBatch():
             raise ValueError(f"a flow follows the gradient of all examples; leave out the estimator {self.estimator!r}.")
 
-    def check_words(self):
-        "Raises ValueError where a name means nothing here; what it stands for is not made."
-        read_name(self.dataset), MODELS[parse_call(self.model)[0]], LOSSES[self.loss], check_probes(self.probes)
-
     def build(self,
         device: str = "cpu",   # where to compute; no part of the run's identity
     ):
@@ -233,6 +229,13 @@ class Spec(Identity):
         probes = check_probes(self.probes)
         Watching(problem, stepper, self.steps, probes, self.seed, self.loss_goal, self.acc_goal, self.goal_every)     # refuses goals that are never met
         return problem, stepper, probes
+
+def check_specs(
+    specs: Iterable[Spec],
+):
+    "Raises ValueError where a name in one of them means nothing here; what it stands for is not made."
+    for s in {(s.dataset, s.model, s.loss, s.probes): s for s in specs}.values():
+        read_name(s.dataset), MODELS[parse_call(s.model)[0]], LOSSES[s.loss], check_probes(s.probes)
 
 # %% ../../nbs/08_runs/03_spec.ipynb #imported
 @dataclass(frozen=True)

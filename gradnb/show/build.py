@@ -33,7 +33,7 @@ from ..ground.registry import unknown
 from ..ground.roles import check_number
 from ..problem.graphs import fields
 from ..runs import Run, Spec, Store
-from ..runs.spec import usable
+from ..runs.spec import check_specs, usable
 from ..runs.run import is_done
 from ..runs.writing import full_disk
 from ..runs.sweeps.many import sweep
@@ -167,15 +167,18 @@ def plan_figures(
     folder: str | Path | None,      # of the notebooks; None: those that come with gradnb
 ) -> tuple[list[Plan], list[FigureResult]]:     # and figures whose specs cannot be made
     "What is wanted. Raises ValueError on an unknown figure or parameter, OSError where nothing can be written."
-    known = find_figures(folder)
+    notebooks = find_figures(folder)
     for name in names or ():
-        if name not in known: raise unknown("figure", name, known)
-    settings = {name: set_parameters(known[name], size, params) for name in dict.fromkeys(names or known)}
+        if name not in notebooks: raise unknown("figure", name, notebooks)
+    settings = {name: set_parameters(notebooks[name], size, params) for name in dict.fromkeys(names or notebooks)}
     for place in (*(out / name for name in settings), *([] if store.root.is_dir() else [store.root])): writable(place)
     plans, failed = [], []
     for name, chosen in settings.items():
-        try: plans.append(Plan(known[name], out / name, chosen, figure_specs(known[name], chosen)))
-        except Exception as e: failed.append(FigureResult(name, out / name, 0., error=explain(e, known[name]), drawn=False))
+        try:
+            plan = Plan(notebooks[name], out / name, chosen, figure_specs(notebooks[name], chosen))
+            check_specs(missing_runs([plan], store).values())
+            plans.append(plan)
+        except Exception as e: failed.append(FigureResult(name, out / name, 0., error=explain(e, notebooks[name]), drawn=False))
     return plans, failed
 
 def missing_runs(plans: Iterable[Plan], store: Store) -> dict[str, Spec]:

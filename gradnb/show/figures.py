@@ -130,7 +130,7 @@ def figure_specs(
     path: Path,               # a figure notebook
     params: dict,             # overrides of its parameters
 ) -> dict[str, Spec]:         # the runs that it draws, by its own names for them
-    "Execute a notebook's `parameters` and `specs` cells. Raises TypeError unless they end with a dict of specs, ValueError where one names what is not known."
+    "Execute a notebook's `parameters` and `specs` cells. Raises TypeError unless they end with a dict of specs."
     space = {"__name__": "__main__"}
     exec(compile(tagged(path, "parameters"), f"{path.name}[parameters]", "exec"), space)
     space |= params
@@ -138,7 +138,6 @@ def figure_specs(
     specs = space.get("specs")
     if not isinstance(specs, dict) or not all(isinstance(s, Spec) for s in specs.values()):
         raise TypeError(f"the `specs` cell of {path.name} must define specs: dict[str, Spec], got {specs!r:.80}.")
-    for spec in specs.values(): spec.check_words()
     return specs
 
 # %% ../../nbs/09_show/03_figures.ipynb #read

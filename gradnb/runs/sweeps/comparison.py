@@ -147,6 +147,7 @@ def compare(
 ) -> Comparison:
     "Compare rules by steps, seconds and gradients to a target. Raises ValueError on what cannot be compared."
     tasks, seeds, store = {"task": tasks} if isinstance(tasks, Spec) else tasks, tuple(seeds), store if isinstance(store, Store) else Store(store)
+    if isinstance(rules, (Rule, str)): rules = [rules]
     if not hasattr(rules, "items"): rules = {r if isinstance(r, str) else repr(r): r for r in rules}
     rules = {name: RULES.build(r) if isinstance(r, str) else r for name, r in rules.items()}
     if len(rules) < 2 or not all(isinstance(r, Rule) for r in rules.values()): raise ValueError(f"a comparison is of two rules or more, got {rules!r:.200}.")

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ...data.sources import held
 from ...ground.roles import check_number
 from .. import Run, Spec, Store
-from ..spec import usable
+from ..spec import check_specs, usable
 from ..run import is_done
 from .engines import ENGINES, Here, Pool, Worker, notebooks_own, plugins, through
 from .grid import unique
@@ -78,7 +78,7 @@ def sweep(
     engine = as_engine(engine)
     if isinstance(engine, (Here, Pool)): usable(device)          # others compute elsewhere
     todo = [s for s in specs if not is_done(Run(store.root / s.hash))]
-    for s in {(s.dataset, s.model, s.loss, s.probes): s for s in todo}.values(): s.check_words()
+    check_specs(todo)
     if dry_run: return results(todo, store)
     worker = Worker(str(store.root.resolve()), device, interval, plugins(), wait, own=b"" if isinstance(engine, Here) else notebooks_own())
     errors, again = {}, todo
