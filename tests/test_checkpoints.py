@@ -164,6 +164,16 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_distributed_checkpoint_is_refused_with_what_makes_a_file_of_it(tmp_path):
+    dcp, utils = (pytest.importorskip(f"torch.distributed.checkpoint{part}") for part in ("", ".format_utils"))
+    net, folder = network(), tmp_path / "step70"
+    dcp.save({"model": net.state_dict()}, checkpoint_id=folder, no_dist=True)
+    with pytest.raises(ValueError, match=r"step70 is of torch.distributed.checkpoint, whose index is a pickle, .*dcp_to_torch_save\('.*step70', '.*step70.pt'\)"): read_weights(folder)
+    utils.dcp_to_torch_save(folder, tmp_path / "step70.pt")
+    problem = Problem(net, "ce", DATA)
+    assert torch.equal(find_weights(problem, read_weights(tmp_path / "step70.pt"), "step70").theta, problem.theta0)
+
+
 def test_a_broken_file_costs_itself_only(tmp_path):
     problem = Problem(network(), "ce", DATA)
     for step in (1, 2, 3): save_file(network(step).state_dict(), tmp_path / f"step_{step}.safetensors")

@@ -6,7 +6,7 @@ from torch import nn
 
 from gradnb.data import Dataset
 from gradnb.measure.noise.spread import Spread, grad_variance, noise_scale
-from gradnb.problem.network import drawing
+from gradnb.problem.modes import drawing
 from gradnb.problem.layers import Convolution, Layer, Linear
 from gradnb.models import build_model
 from gradnb.problem import Problem, Quadratic

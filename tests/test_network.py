@@ -23,7 +23,7 @@ from gradnb.measure.noise.coordinates import Moments, gsnr
 from gradnb.measure.noise.spread import Spread, noise_scale
 from gradnb.move.estimators.sam import SAM
 from gradnb.problem.designs import exact_variance
-from gradnb.problem.network import drawing
+from gradnb.problem.modes import drawing
 from gradnb.runs.laws import check_stepper
 
 DIGITS = load_dataset("digits-200")

@@ -5,7 +5,7 @@ from torch import nn
 
 from gradnb import GD, PROBES, Batch, Descent, MiniBatch, Problem, Stream, load_dataset, train
 from gradnb.ground.roles import ESTIMATORS, RULES
-from gradnb.problem.network import drawing
+from gradnb.problem.modes import drawing
 
 
 class Odd(nn.Module):

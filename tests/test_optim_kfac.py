@@ -9,7 +9,7 @@ from torch import nn
 
 from gradnb import Descent, MiniBatch, Problem, load_dataset, optim, trajectory
 from gradnb.move.faces.estimated import Estimated
-from gradnb.problem.network import drawing
+from gradnb.problem.modes import drawing
 from gradnb.move.rules.kfac import KFAC
 from gradnb.ground.streams import Stream
 

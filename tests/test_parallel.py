@@ -18,7 +18,7 @@ SCRIPT = textwrap.dedent("""
     import sys, torch
     from torch import nn
     from gradnb import Batch, Descent, MiniBatch, Momentum, PROBES, Problem, build_model, load_dataset, train
-    from gradnb.problem.network import drawing
+    from gradnb.problem.modes import drawing
     from gradnb.problem.parallel import rank, split, together
     from gradnb.move.rules.kfac import KFAC
     from gradnb.ground.streams import Stream

@@ -16,7 +16,7 @@ from gradnb.linalg import lanczos
 from gradnb.problem.audit import slopes
 from gradnb.problem.graphs import free_memory
 from gradnb.problem.likelihood import sample_targets
-from gradnb.problem.network import drawing
+from gradnb.problem.modes import Defaults, drawing
 from gradnb.measure.probes.view import PROBES
 from gradnb.runs.foreign.glance import untouched
 
@@ -508,7 +508,7 @@ def test_tensors_that_a_network_makes_are_in_the_precision_of_its_copy():
     out = problem.network.to(torch.float64)({k: b.double() for k, b in theta.items()}, x.double())
     net.double().said["dtype"] = torch.float64
     torch.testing.assert_close(out, net(x.double()), rtol=1e-14, atol=1e-14)
-    assert problem.network.makes and torch.zeros(1).dtype == problem.network(theta, x).dtype == torch.float32
+    assert Defaults in problem.network.met and torch.zeros(1).dtype == problem.network(theta, x).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

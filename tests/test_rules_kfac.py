@@ -6,7 +6,7 @@ from torch import nn
 
 from gradnb import Descent, MiniBatch, Momentum, PROBES, Problem, Stream, View, load_dataset, trajectory
 from gradnb.runs.laws import check_rule, check_stepper
-from gradnb.problem.network import drawing
+from gradnb.problem.modes import drawing
 from gradnb.move.rules.kfac import KFAC, estimate_factors, estimate_moments, positions
 from gradnb.move.rules.schedule import Cosine, Scheduled
 

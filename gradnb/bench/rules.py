@@ -21,7 +21,7 @@ from .train import images
 from ..data import Dataset
 from ..move.estimators.minibatch import MiniBatch
 from ..models import build_model
-from ..problem.network import drawing
+from ..problem.modes import drawing
 from ..problem import Problem
 from ..move.rules.adam import Adam
 from ..move.rules.lamb import LAMB

@@ -28,7 +28,7 @@ ROOMS = {
     "models": Room("What learns: architectures of the source studies, first weights, losses.",
                    (*_GROUND, "data"), ("03_build", "05_fc", "01_losses")),
     "problem": Room("What is minimised, what goes through its layers, and its derivatives.",
-                    _BELOW[:-1], ("08_risk", "10_derivatives", "07_point")),
+                    _BELOW[:-1], ("10_risk", "12_derivatives", "09_point")),
     "move": Room("How parameters move: gradient estimators, rules, steppers, flows, and rules as torch optimizers.",
                  _BELOW, ("01_estimators/01_minibatch", "02_rules/02_gd", "03_steppers")),
     "measure": Room("What is measured, without disturbing: noise, curvature, tails, thresholds, flatness, and probes of them.",

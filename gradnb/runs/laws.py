@@ -22,7 +22,7 @@ from ..move.estimators.minibatch import MiniBatch
 from ..measure.probes.view import Probe, every
 from ..problem import Problem, Quadratic
 from ..problem.graphs import disagrees, wrong_slopes
-from ..problem.network import copied, scattered
+from ..problem.modules import copied, scattered
 from ..problem.seconds import central, skew
 from ..ground.roles import Batch, Estimator, Rule, Stepper
 from ..move.rules.fromtorch import FromTorch

@@ -21,7 +21,8 @@ from ...ground.layout import Layout
 from ...problem.likelihood import sample_targets
 from ...models.losses import resolve_loss
 from ...models.means import said
-from ...problem.network import Hush, copied, drawing
+from ...problem.modes import Hush, drawing
+from ...problem.modules import copied
 from ...ground.registry import unknown
 from ..rules import kfac
 from ...ground.streams import Stream

@@ -24,7 +24,7 @@ from ...ground.streams import Stream
 from . import kfac
 from ..rules import adam, ademamix, agd, gd, lamb, lars, momentum, muon, prodigy, rmsprop, schedulefree, shampoo, sign, soap, sophia, steepest
 from ..rules.inplace import OVER, over, pieces
-from ...problem.network import twice_differentiable
+from ...problem.modes import twice_differentiable
 
 # %% ../../../nbs/06_move/05_faces/02_optim.ipynb #words
 def to_torch(

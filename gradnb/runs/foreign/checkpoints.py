@@ -34,7 +34,9 @@ def read_weights(
     "A checkpoint as data: nothing in it is executed. Raises ValueError, naming the file, on anything else, FileNotFoundError where there is nothing."
     if file.is_dir():
         parts = next(filter(None, (sorted(file.glob(p)) for p in ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"))), None)
-        if parts is None: raise ValueError(f"{file} holds no model.safetensors and no pytorch_model.bin; name the file itself.")
+        if parts is None:
+            raise ValueError(f"{file} is of torch.distributed.checkpoint, whose index is a pickle, and is not read; torch.distributed.checkpoint.format_utils.dcp_to_torch_save({str(file)!r}, "
+                             f"{f'{file}.pt'!r}) makes a file that is." if (file / ".metadata").exists() else f"{file} holds no model.safetensors and no pytorch_model.bin; name the file itself.")
         return {k: v for part in parts for k, v in read_weights(part).items()}
     if not file.exists(): raise FileNotFoundError(f"there is no {file}.")
     try:

@@ -25,7 +25,7 @@ from ...move.rules.fromtorch import FromTorch, TorchState, extras
 from ...move.faces.worn import worn
 from ...move.rules.gd import GD
 from ...move.rules.groups import Groups, GroupsState
-from ...problem.network import copied
+from ...problem.modules import copied
 
 # %% ../../../nbs/08_runs/14_foreign/01_glance.ipynb #untouched
 @contextmanager
