@@ -480,7 +480,7 @@ def main():
     parser.add_argument("check", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=SITE, metavar="DIR", help="where it is built (default: _proc/site)")
     parser.add_argument("--figures", type=Path, default=ROOT / "figures", metavar="DIR", help="the gallery to show (default: figures)")
-    parser.add_argument("-j", "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the CPUs)")
+    parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count(), help="processes (default: the CPUs)")
     args = parser.parse_args()
     if args.check and (len(args.check) != 2 or args.check[0] != "check"):
         parser.error("either nothing, or: check DIR")

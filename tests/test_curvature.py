@@ -281,7 +281,7 @@ def test_a_look_at_a_norm_of_a_large_network_holds_what_it_says(norm, most):
 
 def test_a_search_for_which_no_memory_is_left_says_what_fits(monkeypatch):
     point = wide(150)
-    monkeypatch.setattr("gradnb.problem.graphs.free_memory", lambda device: 11.5 * point.theta.nbytes)
+    monkeypatch.setattr("gradnb.ground.memory.free_memory", lambda device: 11.5 * point.theta.nbytes)
     with pytest.raises(MemoryError, match="up to 16 copies of θ.*give it memory=11"): sharpness(point)
     with pytest.raises(ValueError, match="0 ≤ memory < inf, got memory=nan"): sharpness(point, memory=float("nan"))
     assert sharpness(point, memory=11).converged

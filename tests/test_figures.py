@@ -296,7 +296,7 @@ def test_interrupt_is_passed_on(tmp_path, monkeypatch):
 
 def test_the_memory_that_is_said_is_that_of_the_hungriest():
     "Against a process that is known to hold 1.2 GB for a moment, whatever the process holds that starts this one."
-    script = ("import subprocess, sys; from gradnb.show.build import peak_memory; print(peak_memory());"
+    script = ("import subprocess, sys; from gradnb.ground.memory import peak_memory; print(peak_memory());"
               "subprocess.run([sys.executable, '-c', \"x = b'x' * 1_200_000_000\"], check=True); print(peak_memory())")
     held = b"x" * 1_600_000_000
     before, after = map(int, subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())

@@ -549,7 +549,7 @@ def test_a_view_makes_draws_one_at_a_time_and_refuses_a_matrix_that_does_not_fit
     assert torch.equal(view.draws(5, "updates").stacked(), view.updates(5))
     with pytest.raises(ValueError, match="'updates'"): view.draws(5, "steps")
     with pytest.raises(ValueError, match="n=0"): view.grads(0)
-    monkeypatch.setattr("gradnb.problem.graphs.free_memory", lambda device: 1e9)
+    monkeypatch.setattr("gradnb.ground.memory.free_memory", lambda device: 1e9)
     with pytest.raises(MemoryError, match=r"10000000 grads of 59 parameters take 4.4 GB and 0.931 GB are free.*view.draws\(10000000, 'grads'\)"): view.grads(10**7)
 
 
@@ -585,9 +585,9 @@ def test_probes_of_noise_hold_six_copies_of_the_parameters_however_many_draws(wo
 def test_what_keeps_more_says_so_before_it_starts(million, monkeypatch):
     problem, stepper, state = million
     view = View(problem, stepper, state, Stream(0))
-    monkeypatch.setattr("gradnb.problem.graphs.free_memory", lambda device: 10. * state.theta.nbytes)
+    monkeypatch.setattr("gradnb.ground.memory.free_memory", lambda device: 10. * state.theta.nbytes)
     with pytest.raises(MemoryError, match="keeps 8 gradients.*take most=3,"): PROBES.build("original_index:size=32").measure(view)
-    monkeypatch.setattr("gradnb.problem.graphs.free_memory", lambda device: 10. * state.theta.nbytes)
+    monkeypatch.setattr("gradnb.ground.memory.free_memory", lambda device: 10. * state.theta.nbytes)
     parts = Stratified(20, by="random", k=20)
     with pytest.raises(MemoryError, match="the 20 parts of Stratified.*on draws"): exact_variance(problem, state.theta, parts, ready(parts, problem))
 

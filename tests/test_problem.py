@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from gradnb import GD, Batch, Dataset, Descent, FullBatch, Problem, Stream, audit_operator, build_model, load_dataset, sharpness, train
 from gradnb.linalg import lanczos
 from gradnb.problem.audit import slopes
-from gradnb.problem.graphs import free_memory
+from gradnb.ground.memory import free_memory
 from gradnb.problem.likelihood import sample_targets
 from gradnb.problem.modes import Defaults, drawing
 from gradnb.measure.probes.view import PROBES
@@ -352,7 +352,7 @@ def test_memory_that_will_not_fit_is_refused_with_the_chunk_that_does(monkeypatc
     problem = make(chunk=None)
     held = problem.graph_bytes
     assert held > 8 * (64 + 6 + 10)                              # at least the inputs and every layer's output, in float64
-    for room in ("graphs", "derivatives"): monkeypatch.setattr(f"gradnb.problem.{room}.free_memory", lambda device: 30 * held)
+    for place in ("ground.memory", "problem.derivatives"): monkeypatch.setattr(f"gradnb.{place}.free_memory", lambda device: 30 * held)
     monkeypatch.setattr("gradnb.problem.derivatives.LITTLE", 0)
     with pytest.raises(MemoryError, match=r"60 examples.*chunk_size=24 or fewer"): problem.at(problem.theta0).grad
     assert make(chunk=24).at(problem.theta0).grad.isfinite().all()
@@ -722,7 +722,7 @@ def test_memory_that_is_free_is_what_the_tightest_limit_leaves(tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_a_limit_of_this_process_is_seen():
-    code = ("import resource, torch; from gradnb.problem.graphs import free_memory, fields, Path\n"
+    code = ("import resource, torch; from gradnb.ground.memory import free_memory, fields, Path\n"
             "used = 1024 * fields(Path('/'), 'proc/self/status')['VmSize']; resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, -1))\n"
             "print(free_memory(torch.device('cpu')))")
     free = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

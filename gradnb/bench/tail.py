@@ -21,7 +21,7 @@ from ..move.estimators.minibatch import MiniBatch
 from ..models import build_model
 from ..measure.probes.view import PROBES, View
 from ..problem import Problem
-from ..problem.graphs import fields
+from ..ground.memory import fields
 from ..move.rules.gd import GD
 from ..move.steppers import Descent, trajectory
 from ..ground.processes import return_memory

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from torch import Tensor
+from ..ground.memory import check_free
 from .sources import SOURCES, Raw, contents
 
 # %% ../../nbs/03_data/05_pictures.ipynb #fetch
@@ -128,10 +129,8 @@ class Pictures:
         keep,       # slice, or indices (k,)
     ) -> Tensor:    # (k, 3, size, size) uint8
         files = self.files[keep] if isinstance(keep, slice) else [self.files[i] for i in keep]
-        need, free = len(files) * 3 * self.size**2 * 5, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if need > free:
-            raise ValueError(f"{len(files):,} pictures of {self.size} × {self.size} need {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} are "
-                             "free; take fewer (imagenet-10k:test=5000) or smaller ones (:size=64).")
+        check_free(f"{len(files):,} pictures of {self.size} × {self.size} take", len(files) * 3 * self.size**2 * 5, torch.device("cpu"),
+                   lambda free: "take fewer (imagenet-10k:test=5000) or smaller ones (:size=64)")
         return torch.stack([self.decode(file) for file in files])
 
 # %% ../../nbs/03_data/05_pictures.ipynb #folder

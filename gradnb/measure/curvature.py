@@ -14,7 +14,7 @@ from ..linalg import Eigs, Sketch, lanczos
 from ..linalg.basis import InUnit, first_directions, unit
 from ..ground.parts import parted
 from ..problem.designs import NotFinite
-from ..problem.graphs import check_free
+from ..ground.memory import check_free
 from ..problem import Point
 from ..ground.estimate import in_unit, to_unit
 from ..ground.roles import check_given, check_number

@@ -18,7 +18,8 @@ from torch.func import grad, vmap
 from ..data import Dataset
 from ..data.samples import Examples, mapped
 from .forms import Graph, cuts
-from .graphs import check_free, free_memory, keeps_double, kinks_of, saved_bytes
+from ..ground.memory import check_free, free_memory
+from .graphs import keeps_double, kinks_of, saved_bytes
 from .layers import LayerIO, Rows, capture, verify
 from .layers.capture import tensors
 from .likelihood import sample_targets

@@ -15,7 +15,7 @@ from .layers.capture import in_range
 from ..ground.estimate import Estimate
 from ..ground.streams import Stream
 from ..ground.roles import check_given
-from .graphs import check_free
+from ..ground.memory import check_free
 
 # %% ../../nbs/05_problem/15_designs.ipynb #counts
 def whole_counts(

@@ -153,7 +153,9 @@ def one_device(params: dict[str, Tensor]) -> torch.device:
         where = "; ".join(f"on {d} {', '.join(map(repr, names[:3]))}{', …' * (len(names) > 3)}" for d, names in found.items())
         remedy = "give those on meta their values" if torch.device("meta") in found else f"write model.to('{max(found, key=lambda d: len(found[d]))}') before its optimizer is made"
         raise TypeError(f"all parameters must share one device, and there are {where}; {remedy}.")
-    return next(iter(found))
+    if (device := next(iter(found))).type == "mps":
+        raise TypeError("the parameters are on mps, which has no float64, and sums are made in it here; measure copy.deepcopy(model).cpu(), or the checkpoints of a training.")
+    return device
 
 def refuse_inference():
     "Raise RuntimeError inside torch.inference_mode, which enable_grad cannot undo."

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['Plan', 'fingerprint', 'seconds_of', 'FigureResult', 'draw', 'draw_all', 'plan_figures', 'missing_runs', 'dry_run',
-           'run_figures', 'peak_memory', 'filled']
+           'run_figures', 'filled']
 
 # %% ../../nbs/09_show/06_build.ipynb #imports
 import json
 import math
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -29,9 +27,9 @@ from tqdm.auto import tqdm
 from ..ground.commit import commit
 from ..ground.display import printed
 from ..ground.forks import Forks
+from ..ground.memory import peak_memory
 from ..ground.registry import unknown
 from ..ground.roles import check_number
-from ..problem.graphs import fields
 from ..runs import Run, Spec, Store
 from ..runs.spec import check_specs, usable
 from ..runs.run import is_done
@@ -252,12 +250,6 @@ def run_figures(
     if claims := [c for r in results for c in r.claims]: say("\n" + claims_table(claims))
     if plans: say(f"\nNo process that trained or drew here held more than {peak_memory() / 1e9:.2f} GB.")
     return results
-
-def peak_memory() -> int:      # bytes
-    "The most that this process, or one that it has waited for, ever held in memory."
-    mine, others = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    mine = fields(Path("/"), "proc/self/status").get("VmHWM", mine)      # Linux counts in `mine` what the process held that started this one
-    return max(mine, others) * (1 if sys.platform == "darwin" else 1024)      # of this unit a Mac's and Linux' manuals differ
 
 def filled(
     seconds: dict[str, float],     # nan: unknown

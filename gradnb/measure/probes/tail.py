@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from ...ground.draws import Draws
 from ...ground.roles import check_number
-from ...problem.graphs import check_free
+from ...ground.memory import check_free
 from .view import PROBES, Probe, View
 from ..tail.compat import original_noise_index
 from ..tail.controls import control_row, gaussian_surrogate

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from ..curvature import WHICH, sharpness
 from ...problem import Point, Problem
-from ...problem.graphs import check_free
+from ...ground.memory import check_free
 from ...ground.parts import length
 from ...ground.registry import Registry
 from ...ground.draws import KEPT, Draws

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'ROUNDS', 'OWN', 'FLOOR', 'CLOSE', 'WORTH', 'matrix', 'ball', 'dual_norm', 'check', 'turned', 'shares',
-           'relaxed', 'size', 'corrected', 'Generalized', 'generalized_sharpness', 'inside', 'dot', 'ascend']
+           'relaxed', 'size', 'corrected', 'Scaled', 'Seen', 'inside', 'dot', 'ascend', 'climb', 'bound', 'Generalized',
+           'generalized_sharpness']
 
 # %% ../../../nbs/07_measure/04_thresholds/04_norms.ipynb #imports
 from collections.abc import Iterable
@@ -120,88 +121,49 @@ def corrected(
     U = torch.linalg.svd(torch.cat([inner(B, [x]) for x in X], 1)).U[:, len(HX):]
     return combine(U.T, B, B[:U.shape[1]]) + HX
 
-# %% ../../../nbs/07_measure/04_thresholds/04_norms.ipynb #generalized
-class Generalized(NamedTuple):
-    "A generalized sharpness, between two bounds."
-    low: float           # dᵀHd, attained
-    high: float          # by duality; as sure as the eigenvalue in it
-    direction: Tensor    # d (p,), of norm 1 at most
-    products: int        # with H
-    converged: bool      # has the ascent come to rest, and was the eigenvalue found?
-    sketch: Sketch       # of the search for λ₁
+# %% ../../../nbs/07_measure/04_thresholds/04_norms.ipynb #scaled
+class Scaled(NamedTuple):
+    "The Hessian at a point, for steps in the unit ball of a norm."
+    point: Point
+    norm: str
+    lengths: list[float]     # of a unit, by block
+    unit: Tensor | None      # the same by coordinate (p,); None: all are 1
 
-CLOSE, WORTH = 1.05, .98    # bounds as close as this are not improved, nor any again that this share of the last is not enough for
+    @classmethod
+    def of(cls, point: Point, norm: str, units: dict[str, float] | None) -> "Scaled":
+        layout, theta = point.problem.layout, point.theta
+        lengths = [(units or {}).get(n, 1.) for n in layout.names]
+        unit = layout.join(torch.full(s, u, dtype=theta.dtype, device=theta.device) for s, u in zip(layout.shapes, lengths)) if any(u != 1 for u in lengths) else None
+        return cls(point, norm, lengths, unit)
 
-def generalized_sharpness(
-    point: Point,                           # where: problem.at(theta)
-    norm: str = "linf",                     # or "spectral", "l2": of each block, the largest of them all
-    units: dict[str, float] | None = None,  # length of a step by block; None: 1
-    starts: int = 2,                        # of the ascent at random, beside ∇L and top eigenvectors
-    tol: float = 1e-3,                      # relative gain at which an ascent rests; five times it, error of the eigenvalue
-    max_steps: int = 30,                    # of an ascent; each takes a product a start
-    warm: Tensor | Generalized | None = None,   # an earlier answer, or its direction (p,); then it takes the starts' place
-    most: float = 2.6,                      # products, in those of a search for λ₁
-    stream: Stream = Stream(),              # of the random starts
-) -> Generalized:
-    """max dᵀHd over the unit ball of a norm (Islamov et al. 2026), from both sides: S is between `low` and `high`.
+    @property
+    def constant(self) -> float:
+        "The largest ‖d‖₂² of a step."
+        return sum(u * u * size(self.norm, s) for u, s in zip(self.lengths, self.point.problem.layout.shapes))
 
-    It begins with a sharpness, warm from an earlier answer, and costs `most` times the products of that at most, rounded up; where they do not suffice for a better bound, it is λ₁ times the norm's constant.
-    Holds some 25 copies of a float32 θ beside the problem and its graph, in the spectral norm 27. Raises ValueError on an unknown norm, TypeError on what is no point.
-    """
-    if not isinstance(point, Point): raise TypeError(f"generalized_sharpness takes a point, problem.at(theta), got {type(point).__name__}.")
-    check(norm)
-    for name, value, low in (("starts", starts, 1), ("max_steps", max_steps, 1)): check_number("generalized_sharpness", name, value, low, whole=True)
-    check_number("generalized_sharpness", "tol", tol, 1e-15, 1)
-    check_number("generalized_sharpness", "most", most, 2)
-    layout, theta, named = point.problem.layout, point.theta.detach(), point.problem.layout.named
-    lengths = [(units or {}).get(n, 1.) for n in layout.names]
-    unit = layout.join(torch.full(s, u, dtype=theta.dtype, device=theta.device) for s, u in zip(layout.shapes, lengths)) if any(u != 1 for u in lengths) else None
-    scaled = lambda v: v if unit is None else unit.view(-1, *[1] * (v.ndim - 1)) * v      # (p,) or (p, r)
-    product = lambda v: scaled(point.hvp(scaled(v)))
-    far = lambda v: layout.join(ball(norm, named(v))[0].values())
-    plain = sharpness(point, warm=getattr(warm, "sketch", None), stream=stream / "sharpness")
-    budget, known, seen = ceil(most * plain.matvecs), plain.sketch.values, plain.sketch.vectors.T
-    left = budget - plain.matvecs
-    among = lambda c: scaled(combine(c[None], seen, theta.new_empty(1, len(theta)))[0])                  # of what the search has seen
-    model = lambda v: among(known * inner(seen, [scaled(v)])[:, 0])
-    mixes = [*torch.eye(len(known), dtype=torch.float64)[:2]]
-    if warm is None: mixes += torch.randn(len(known), starts, generator=stream.generator(), dtype=torch.float64).unbind(1)
-    d = inside((scaled(point.grad), *map(among, mixes)), far, model, tol)
-    if warm is not None: d = torch.cat([getattr(warm, "direction", warm).to(theta)[:, None] / (1 if unit is None else unit[:, None]), d], 1)
-    few = min(max_steps, left // 12)
-    d, Hd, paid, rest = ascend(product, far, d[:, :min(2, left)], tol, few)
-    best, left = dot(d, Hd).argmax(), left - paid
-    d, Hd, rest = d[:, best, None], Hd[:, best, None], rest[best]
-    if left and not rest:
-        d, Hd, paid, rest = ascend(product, far, d, tol, max(1, few), Hd)
-        left -= paid
-    low = max(0., dot(d, Hd).item())
-    top = max(0., plain.values[0].item())
-    constant = sum(u * u * size(norm, s) for u, s in zip(lengths, layout.shapes))
-    high, sure = max(0., (plain.values + plain.errors)[0].item()) * constant, plain.converged
-    d, Hd = d[:, 0], Hd[:, 0]
-    off = (Hd - model(d)).norm() / Hd.norm()                                # of the model
-    up, cost, floor, was = known > 1e-6 * top, 2, min(max(FLOOR[0], off.item()), FLOOR[1]), inf
-    def seen_at_d():     # B (p, r) by columns, H at d
-        B = [scaled(v) * (k / top) ** .5 for v, k in zip(seen[up.to(seen.device)], known[up].tolist())]
-        return corrected(B, [d / (low / top) ** .5], [(Hd / (low ** .5 * top ** .5)).to(seen)])
-    def above(B, tol, some):     # a bound, whether it converged, its products, and for `corrected` what it has seen, where there may be another
-        *turns, w = relaxed(norm, [named(b) for b in B], named(Hd / top), floor)
-        into, back = (lambda v, way=1, turn=turn: layout.join(turn(named(v), way).values()) for turn in turns)
-        B.clear()
-        eigs = lanczos_bound(lambda y: into(product(back(y))).div_(top), Hd, tol, some, stream / left)
-        rows = [(y, s ** .5) for y, s in zip(eigs.sketch.vectors.T, eigs.sketch.values.tolist()) if s > 0 and left >= 2 * eigs.matvecs]
-        shown = rows and [[(back(y.to(theta), way) * s ** -way).to(seen) for y, s in rows] for way in (1, -1)]
-        return (max(0., (eigs.values + eigs.errors)[0].item()) * w * top, eigs.converged), eigs.matvecs, shown
-    B = seen_at_d() if low and top else []
-    while B and high > CLOSE * low and left >= cost and not high > WORTH * was:
-        some = left if left < max(40, 2 * cost) else left // 2               # a second W, made of what this one shows, is worth more than the last per cent
-        found, cost, shown = above(B, 5 * tol if left < len(theta) else 0., some)
-        (high, sure), was, left, floor = min((high, sure), found), high, left - cost, floor / 5
-        if shown: B = corrected(seen_at_d(), *shown)
-        del shown
-    return Generalized(low, max(high, low), scaled(d), budget - left, bool(rest) and bool(sure), plain.sketch)
+    def named(self, v: Tensor) -> dict: return self.point.problem.layout.named(v)
+    def joined(self, blocks: dict) -> Tensor: return self.point.problem.layout.join(blocks.values())
+    def step(self, v: Tensor) -> Tensor: return v if self.unit is None else self.unit.view(-1, *[1] * (v.ndim - 1)) * v      # (p,) or (p, r)
+    def product(self, v: Tensor) -> Tensor: return self.step(self.point.hvp(self.step(v)))
+    def far(self, v: Tensor) -> Tensor: return self.joined(ball(self.norm, self.named(v))[0])
 
+class Seen(NamedTuple):
+    "What a search for λ₁ has seen of it: H ≈ Σ λ vvᵀ."
+    of: Scaled
+    top: float         # λ₁
+    values: Tensor     # λ (r,), as far as the vectors hold them
+    vectors: Tensor    # v (r, p)
+
+    def among(self, c: Tensor) -> Tensor: return self.of.step(combine(c[None], self.vectors, self.of.point.theta.new_empty(1, self.vectors.shape[1]))[0])     # Σ cᵢ vᵢ
+    def product(self, v: Tensor) -> Tensor: return self.among(self.values * inner(self.vectors, [self.of.step(v)])[:, 0])
+
+    def columns(self, d: Tensor, Hd: Tensor, low: float) -> list[Tensor]:
+        "B with H ≈ λ₁ BBᵀ, and H d = λ₁ BBᵀd."
+        top, up = self.top, self.values > 1e-6 * self.top
+        B = [self.of.step(v) * (k / top) ** .5 for v, k in zip(self.vectors[up.to(self.vectors.device)], self.values[up].tolist())]
+        return corrected(B, [d / (low / top) ** .5], [(Hd / (low ** .5 * top ** .5)).to(self.vectors)])
+
+# %% ../../../nbs/07_measure/04_thresholds/04_norms.ipynb #below
 def inside(starting: Iterable[Tensor], far, model, tol: float) -> Tensor:     # (p, 2)
     "The best ends of ascents in what the search for λ₁ has seen of H, which take no products."
     def climbed(starts, steps):
@@ -237,3 +199,98 @@ def ascend(
         rest = gain <= tol * here.abs()
         if rest.all(): break
     return d, Hd, products, rest
+
+def climb(
+    H: Scaled,
+    seen: Seen,
+    warm: Tensor | None,     # an earlier direction (p,); then there are no random starts
+    starts: int,             # at random
+    tol: float,
+    max_steps: int,
+    left: int,               # products that may be taken
+    stream: Stream,
+) -> tuple:                  # d and Hd (p,), does it rest, and what is left of the products
+    "The best end of ascents from ∇L, top eigenvectors, and an earlier answer or random mixes of what was seen."
+    few, mixes = min(max_steps, left // 12), [*torch.eye(len(seen.values), dtype=torch.float64)[:2]]
+    if warm is None: mixes += torch.randn(len(seen.values), starts, generator=stream.generator(), dtype=torch.float64).unbind(1)
+    d = inside((H.step(H.point.grad), *map(seen.among, mixes)), H.far, seen.product, tol)
+    if warm is not None: d = torch.cat([warm.to(d)[:, None] / (1 if H.unit is None else H.unit[:, None]), d], 1)
+    d, Hd, paid, rest = ascend(H.product, H.far, d[:, :min(2, left)], tol, few)
+    best, left = dot(d, Hd).argmax(), left - paid
+    d, Hd, rest = d[:, best, None], Hd[:, best, None], rest[best]
+    if left and not rest:
+        d, Hd, paid, rest = ascend(H.product, H.far, d, tol, max(1, few), Hd)
+        left -= paid
+    return d[:, 0], Hd[:, 0], bool(rest), left
+
+# %% ../../../nbs/07_measure/04_thresholds/04_norms.ipynb #above
+CLOSE, WORTH = 1.05, .98    # bounds as close as this are not improved, nor any again that this share of the last is not enough for
+
+def bound(
+    H: Scaled,
+    seen: Seen,
+    d: Tensor,               # (p,), where dᵀHd is large
+    Hd: Tensor,
+    high: tuple,             # a bound that is known, and whether it converged
+    tol: float,              # of an eigenvalue
+    left: int,               # products that may be taken
+    stream: Stream,
+) -> tuple:                  # a bound, whether it converged, and what is left of the products
+    "w times the largest eigenvalue of W^{-1/2} H W^{-1/2}, for a W made of what was seen, and others of what that shows; the least of all bounds."
+    low, top = dot(d[:, None], Hd[:, None]).item(), seen.top
+    if not (low > 0 and top > 0): return *high, left
+    off = ((Hd - seen.product(d)).norm() / Hd.norm()).item()                                # of the model
+    B, cost, floor, was = seen.columns(d, Hd, low), 2, min(max(FLOOR[0], off), FLOOR[1]), inf
+    while B and high[0] > CLOSE * low and left >= cost and not high[0] > WORTH * was:
+        *turns, w = relaxed(H.norm, [H.named(b) for b in B], H.named(Hd / top), floor)
+        into, back = (lambda v, way=1, turn=turn: H.joined(turn(H.named(v), way)) for turn in turns)
+        B.clear()
+        some = left if left < max(40, 2 * cost) else left // 2               # a second W, made of what this one shows, is worth more than the last per cent
+        eigs = lanczos_bound(lambda y: into(H.product(back(y))).div_(top), Hd, 5 * tol if left < len(d) else 0., some, stream / left)
+        was, high = high[0], min(high, (max(0., (eigs.values + eigs.errors)[0].item()) * w * top, eigs.converged))
+        rows = [(y, s ** .5) for y, s in zip(eigs.sketch.vectors.T, eigs.sketch.values.tolist()) if s > 0 and left >= 2 * eigs.matvecs]
+        shown = rows and [[(back(y.to(d), way) * s ** -way).to(seen.vectors) for y, s in rows] for way in (1, -1)]
+        left, cost, floor = left - eigs.matvecs, eigs.matvecs, floor / 5
+        del eigs, rows
+        if shown: B = corrected(seen.columns(d, Hd, low), *shown)
+        del shown
+    return *high, left
+
+# %% ../../../nbs/07_measure/04_thresholds/04_norms.ipynb #generalized
+class Generalized(NamedTuple):
+    "A generalized sharpness, between two bounds."
+    low: float           # dᵀHd, attained
+    high: float          # by duality; as sure as the eigenvalue in it
+    direction: Tensor    # d (p,), of norm 1 at most
+    products: int        # with H
+    converged: bool      # has the ascent come to rest, and was the eigenvalue found?
+    sketch: Sketch       # of the search for λ₁
+
+def generalized_sharpness(
+    point: Point,                           # where: problem.at(theta)
+    norm: str = "linf",                     # or "spectral", "l2": of each block, the largest of them all
+    units: dict[str, float] | None = None,  # length of a step by block; None: 1
+    starts: int = 2,                        # of the ascent at random, beside ∇L and top eigenvectors
+    tol: float = 1e-3,                      # relative gain at which an ascent rests; five times it, error of the eigenvalue
+    max_steps: int = 30,                    # of an ascent; each takes a product a start
+    warm: Tensor | Generalized | None = None,   # an earlier answer, or its direction (p,); then it takes the starts' place
+    most: float = 2.6,                      # products, in those of a search for λ₁
+    stream: Stream = Stream(),              # of the random starts
+) -> Generalized:
+    """max dᵀHd over the unit ball of a norm (Islamov et al. 2026), from both sides: S is between `low` and `high`.
+
+    It begins with a sharpness, warm from an earlier answer, and costs `most` times the products of that at most, rounded up; where they do not suffice for a better bound, it is λ₁ times the norm's constant.
+    Holds some 25 copies of a float32 θ beside the problem and its graph, in the spectral norm 27. Raises ValueError on an unknown norm, TypeError on what is no point.
+    """
+    if not isinstance(point, Point): raise TypeError(f"generalized_sharpness takes a point, problem.at(theta), got {type(point).__name__}.")
+    check(norm)
+    for name, value, low in (("starts", starts, 1), ("max_steps", max_steps, 1)): check_number("generalized_sharpness", name, value, low, whole=True)
+    check_number("generalized_sharpness", "tol", tol, 1e-15, 1)
+    check_number("generalized_sharpness", "most", most, 2)
+    H = Scaled.of(point, norm, units)
+    plain = sharpness(point, warm=getattr(warm, "sketch", None), stream=stream / "sharpness")
+    budget, seen = ceil(most * plain.matvecs), Seen(H, plain.values[0].item(), plain.sketch.values, plain.sketch.vectors.T)
+    d, Hd, rest, left = climb(H, seen, getattr(warm, "direction", warm), starts, tol, max_steps, budget - plain.matvecs, stream)
+    low, known = max(0., dot(d[:, None], Hd[:, None]).item()), (max(0., (plain.values + plain.errors)[0].item()) * H.constant, plain.converged)
+    high, sure, left = bound(H, seen, d, Hd, known, tol, left, stream)
+    return Generalized(low, max(high, low), H.step(d), budget - left, rest and bool(sure), plain.sketch)

@@ -29,7 +29,7 @@ from ...data.sources import held
 from ...models.losses import LOSSES
 from ...models import MODELS
 from ...measure.probes.view import PROBES
-from ...ground.processes import keep_memory, safe_children
+from ...ground.processes import cpus, keep_memory, safe_children
 from ...ground.registry import Registry, from_notebook
 from ...ground.roles import KINDS, check_number, kind
 from .. import Spec, Store
@@ -156,7 +156,7 @@ class Pool:
     def __call__(self, jobs: list[Job], worker: Worker) -> Iterator[Result]:
         waiting, alone, blamed, worker = deque(jobs), deque(), [], limited(worker, self.timeout)
         while waiting or alone:
-            if not alone: alone.extend((yield from self._until_broken(waiting, worker, self.workers or len(os.sched_getaffinity(0)))))
+            if not alone: alone.extend((yield from self._until_broken(waiting, worker, self.workers or cpus())))
             elif dead := (yield from self._until_broken(alone, worker, 1)):
                 if any(dead[0] is job for job in blamed): yield from ((spec, DIED) for spec in dead[0])
                 else:
