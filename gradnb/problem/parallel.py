@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from datetime import timedelta
+from time import sleep
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,8 +28,14 @@ def together(
     cuda = torch.device(device).type == "cuda"
     mine = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else device
     if cuda: torch.cuda.set_device(mine)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    try: yield mine
+    one = None if cuda else dist.ProcessGroupGloo._Options()
+    if one: one._threads = 1
+    dist.init_process_group("nccl" if cuda else "gloo", pg_options=one)
+    try:
+        yield mine
+        last = torch.empty(0)                      # a sum of nothing, for which nobody waits: torch's thread has let go of those before it
+        if one: dist.all_reduce(last)
+        while last._use_count() > 1: sleep(1e-3)
     finally: dist.destroy_process_group()
 
 def rank() -> tuple[int, int]:
@@ -62,15 +69,12 @@ class Apart(RuntimeError):
     "A process failed where others wait for it, or is gone: they cannot go on together."
 
 GRACE = 10.    # seconds that a process which failed waits for the others
-_INSIDE, _CONTROL = ContextVar("inside", default=False), {}
+_INSIDE = ContextVar("inside", default=False)
 
 def _control():
     "A connection for what is said of failures, beside that of the work."
-    world = dist.group.WORLD
-    if world not in _CONTROL:
-        _CONTROL.clear()
-        _CONTROL[world] = dist.new_group(backend="gloo")
-    return _CONTROL[world]
+    ours = (g for g in dist.distributed_c10d._world.pg_map if g.group_desc == "gradnb")    # kept by torch alone, which ends its threads when it is destroyed
+    return next(ours, None) or dist.new_group(backend="gloo", group_desc="gradnb")
 
 def _words(n: int, mine: int) -> str:
     "What the others left."
