@@ -176,9 +176,9 @@ def test_the_original_number(problem, split):
 
 
 @pytest.mark.parametrize("spec, words", [
-    ("tail_index:draws=79", "79 draws are too few for 20 blocks of 2 differences; take 80 or more"),
-    ("tail_index:draws=100,m=4", "take 160 or more"), ("tail_index:groups=all", "got 'all'"),
-    ("tail_index:method=moh", "no tail estimator 'moh'"), ("noise_norms:draws=10", "take 40 or more"),
+    ("tail_index:draws=79", "tail_index: draws=79 are too few for 20 blocks of 2 differences; take draws=80 or more"),
+    ("tail_index:draws=100,m=4", "take draws=160 or more"), ("tail_index:groups=all", "got 'all'"),
+    ("tail_index:method=moh", "no tail estimator 'moh'"), ("noise_norms:draws=10", "take draws=40 or more"),
     ("original_index:split=valid", "got 'valid'"), ("tail_index:split=valid", "got 'valid'")])
 def test_refusals(spec, words):
     with pytest.raises(ValueError, match=words): PROBES.build(spec)

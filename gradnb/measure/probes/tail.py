@@ -65,8 +65,7 @@ def tail_index_probe(
     title = of_split("tail_index", split)
     if method not in METHODS: raise ValueError(f"there is no tail estimator {method!r}; choose among {', '.join(METHODS)}.")
     if (draws // 2) // (least := (m or 2) if method.startswith("mohammadi") else 1) < LEAST_BLOCKS:
-        raise ValueError(f"{draws} draws are too few for {LEAST_BLOCKS} blocks of {least} differences; "
-                         f"take {2 * least * LEAST_BLOCKS} or more.")
+        raise ValueError(f"tail_index: draws={draws} are too few for {LEAST_BLOCKS} blocks of {least} differences; take draws={2 * least * LEAST_BLOCKS} or more.")
     def measure(view):
         where = sampled_groups(view, groups, coordinates)
         source = run_grads(view, draws, split)
@@ -88,7 +87,7 @@ def noise_norms_probe(
 
     Costs a gradient a draw, and holds 4 copies of θ.
     """
-    if draws < 2 * LEAST_BLOCKS: raise ValueError(f"{draws} draws are too few for an index; take {2 * LEAST_BLOCKS} or more.")
+    if draws < 2 * LEAST_BLOCKS: raise ValueError(f"noise_norms: draws={draws} are too few for an index; take draws={2 * LEAST_BLOCKS} or more.")
     def measure(view):
         norms = torch.cat([noise_norms(z[None]) for z in pairs(run_grads(view, draws))])
         return index_or_nan(norms, "hill") | {"norms": norms}
