@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradnb import Store
@@ -397,28 +398,34 @@ KINKED = textwrap.dedent("""
 
     def build(kind):
         torch.manual_seed(0)
+        if kind == "odd": return nn.Sequential(nn.Linear(36, 16), nn.PReLU(16), nn.Linear(16, 12), nn.ELU(.5), nn.Linear(12, 10), nn.Hardswish(), nn.Unflatten(1, (5, 2)), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(5, 4))
         if kind != "cnn": return {"mlp": nn.Sequential, "again": Again}[kind](nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, 12), nn.LeakyReLU(.1), nn.Linear(12, 4), nn.Hardtanh(-2, 2))
         return nn.Sequential(nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 6, 2), nn.ReLU6(), nn.Flatten(), nn.Linear(24, 4))
 
     def data(): return torch.randn(200, 36, generator=torch.Generator().manual_seed(1)), torch.arange(200) % 4
 
+    def loss(kind, logits, y):
+        if kind != "odd": return nn.functional.cross_entropy(logits, y)
+        ratio, gain = (logits[:, 0] / 3).exp(), torch.linspace(-1, 1, 4, dtype=logits.dtype)[y]         # PPO's, and of an error
+        return nn.functional.l1_loss(logits[:, 1], gain) - torch.min(ratio * gain, ratio.clamp(.9, 1.1) * gain).mean() + nn.functional.huber_loss(logits[:, 2], gain, delta=.3) + logits.abs().max(1).values.mean()
+
     if __name__ == "__main__":
         with together():
             (mine, n), out = rank(), {}
             x, y = (t.chunk(n)[mine] for t in data())
-            for kind in ("mlp", "again", "cnn"):
+            for kind in ("mlp", "again", "cnn", "odd"):
                 net, calls = build(kind), []
                 for layer in net:
                     if [*layer.parameters()]: fully_shard(layer)
                 fully_shard(net)
-                loss = lambda model: calls.append(0) or nn.functional.cross_entropy(model(x), y)
-                problem, opt = Sharded(net, loss), torch.optim.SGD(net.parameters(), .5)
+                mean = lambda model: calls.append(0) or loss(kind, model(x), y)
+                problem, opt = Sharded(net, mean), torch.optim.SGD(net.parameters(), .5)
                 for step in range(1 + (kind == "cnn")):        # where the model is, as it moves
                     before = len(calls)
                     found = sharpness(problem, tol=1e-2)
                     out[f"{kind} {step}"] = dict(found=(found.values[0], found.errors[0]), gradients=(len(calls) - before) / found.matvecs, theta={k: p.full_tensor().detach() for k, p in net.named_parameters()})
                     opt.zero_grad()
-                    loss(net).backward()
+                    mean(net).backward()
                     torch.testing.assert_close(problem.grad, problem.layout.join(p.grad for p in net.parameters()))
                     opt.step()
             torch.save(out, f"{sys.argv[1]}/{mine}.pt")
@@ -426,7 +433,7 @@ KINKED = textwrap.dedent("""
 
 
 def test_differences_keep_to_the_pieces_of_relus(tmp_path):
-    "Networks of ReLUs, leaky ones, clipped ones and max pooling under FSDP, computed again in the backward pass or not: λ₁ of the dense Hessian in float64 lies in a narrow interval."
+    "Networks of ReLUs, leaky ones, clipped ones and max pooling under FSDP, computed again in the backward pass or not, and losses with kinks: λ₁ of the dense Hessian in float64 lies in a narrow interval."
     (tmp_path / "kinked.py").write_text(KINKED)
     torchrun(tmp_path / "kinked.py", tmp_path)
     made = {"__name__": "kinked"}
@@ -436,7 +443,7 @@ def test_differences_keep_to_the_pieces_of_relus(tmp_path):
         net, (x, y) = made["build"](kind.split()[0].replace("again", "mlp")).double(), made["data"]()
         names, shapes, sizes = zip(*((k, p.shape, p.numel()) for k, p in net.named_parameters()))
         theta = torch.cat([seen["theta"][k].double().reshape(-1) for k in names])
-        def loss(t): return torch.nn.functional.cross_entropy(torch.func.functional_call(net, {k: b.view(s) for k, s, b in zip(names, shapes, t.split(sizes))}, x.double()), y)
+        def loss(t): return made["loss"](kind.split()[0], torch.func.functional_call(net, {k: b.view(s) for k, s, b in zip(names, shapes, t.split(sizes))}, x.double()), y)
         exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, theta))[-1]
         value, error = seen["found"]
         assert abs(value - exact) <= error < .05 * exact, (kind, value, error, exact)
@@ -489,6 +496,38 @@ def test_pieces_are_held_until_other_ones_are_met():
     assert not held.lost
     with held: pass
     assert held.lost
+
+
+LOW, HIGH = torch.tensor([-7., -3., -1., -.3, 0., .2, 1., 3., 6., 8.]).double(), torch.tensor([-7., 0., -1., .3, 0., -.2, 2., 3., 6., -8.]).double()
+
+
+@pytest.mark.parametrize("f", [
+    F.relu, lambda x: F.relu(x * 1, True), lambda x: torch.relu_(x * 1), F.relu6, F.leaky_relu, F.hardtanh, lambda x: F.hardtanh_(x * 1), F.hardsigmoid, F.hardswish, lambda x: F.hardswish(x * 1, True),
+    lambda x: F.threshold(x, .2, .1), F.softshrink, lambda x: F.elu(x, .5), F.selu, lambda x: F.prelu(x.view(2, 5), torch.arange(5.).double()), abs, torch.abs, lambda x: x.clamp(-1, 3), lambda x: x.clamp_min(.2),
+    lambda x: (x * 1).clamp_(0), lambda x: torch.clamp(x, min=HIGH), lambda x: torch.maximum(x, HIGH), lambda x: x.min(other=HIGH), lambda x: torch.maximum(x[:, None], HIGH[None]), lambda x: x.view(5, 2).max(1)[0],
+    lambda x: x.view(5, 2).min(dim=0, keepdim=True).values, torch.max, lambda x: x.view(2, 5).amax((0, 1)), lambda x: torch.amin(input=x.view(2, 5), dim=1), lambda x: F.l1_loss(x, HIGH),
+    lambda x: F.l1_loss(x, HIGH, reduction="none"), lambda x: F.huber_loss(x, HIGH, reduction="sum", delta=.5), lambda x: F.smooth_l1_loss(x, HIGH), lambda x: F.smooth_l1_loss(x, HIGH, beta=0.),
+    lambda x: F.max_pool1d(x.view(1, 1, 10), 3, 2, 1), lambda x: F.adaptive_max_pool1d(x.view(1, 1, 10), 3), lambda x: F.max_pool3d(x[:8].view(1, 1, 2, 2, 2), 2)])
+def test_what_is_held_is_torchs_own(f):
+    "Values and gradients, also on the kinks; what is noted is smooth beside them; no nan is lost, where a piece is not another's."
+    from gradnb.problem.sharded import Held
+    def both(x): return (out := f(x := x.clone().requires_grad_())).detach(), *torch.autograd.grad(out.sum(), x)
+    own, held = both(LOW), Held()
+    for _ in range(2):
+        with held: torch.testing.assert_close(both(LOW), own, rtol=1e-14, atol=1e-14)
+    assert len(held.noted) == 1 and not held.lost
+    slopes = []
+    for h in (-2e-4, -1e-4, 1e-4, 2e-4):
+        with held: slopes.append(both(LOW + h)[1])
+    torch.testing.assert_close(slopes[3] - slopes[0], 2 * (slopes[2] - slopes[1]), rtol=1e-3, atol=1e-9)
+    with held: assert f(torch.full_like(LOW, torch.nan)).isnan().all()
+
+
+def test_infinities_are_held():
+    from gradnb.problem.sharded import Held
+    held, x = Held(), torch.tensor([1., -torch.inf])
+    for _ in range(2):
+        with held: assert F.relu(x).tolist() == [1, 0] and torch.maximum(x, torch.full((2,), -torch.inf)).tolist() == [1, -torch.inf]
 
 
 def test_what_cannot_be_sharded_says_so():

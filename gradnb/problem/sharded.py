@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
-from math import inf, isfinite, sqrt
+from functools import reduce
+from math import expm1, inf, isfinite, sqrt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..data.samples import Sample, size_of, tensors
 from ..ground.files import say_once
 from ..ground.parts import Parts
@@ -130,7 +132,7 @@ def instead(
 
 # %% ../../nbs/05_problem/17_sharded.ipynb #held
 class Held(TorchFunctionMode):
-    "Piecewise linear functions note their pieces the first time that this is entered, and keep to them from then on."
+    "Functions with kinks note their pieces the first time that this is entered, and keep to them from then on."
     def __init__(self):
         super().__init__()
         self.noted, self.names, self.known, self.at, self.lost = [], set(), False, 0, False    # lost: were others called than were noted?
@@ -143,45 +145,90 @@ class Held(TorchFunctionMode):
         super().__exit__(kind, *raised)
         if kind is None: self.lost, self.known = self.lost or self.at != len(self.noted), True
 
-    def piece(self, x: Tensor, which: Callable[[], Tensor]) -> Tensor:
+    def piece(self, x: Tensor, which: Callable):
         "On which pieces this input lies, or lay."
         self.at += 1
-        if not self.known: self.noted.append((x.shape, which().detach()))
+        if not self.known: self.noted.append((x.shape, which()))
         elif self.at > len(self.noted) or self.noted[self.at - 1][0] != x.shape:
             self.lost = True
             return which()
         return self.noted[self.at - 1][1]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func not in _PIECES: return func(*args, **(kwargs or {}))
-        self.names.add(func.__name__)
-        return _PIECES[func](self, *args, **(kwargs or {}))
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name not in _PIECES: return func(*args, **kwargs)
+        self.names.add(name.strip("_"))
+        return _PIECES[name](self, func, *args, **kwargs)
 
-def _leaky_relu(held, input, negative_slope=.01, inplace=False):
-    out = torch.where(held.piece(input, lambda: input > 0), input, input * negative_slope if negative_slope else torch.zeros_like(input))
+def _any(t: Tensor) -> bool: return bool((t.to_local() if isinstance(t, DTensor) else t).any())
+
+def _scaled(x: Tensor, flat: Tensor, slope: Tensor | None) -> Tensor:
+    return (x if slope is None else slope * x).masked_fill(flat & (x == x), 0)       # 0 · ∞ = 0, and a nan stays
+
+def _linear(held, func, *args, **kwargs):
+    "A function of numbers that is linear in pieces: the slopes that torch finds, and what is left."
+    leaves, spec = tree_flatten((args, kwargs))
+    where = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()]
+    if not where: return func(*args, **kwargs)
+    reduces = func.__name__ in ("amax", "amin") or func.__name__ in ("max", "min") and len(where) == 1
+    xs = torch.broadcast_tensors(*(leaves[i] for i in where))
+    def total(xs, slopes): return reduce(torch.add, (_scaled(x, *slope) for x, slope in zip(xs, slopes)))
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def which():
+        at, again = [x.detach().clone().requires_grad_() for x in xs], leaves.copy()
+        for i, x in zip(where, at): again[i] = x.clone()
+        given, named = tree_unflatten(again, spec)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):             # a checkpoint around this hears nothing of it
+            out = func(*given, **named)
+            inplace, out = out is again[where[0]], out[0] if isinstance(out, tuple) else out
+            slopes = [(g == 0, g if _any((g != 0) & (g != 1)) else None) for g in torch.autograd.grad(out.sum(), at)]
+        if reduces: return slopes, None, False
+        rest = (out - total(at, slopes)).detach().masked_fill(~out.isfinite(), 0)
+        return slopes, rest if _any(rest) else None, inplace
+    slopes, rest, inplace = held.piece(xs[0], which)
+    out = total(xs, slopes)
+    if reduces:
+        out, plain = out.sum(*args[1:], **{k: v for k, v in kwargs.items() if k not in ("input", "self")}), func(*args, **kwargs)
+        return type(plain)((out, plain[1])) if isinstance(plain, tuple) else out
+    if rest is not None: out = out + rest
+    return leaves[where[0]].copy_(out) if inplace else out
+
+def _pooled(held, func, input, *args, **kwargs):
+    name, n = func.__name__, int(func.__name__[-2])
+    at = held.piece(input, lambda: getattr(F, name)(input, *args, **kwargs | {"return_indices": True})[1])
+    return input.flatten(-n).gather(-1, at.flatten(-n)).view(at.shape)
+
+def _hardswish(held, func, input, inplace=False):
+    out = input.clone() * _linear(held, F.hardtanh, input + 3, 0., 6.) / 6
     return input.copy_(out) if inplace else out
 
-def _hardtanh(held, input, min_val=-1., max_val=1., inplace=False):
-    side = held.piece(input, lambda: (input >= max_val).to(torch.int8) - (input <= min_val).to(torch.int8))
-    out = torch.where(side == 0, input, torch.where(side > 0, torch.full_like(input, max_val), torch.full_like(input, min_val)))
+def _elu(held, func, input, *args, inplace=False, **kwargs):
+    up, (one, minus) = _linear(held, torch.relu, input), func(torch.tensor([1., -1.], dtype=torch.float64), *args, **kwargs).tolist()
+    out = one * up + minus / expm1(-1) * torch.expm1(input - up)
     return input.copy_(out) if inplace else out
 
-def _max_pool2d(held, input, *args, return_indices=False, **kwargs):
-    at = held.piece(input, lambda: F.max_pool2d(input, *args, return_indices=True, **kwargs)[1])
-    return input.flatten(-2).gather(-1, at.flatten(-2)).view(at.shape)
+def _prelu(held, func, input, weight):
+    up = _linear(held, torch.relu, input)
+    return up + (weight if weight.numel() == 1 else weight.view(-1, *[1] * (input.ndim - 2))) * (input - up)
 
-def _relu(held, input, inplace=False): return _leaky_relu(held, input, 0., inplace)
-def _relu_(held, input): return _leaky_relu(held, input, 0., True)
-def _relu6(held, input, inplace=False): return _hardtanh(held, input, 0., 6., inplace)
+def _loss(held, func, input, target, reduction="mean", **given):
+    if any(given.get(k) is not None for k in ("weight", "size_average", "reduce")): return func(input, target, reduction=reduction, **given)
+    off, width = input - target, given.get("beta") or given.get("delta")
+    if not width: each = _linear(held, torch.abs, off)
+    else: each = (near := _linear(held, torch.clamp, off, -width, width)) * (off - near / 2) / (given.get("beta") or 1)
+    return getattr(torch, reduction)(each) if reduction != "none" else each
 
-_PIECES = {f: _relu for f in (F.relu, torch.relu, Tensor.relu)} | {f: _relu_ for f in (torch.relu_, Tensor.relu_)} | {
-    F.leaky_relu: _leaky_relu, F.hardtanh: _hardtanh, F.relu6: _relu6, F.max_pool2d: _max_pool2d, torch.max_pool2d: _max_pool2d}
+_PIECES = {name + end: _linear for name in "relu leaky_relu hardtanh threshold abs clamp clip clamp_min clamp_max".split() for end in ("", "_")}
+_PIECES |= dict.fromkeys("relu6 hardsigmoid softshrink _threshold __abs__ absolute maximum minimum max min amax amin".split(), _linear)
+_PIECES |= {f"{kind}max_pool{n}d": _pooled for kind in ("", "adaptive_") for n in (1, 2, 3)} | dict.fromkeys(("l1_loss", "huber_loss", "smooth_l1_loss"), _loss)
+_PIECES |= {"hardswish": _hardswish, "elu": _elu, "selu": _elu, "prelu": _prelu}
 
 # %% ../../nbs/05_problem/17_sharded.ipynb #sharded
 class Sharded:
     """L(θ) of a model with sharded parameters, and its derivatives, on this process's shards: vectors are (s,), parts of (p,).
 
-    It is computed in float32, or wider where a parameter is. All processes make the same calls. Holds three vectors of this process's shards beside the model, and of differences a byte for every activation of a ReLU; raises TypeError on a parameter that is not sharded."""
+    It is computed in float32, or wider where a parameter is. All processes make the same calls. Holds three vectors of this process's shards beside the model, and of differences a byte for every activation of a ReLU, up to nine of other kinks; raises TypeError on a parameter that is not sharded."""
     still, buffers, noisy = False, {}, False
 
     def __init__(self,
