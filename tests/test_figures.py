@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from nbformat import v4
 
+from gradnb.models import MODELS
 from gradnb.show import build, figures
 from gradnb.show.claims import batch_means, claim, claims_table, load_claims, save_claims
 from gradnb.ground.estimate import Estimate
@@ -150,6 +151,19 @@ def test_a_notebook_that_is_edited_while_it_runs_is_drawn_again(tmp_path, drawn,
         m.setattr(build, "execute", edited)
         assert run_figures(**call)[0].ok
     assert [run_figures(**call)[0].drawn for _ in range(2)] == [True, False]
+
+
+def test_a_figure_that_names_what_is_unknown_fails_alone_and_one_whose_runs_are_done_is_drawn(tmp_path, drawn, monkeypatch):
+    home = tmp_path / "nbs"
+    write(home, "good"), write(home, "wrong", specs=SPECS.replace("fc-tanh", "fc-tan"))
+    call = dict(out=tmp_path / "out", store=tmp_path / "runs", folder=home)
+    assert [state.partition("'")[0] for state in dry_run(**call).state] == ["to be drawn", "ValueError: no model "]
+    good, wrong = run_figures(**call, progress=False)
+    assert good.ok and not wrong.ok and "Did you mean 'fc-tanh'" in wrong.error and len(Store(tmp_path / "runs").list()) == 1
+    monkeypatch.delitem(MODELS, "fc-tanh")
+    assert list(dry_run(["good"], **call).state) == ["up to date"]
+    result, = run_figures(["good"], **call, force=True, progress=False)
+    assert result.ok and result.drawn
 
 
 def test_a_run_that_somebody_else_is_writing_is_named_and_left_alone(tmp_path, drawn):

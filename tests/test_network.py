@@ -443,6 +443,21 @@ def test_training_with_checkpoints_is_training():
     torch.testing.assert_close(paths[0], plain, rtol=1e-9, atol=1e-11)
 
 
+class Normed(Base):
+    "Of a function that is computed again, and that calls what has no second derivative, or a wrong one."
+    def __init__(self, again=True): super().__init__(); self.g, self.again = nn.Parameter(torch.ones(12, 1)), again
+    def block(self, h): return F.linear(h, torch._weight_norm(self.b.weight, self.g, 0)).tanh()
+    def forward(self, x): return super().forward(x, lambda f, h: checkpoint(f, h, use_reentrant=False) if self.again else f(h))
+
+
+def test_a_checkpointed_function_of_which_torch_has_no_second_derivative_has_a_first():
+    ours, truth = (Problem(made(Normed, again), "ce", DIGITS) for again in (True, False))
+    theta = truth.theta0 + .05 * draw(truth.p)
+    torch.testing.assert_close(ours.grad_and_loss(theta), truth.grad_and_loss(theta))
+    with pytest.raises(TypeError, match="it is no module that it computes; let torch.utils.checkpoint have the module"): ours.hvp(theta, theta)
+    truth.hvp(theta, theta)
+
+
 @pytest.mark.parametrize("kind", [Implicit, Checkpointed])
 def test_gradients_that_are_computed_in_a_hook(kind):
     problem, v = Problem(made(kind), "ce", DIGITS), draw(Problem(made(kind), "ce", DIGITS).p, name="v")

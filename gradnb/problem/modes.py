@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 from ..ground.streams import Stream
 from ..ground.shared import alone, everywhere, full_precision
 
@@ -159,6 +160,9 @@ def twice_differentiable():
             try: yield
             finally: _Twice.depth -= 1
     except RuntimeError as e:
+        if isinstance(e, CheckpointError):
+            raise TypeError("what torch.utils.checkpoint computes again is computed otherwise where second derivatives are wanted, and it is no module that it "
+                            "computes; let torch.utils.checkpoint have the module.") from e
         if "Expected a proper Tensor but got None" in str(e):
             raise TypeError("torch has no second derivative of a normalisation with a bias and without a weight (F.layer_norm(…, weight=None, "
                             "bias=b)); add the bias to what it returns.") from e

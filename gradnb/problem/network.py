@@ -248,7 +248,7 @@ class Network:
         ask = self._ask or (lambda module, x: module(x))
         if not (self.trying or self.met or hush): return ask(module, x)
         due = {Defaults: self.dtype, Plain: is_twice(), Unmixed: True, lending: True}
-        on = {kind for kind in due if self.trying or due[kind] and kind in self.met}
+        on = {kind for kind, wanted in due.items() if (wanted if kind in self.met else self.trying)}
         modes = [Hush()] * hush + [mode for mode in (Defaults(self.dtype), Plain(), Unmixed(self.device)) if type(mode) in on]
         under = Under(*modes)
         if self.fresh and modes:

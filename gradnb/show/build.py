@@ -163,7 +163,7 @@ def plan_figures(
     params: dict,                   # parameters of the notebooks to override
     store: Store,
     folder: str | Path | None,      # of the notebooks; None: those that come with gradnb
-) -> tuple[list[Plan], list[FigureResult]]:     # and figures whose specs cannot be made
+) -> tuple[list[Plan], list[FigureResult]]:     # and figures whose specs cannot be made, or that lack runs with names unknown here
     "What is wanted. Raises ValueError on an unknown figure or parameter, OSError where nothing can be written."
     notebooks = find_figures(folder)
     for name in names or ():

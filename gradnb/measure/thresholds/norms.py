@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'ROUNDS', 'OWN', 'FLOOR', 'CLOSE', 'WORTH', 'matrix', 'ball', 'dual_norm', 'check', 'turned', 'shares',
-           'relaxed', 'size', 'corrected', 'Scaled', 'Seen', 'inside', 'dot', 'ascend', 'climb', 'bound', 'Generalized',
-           'generalized_sharpness']
+           'relaxed', 'size', 'corrected', 'Hessian', 'Seen', 'inside', 'dot', 'ascend', 'climb', 'bound',
+           'Generalized', 'generalized_sharpness']
 
 # %% ../../../nbs/07_measure/04_thresholds/04_norms.ipynb #imports
 from collections.abc import Iterable
@@ -122,7 +122,7 @@ def corrected(
     return combine(U.T, B, B[:U.shape[1]]) + HX
 
 # %% ../../../nbs/07_measure/04_thresholds/04_norms.ipynb #scaled
-class Scaled(NamedTuple):
+class Hessian(NamedTuple):
     "The Hessian at a point, for steps in the unit ball of a norm."
     point: Point
     norm: str
@@ -130,7 +130,7 @@ class Scaled(NamedTuple):
     unit: Tensor | None      # the same by coordinate (p,); None: all are 1
 
     @classmethod
-    def of(cls, point: Point, norm: str, units: dict[str, float] | None) -> "Scaled":
+    def of(cls, point: Point, norm: str, units: dict[str, float] | None) -> "Hessian":
         layout, theta = point.problem.layout, point.theta
         lengths = [(units or {}).get(n, 1.) for n in layout.names]
         unit = layout.join(torch.full(s, u, dtype=theta.dtype, device=theta.device) for s, u in zip(layout.shapes, lengths)) if any(u != 1 for u in lengths) else None
@@ -149,7 +149,7 @@ class Scaled(NamedTuple):
 
 class Seen(NamedTuple):
     "What a search for λ₁ has seen of it: H ≈ Σ λ vvᵀ."
-    of: Scaled
+    of: Hessian
     top: float         # λ₁
     values: Tensor     # λ (r,), as far as the vectors hold them
     vectors: Tensor    # v (r, p)
@@ -201,7 +201,7 @@ def ascend(
     return d, Hd, products, rest
 
 def climb(
-    H: Scaled,
+    H: Hessian,
     seen: Seen,
     warm: Tensor | None,     # an earlier direction (p,); then there are no random starts
     starts: int,             # at random
@@ -227,7 +227,7 @@ def climb(
 CLOSE, WORTH = 1.05, .98    # bounds as close as this are not improved, nor any again that this share of the last is not enough for
 
 def bound(
-    H: Scaled,
+    H: Hessian,
     seen: Seen,
     d: Tensor,               # (p,), where dᵀHd is large
     Hd: Tensor,
@@ -287,7 +287,7 @@ def generalized_sharpness(
     for name, value, low in (("starts", starts, 1), ("max_steps", max_steps, 1)): check_number("generalized_sharpness", name, value, low, whole=True)
     check_number("generalized_sharpness", "tol", tol, 1e-15, 1)
     check_number("generalized_sharpness", "most", most, 2)
-    H = Scaled.of(point, norm, units)
+    H = Hessian.of(point, norm, units)
     plain = sharpness(point, warm=getattr(warm, "sketch", None), stream=stream / "sharpness")
     budget, seen = ceil(most * plain.matvecs), Seen(H, plain.values[0].item(), plain.sketch.values, plain.sketch.vectors.T)
     d, Hd, rest, left = climb(H, seen, getattr(warm, "direction", warm), starts, tol, max_steps, budget - plain.matvecs, stream)
