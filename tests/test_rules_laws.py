@@ -416,10 +416,11 @@ def test_what_a_rule_of_ones_own_forgets_is_said():
         def __post_init__(self): check_range(self, "lr", 0)
         def step(self, state, blocks, grads):
             moved = {k: b - self.lr * grads[k] for k, b in blocks.items()}
-            return moved if self.lr == 1 else ({k: v for k, v in moved.items() if k != "fc1.weight"}, state)
+            return moved if self.lr == 1 else (moved, state, 0) if self.lr == 2 else ({k: v for k, v in moved.items() if k != "fc1.weight"}, state)
     data = load_dataset("digits-60")
     problem = Problem(build_model("fc-tanh:width=4", data), "ce", data)
     with pytest.raises(TypeError, match="Mine.step must return two things, .* returned a dict"): train(problem, Descent(Mine(1.)), 1)
+    with pytest.raises(TypeError, match="returned a tuple of 3;"): train(problem, Descent(Mine(2.)), 1)
     with pytest.raises(ValueError, match="Mine.step returned no block 'fc1.weight'"): train(problem, Descent(Mine(.5)), 1)
     with pytest.raises(ValueError, match=r"got lr=np.float32\(0.5\); write lr=float\(lr\)"): Mine(np.float32(.5))
     with pytest.raises(ValueError, match=r"got lr=np.float64\(-1.0\)\.$"): Mine(np.float64(-1.))

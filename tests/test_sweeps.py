@@ -21,7 +21,7 @@ from hypothesis import given, settings, strategies as st
 
 from gradnb import GD, Adam, FromTorch, FullBatch, Groups, MiniBatch, Momentum, Piecewise, Run, ScheduleFreeSGD, Scheduled, Spec, Store, train
 from gradnb.cli import main
-from gradnb.ground.processes import safe_children
+from gradnb.ground.processes import cpus, safe_children
 from gradnb.ground.roles import Rule, average, kind
 from gradnb.move.estimators.sam import SAM
 from gradnb.move.rules.agd import AutomaticGradientDescent
@@ -369,6 +369,11 @@ def test_programs_are_not_looked_for_in_the_working_folder(tmp_path, monkeypatch
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_system_that_does_not_say_which_cpus_are_ours_has_them_all(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)      # as on a Mac
+    assert cpus() == os.cpu_count()
+
+
 @pytest.mark.parametrize("where", ["", ".", ":/usr/lib/none"])
 def test_processes_of_a_distributed_run_import_nothing_from_the_working_folder(tmp_path, monkeypatch, where):
     "torchrun is stood in for by a process that looks as its own processes look."
@@ -705,7 +710,7 @@ def test_gradients_of_a_step_are_counted():
 
 
 @pytest.mark.parametrize("task, rules, more, says", [
-    (WHITE, {"a": GD(.1)}, {}, "two rules"), (WHITE, {"a": GD(.1), "b": 3}, {}, "two rules"), (replace(WHITE, loss_goal=None), {}, {}, "loss_goal"),
+    (WHITE, {"a": GD(.1)}, {}, "two rules"), (WHITE, GD(.1), {}, "two rules"), (WHITE, "gd:lr=0.1", {}, "two rules"), (WHITE, {"a": GD(.1), "b": 3}, {}, "two rules"), (replace(WHITE, loss_goal=None), {}, {}, "loss_goal"),
     (replace(WHITE, dataset="digits", acc_goal=.9), {}, {}, "not both"), (WHITE, {}, dict(seeds=(0,)), "two seeds"), (WHITE, {}, dict(seeds=(-1, 0)), "none that tunes"),
     (WHITE, {}, dict(horizons=(1.,)), "between horizons"), (replace(WHITE, steps=1), {}, {}, "between horizons"), (WHITE, {}, dict(horizons=(.5, 2.)), "parts of")])
 def test_what_cannot_be_compared_is_refused_before_any_run(tmp_path, task, rules, more, says):
