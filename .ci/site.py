@@ -476,11 +476,12 @@ def build(out, figures, jobs):
 
 def main():
     "The command line."
+    from gradnb.ground.processes import cpus
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("check", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=SITE, metavar="DIR", help="where it is built (default: _proc/site)")
     parser.add_argument("--figures", type=Path, default=ROOT / "figures", metavar="DIR", help="the gallery to show (default: figures)")
-    parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count(), help="processes (default: the CPUs)")
+    parser.add_argument("-j", "--jobs", type=int, default=cpus(), help="processes (default: the CPUs)")
     args = parser.parse_args()
     if args.check and (len(args.check) != 2 or args.check[0] != "check"):
         parser.error("either nothing, or: check DIR")

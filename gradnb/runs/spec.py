@@ -179,7 +179,7 @@ def usable(
         if where.type == "cuda" and (where.index or 0) >= (there := torch.cuda.device_count()): raise RuntimeError(f"torch sees {there} CUDA devices here")
         torch.ones(1, dtype=torch.float64, device=where).item()     # which MPS has not
     except Exception as e:       # a backend that is missing fails in any way it likes
-        raise ValueError(f"no device {device!r}: {next(iter(str(e).splitlines()), type(e).__name__).rstrip('.')}; use device='cpu'.") from None
+        raise ValueError(f"no device {device!r}: {next(iter(str(e).split('. ')[0].splitlines()), type(e).__name__).rstrip('.')}; use device='cpu'.") from None
     return where
 
 @dataclass(frozen=True)
