@@ -28,13 +28,11 @@ def together(
     cuda = torch.device(device).type == "cuda"
     mine = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else device
     if cuda: torch.cuda.set_device(mine)
-    one = None if cuda else dist.ProcessGroupGloo._Options()
-    if one: one._threads = 1
-    dist.init_process_group("nccl" if cuda else "gloo", pg_options=one)
+    dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield mine
-        last = torch.empty(0)                      # a sum of nothing, for which nobody waits: torch's thread has let go of those before it
-        if one: dist.all_reduce(last)
+        last = torch.empty(0)
+        if not cuda: dist.all_reduce(last)         # of nothing: no process waits for another
         while last._use_count() > 1: sleep(1e-3)
     finally: dist.destroy_process_group()
 
