@@ -126,16 +126,20 @@ def _below(theta: Tensor, x: Tensor) -> Tensor:
     "How far below x these lie, at least a rounding."
     return (x - theta).clamp_min(torch.finfo(theta.dtype).eps * theta.abs().max().clamp_min(torch.finfo(theta.dtype).tiny))
 
+def _rise(T: Tensor, F: Tensor, p: int, k: int, x: Tensor, less: Tensor | int = 0) -> Tensor:
+    "How far the k largest eigenvalues may lie above those of T, if outside of its rows, which couple to that by F, nothing exceeds x, and there x − less."
+    M = torch.cat([torch.cat([T, F], 1), torch.cat([F.T, x * torch.eye(F.shape[1], dtype=F.dtype) - less], 1)])
+    bounds = torch.cat([torch.linalg.eigvalsh(M), x.expand(min(k, max(p - len(T) - F.shape[1], 0)))]).sort().values      # and what F does not touch
+    return (bounds[-k:] - torch.linalg.eigvalsh(T)[-k:]).flip(0).clamp_min(0)
+
 def _look(T: Tensor, F: Tensor, a: int, p: int, k: int, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The largest Ritz value and the ceiling of all but the first a rows; and how far the k largest eigenvalues may lie above their Ritz values,
     if nothing outside of those exceeds the ceiling, or if the ceiling were as low as it can be of use."""
     theta, Y = torch.linalg.eigh(T[a:, a:])
-    (top, ceiling), known, across = _ceiling(theta, Y, F[a:], p - a), torch.linalg.eigvalsh(T)[-k:], Y.T @ F[a:]
+    (top, ceiling), across = _ceiling(theta, Y, F[a:], p - a), Y.T @ F[a:]
     def rise(x):
         half = across / _below(theta, x).sqrt()[:, None]
-        M = torch.cat([torch.cat([T, F], 1), torch.cat([F.T, x * torch.eye(F.shape[1], dtype=F.dtype) - half.T @ half], 1)])
-        bounds = torch.cat([torch.linalg.eigvalsh(M), x.expand(min(k, max(p - len(T) - F.shape[1], 0)))]).sort().values      # and what F does not touch
-        return (bounds[-k:] - known).flip(0).clamp_min(0)
+        return _rise(T, F, p, k, x, half.T @ half)
     return top, ceiling, rise(ceiling), rise(torch.minimum(ceiling, top + allowed / 4))
 
 def _exhausted(B: Basis, a: int, k: int, allowed: Tensor, error: Tensor) -> bool:
@@ -211,24 +215,65 @@ def _scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tup
         if (rest > allowed).any() and ceiling <= max(theta[k - 1], top) + allowed: return error, 0
         before, q = [q], w.div_(left.to(w))
 
+_STEEP = .95  # how near to the ceiling the largest value of a sketch may lie
+
+def _bend(B: Basis, c: Tensor) -> tuple[Callable[[Tensor], None], Tensor]:
+    "N = (1 − Â/c)^(−1/2) on vectors outside of the rows, in place, where Â is the sketch there, and its largest value."
+    G = B.G - B.C @ B.C.T
+    d, E = torch.linalg.eigh(G)
+    E = (E[:, d > 1e-3] / d[d > 1e-3].sqrt()).T
+    values, Z = torch.linalg.eigh((E @ G) * B.sketch.values @ (E @ G).T)
+    E, n = Z.T @ E, (1 - (values / c).clamp(0, _STEEP)) ** -.5 - 1
+    def bend(w):
+        y = E.T @ (n[:, None] * (E @ inner(B.V, [w])))
+        combine(y.T, B.V, w[None], add=1)
+        combine(-y.T @ B.C, B.Q, w[None], add=1)
+    return bend, values.max() if len(values) else c - c
+
+def _scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, int]:
+    "As `_scan`, with what the sketch knows taken away."
+    a, eps, theta, q, before, T = B.m, torch.finfo(B.like.dtype).eps, B.ritz()[0], B.random(stream), [], B.T.new_zeros(0, 0)
+    F = _factor(B.outside(), 10 * eps * theta.abs().max())
+    c = theta[k - 1] + allowed - allowed * 2. ** torch.arange(-4, 40)
+    c = next((x for x in c if (_rise(B.T, F, B.p, k, x) <= allowed).all()), c[-1])      # the lowest that will do
+    if c <= 0 or not orthonormalise(B.Q, q): return theta.new_full((k,), inf), 0
+    (bend, known), q = _bend(B, c), q[0]
+    if known + theta[k - 1] + allowed > 2 * c: return theta.new_full((k,), inf), 0       # so near to the next, few products more save many
+    while True:
+        bend(w := q.clone())
+        Aw, = B._images(w[None])
+        strip(B.Q, w := Aw.sub_(w, alpha=float(c)))                          # Ã = c + N (A − c) N, outside of the rows
+        bend(w)
+        h, left, size = strip([*B.Q, q, *before], w.add_(q, alpha=float(c)))
+        T = torch.nn.functional.pad(T, (0, 1, 0, 1))
+        T[-1, -1] = h[a]
+        if before: T[-1, -2] = T[-2, -1] = h[a + 1]
+        last = left * (left > 4 * eps * size) * torch.eye(len(T), dtype=T.dtype)[:, -1:]
+        top, ceiling = _ceiling(*torch.linalg.eigh(T), last, B.p - a)
+        error = _rise(B.T, F, B.p, k, torch.maximum(ceiling, c))
+        if c + (top - c) * (1 - _STEEP) > theta[k - 1] + allowed: return error, len(T)
+        if top > c or (error <= allowed).all() or B.products >= budget or not last.any(): return error, 0
+        before, q = [q], w.div_(left.to(w))
+
 def _rounded(B: Basis, Y: Tensor, r: Tensor, allowed: Tensor) -> Tensor:
     "Which of these residuals (c,) are rounding by more than half, in squares, and as large as an error may be?"
     return B.rounding(Y) > r.clamp_min(allowed) / 2**.5
 
 def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, vectors: bool, keep: int, dtype: torch.dtype | None) -> tuple[Tensor, bool, Sketch | None]:
     "As `certify`, with few vectors at a time; and what was learned."
-    sketch, eps, rough = None, torch.finfo(B.like.dtype).eps, 1.
+    sketch, eps, rough, bent = None, torch.finfo(B.like.dtype).eps, 1., keep and B.most - keep * (dtype or B.like.dtype).itemsize / B.like.element_size() >= 2 * k + 4    # bent vectors are one more
     while True:
         if keep and sketch is None: B.most -= keep * (dtype or B.like.dtype).itemsize / B.like.element_size()
         if keep: sketch = _updated(B, _joint(B), keep, dtype, sketch)
         theta, Y = B.ritz()
-        scale, x = theta.abs().max(), max(k, min(k + 3, int(B.most - 4) // 2))
+        scale, x = theta.abs().max(), max(k, min(k + 3, int(B.most - 4 - bool(bent)) // 2))
         allowed = max(tol, 10 * eps) * scale
         smooth = B.residuals(theta[:x], Y[:x]) <= (allowed * scale / 200).sqrt()
         B.rotate(Y[:x][smooth | (torch.arange(len(smooth)) < k)])            # a rough row would hide what couples to it
         if keep: B.recall(sketch)
         draw = stream / B.products
-        error, seen = _scan(B, k, allowed, draw, budget)
+        error, seen = (_scan_bent if bent else _scan)(B, k, allowed, draw, budget)
+        bent = bent and not seen and rough > .2
         done = bool((error <= allowed).all())
         if done or B.products >= budget: return error, done, sketch
         if seen: B.add(B.random(draw))
