@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from datetime import timedelta
-from time import sleep
+from time import monotonic, sleep
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,7 +33,8 @@ def together(
         yield mine
         last = torch.empty(0)
         if not cuda: dist.all_reduce(last)         # of nothing: no process waits for another
-        while last._use_count() > 1: sleep(1e-3)
+        until = monotonic() + GRACE
+        while last._use_count() > 1 and monotonic() < until: sleep(1e-3)
     finally: dist.destroy_process_group()
 
 def rank() -> tuple[int, int]:
