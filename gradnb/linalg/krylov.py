@@ -12,7 +12,7 @@ from math import inf, pi, sqrt
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .basis import Basis, Eigs, Sketch, apply, combine, entries, inner, open_pairs, orthonormalise, start_rows, strip
+from .basis import Basis, Eigs, Sketch, apply, combine, entries, grown, inner, open_pairs, orthonormalise, start_rows, strip
 from ..ground.parts import length
 from ..ground.shared import full_precision
 from ..ground.streams import Stream
@@ -196,15 +196,15 @@ def _scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tup
     "Errors (k,) of the pairs in a basis, from three vectors; and, where something larger shows, after how many products it does."
     a, eps, q, before = B.m, torch.finfo(B.like.dtype).eps, B.random(stream), []
     if not orthonormalise(B.Q, q): return allowed.expand(k), 0
-    theta, off, T, pad, steps, q = B.ritz()[0], B.outside(), B.T, torch.nn.functional.pad, 0, q[0]
+    theta, off, T, steps, q = B.ritz()[0], B.outside(), B.T, 0, q[0]
     while True:
         w, = B._images(q[None])
         h, left, size = strip([*B.Q, q, *before], w)
-        steps, T = steps + 1, pad(T, (0, 1, 0, 1))
+        steps, T = steps + 1, grown(T, 1, 1)
         T[:a, -1] = T[-1, :a] = h[:a]
         T[-1, -1] = h[a]
         if before: T[-1, -2] = T[-2, -1] = h[a + 1]
-        G = pad(off - T[:a, a:] @ T[a:, :a], (0, steps, 0, steps))           # what is left of the images of X, and the last row's
+        G = grown(off - T[:a, a:] @ T[a:, :a], steps, steps)           # what is left of the images of X, and the last row's
         G[-1, -1], G[-1, :a] = left**2, B.F @ inner(B.R, [w])[:, 0]
         G[:a, -1] = G[-1, :a]
         top, ceiling, *rises = _look(T, _factor(G, 10 * eps * theta.abs().max()), a, B.p, k, allowed)
@@ -245,7 +245,7 @@ def _scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -
         strip(B.Q, w := Aw.sub_(w, alpha=float(c)))                          # Ã = c + N (A − c) N, outside of the rows
         bend(w)
         h, left, size = strip([*B.Q, q, *before], w.add_(q, alpha=float(c)))
-        T = torch.nn.functional.pad(T, (0, 1, 0, 1))
+        T = grown(T, 1, 1)
         T[-1, -1] = h[a]
         if before: T[-1, -2] = T[-2, -1] = h[a + 1]
         last = left * (left > 4 * eps * size) * torch.eye(len(T), dtype=T.dtype)[:, -1:]
@@ -390,7 +390,7 @@ def lanczos_bound(
     q, across, eps, rough = q.div_(length(q)), 0., torch.finfo(like.dtype).eps, T.new_zeros(())
     while True:
         if len(rows) < FIRST[0]: rows.append(q.bfloat16())
-        w, T = apply(matvec, q, len(T)).clone(), torch.nn.functional.pad(T, (0, 1, 0, 1))
+        w, T = apply(matvec, q, len(T)).clone(), grown(T, 1, 1)
         h, left, size = strip([q, *before], w)
         T[-1, -1] = h[0]
         if before:
