@@ -488,7 +488,7 @@ def test_what_a_process_holds_falls_as_their_number(n, tmp_path):
 
 
 def test_pieces_are_held_until_other_ones_are_met():
-    from gradnb.problem.sharded import Held
+    from gradnb.problem.pieces import Held
     held, x = Held(), torch.tensor([-1., 2.])
     with held: torch.relu(x)
     with held: assert torch.relu(-x).tolist() == [0, -2]
@@ -510,7 +510,7 @@ LOW, HIGH = torch.tensor([-7., -3., -1., -.3, 0., .2, 1., 3., 6., 8.]).double(),
     lambda x: F.max_pool1d(x.view(1, 1, 10), 3, 2, 1), lambda x: F.adaptive_max_pool1d(x.view(1, 1, 10), 3), lambda x: F.max_pool3d(x[:8].view(1, 1, 2, 2, 2), 2)])
 def test_what_is_held_is_torchs_own(f):
     "Values and gradients, also on the kinks; what is noted is smooth beside them; no nan is lost, where a piece is not another's."
-    from gradnb.problem.sharded import Held
+    from gradnb.problem.pieces import Held
     def both(x): return (out := f(x := x.clone().requires_grad_())).detach(), *torch.autograd.grad(out.sum(), x)
     own, held = both(LOW), Held()
     for _ in range(2):
@@ -524,7 +524,7 @@ def test_what_is_held_is_torchs_own(f):
 
 
 def test_infinities_are_held():
-    from gradnb.problem.sharded import Held
+    from gradnb.problem.pieces import Held
     held, x = Held(), torch.tensor([1., -torch.inf])
     for _ in range(2):
         with held: assert F.relu(x).tolist() == [1, 0] and torch.maximum(x, torch.full((2,), -torch.inf)).tolist() == [1, -torch.inf]
