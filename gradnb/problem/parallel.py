@@ -6,11 +6,13 @@
 __all__ = ['GRACE', 'together', 'rank', 'from_first', 'all_sum', 'split', 'Apart', 'as_one']
 
 # %% ../../nbs/05_problem/14_parallel.ipynb #imports
+import atexit
 import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from datetime import timedelta
+from functools import cache
 from time import monotonic, sleep
 import torch
 import torch.distributed as dist
@@ -70,6 +72,11 @@ class Apart(RuntimeError):
 GRACE = 10.    # seconds that a process which failed waits for the others
 _INSIDE = ContextVar("inside", default=False)
 
+@cache
+def _end_in_order():
+    "A process that has worked with others ends a moment later, in which gloo's threads let go of what they hold, whoever keeps their groups."
+    atexit.register(sleep, .1)
+
 def _control():
     "A connection for what is said of failures, beside that of the work."
     ours = (g for g in dist.distributed_c10d._world.pg_map if g.group_desc == "gradnb")    # kept by torch alone, which ends its threads when it is destroyed
@@ -92,6 +99,7 @@ def as_one():
     if n == 1 or _INSIDE.get():
         yield
         return
+    _end_in_order()
     group, token = _control(), _INSIDE.set(True)
     try: yield
     except Exception as e: error = e
