@@ -190,7 +190,7 @@ def test_a_store_of_an_older_version_opens(old, tmp_path):
     assert len(table) == 5 and table.set_index("run").loc[BROKEN, ["status", "step"]].tolist() == ["interrupted", 217]
     assert set(old.frame("sharpness")["run"]) == {"5037e2b0730c5bad", "81c5f7a720e730d8", BROKEN} and len(old.frame()) == 21 + 21 + 11 + 21 + 218
     for folder in export_runs(old.list(), tmp_path / "csv"):
-        assert pd.read_csv(folder / "loss.csv").equals(old.open(folder.name).frame("loss"))
+        assert pd.read_csv(folder / "loss.csv", float_precision="round_trip").equals(old.open(folder.name).frame("loss"))
 
 
 def test_runs_of_an_older_version_that_are_done_are_not_trained_again(old, monkeypatch):
