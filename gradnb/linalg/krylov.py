@@ -126,20 +126,20 @@ def _below(theta: Tensor, x: Tensor) -> Tensor:
     "How far below x these lie, at least a rounding."
     return (x - theta).clamp_min(torch.finfo(theta.dtype).eps * theta.abs().max().clamp_min(torch.finfo(theta.dtype).tiny))
 
-def _rise(T: Tensor, F: Tensor, p: int, k: int, x: Tensor, less: Tensor | int = 0) -> Tensor:
-    "How far the k largest eigenvalues may lie above those of T, if outside of its rows, which couple to that by F, nothing exceeds x, and there x − less."
+def _rise(T: Tensor, F: Tensor, p: int, known: Tensor, x: Tensor, less: Tensor | int = 0) -> Tensor:
+    "How far the largest eigenvalues may lie above those of T, which are known, if outside of its rows, which couple to that by F, nothing exceeds x, and there x − less."
     M = torch.cat([torch.cat([T, F], 1), torch.cat([F.T, x * torch.eye(F.shape[1], dtype=F.dtype) - less], 1)])
-    bounds = torch.cat([torch.linalg.eigvalsh(M), x.expand(min(k, max(p - len(T) - F.shape[1], 0)))]).sort().values      # and what F does not touch
-    return (bounds[-k:] - torch.linalg.eigvalsh(T)[-k:]).flip(0).clamp_min(0)
+    bounds = torch.cat([torch.linalg.eigvalsh(M), x.expand(min(len(known), max(p - len(T) - F.shape[1], 0)))]).sort().values      # and what F does not touch
+    return (bounds[-len(known):] - known).flip(0).clamp_min(0)
 
 def _look(T: Tensor, F: Tensor, a: int, p: int, k: int, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The largest Ritz value and the ceiling of all but the first a rows; and how far the k largest eigenvalues may lie above their Ritz values,
     if nothing outside of those exceeds the ceiling, or if the ceiling were as low as it can be of use."""
     theta, Y = torch.linalg.eigh(T[a:, a:])
-    (top, ceiling), across = _ceiling(theta, Y, F[a:], p - a), Y.T @ F[a:]
+    (top, ceiling), known, across = _ceiling(theta, Y, F[a:], p - a), torch.linalg.eigvalsh(T)[-k:], Y.T @ F[a:]
     def rise(x):
         half = across / _below(theta, x).sqrt()[:, None]
-        return _rise(T, F, p, k, x, half.T @ half)
+        return _rise(T, F, p, known, x, half.T @ half)
     return top, ceiling, rise(ceiling), rise(torch.minimum(ceiling, top + allowed / 4))
 
 def _exhausted(B: Basis, a: int, k: int, allowed: Tensor, error: Tensor) -> bool:
@@ -233,12 +233,12 @@ def _bend(B: Basis, c: Tensor) -> tuple[Callable[[Tensor], None], Tensor]:
 def _scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, int]:
     "As `_scan`, with what the sketch knows taken away."
     a, eps, theta, q, before, T = B.m, torch.finfo(B.like.dtype).eps, B.ritz()[0], B.random(stream), [], B.T.new_zeros(0, 0)
-    F = _factor(B.outside(), 10 * eps * theta.abs().max())
+    F, known = _factor(B.outside(), 10 * eps * theta.abs().max()), torch.linalg.eigvalsh(B.T)[-k:]
     c = theta[k - 1] + allowed - allowed * 2. ** torch.arange(-4, 40)
-    c = next((x for x in c if (_rise(B.T, F, B.p, k, x) <= allowed).all()), c[-1])      # the lowest that will do
+    c = next((x for x in c if (_rise(B.T, F, B.p, known, x) <= allowed).all()), c[-1])      # the lowest that will do
     if c <= 0 or not orthonormalise(B.Q, q): return theta.new_full((k,), inf), 0
-    (bend, known), q = _bend(B, c), q[0]
-    if known + theta[k - 1] + allowed > 2 * c: return theta.new_full((k,), inf), 0       # so near to the next, few products more save many
+    (bend, largest), q = _bend(B, c), q[0]
+    if largest + theta[k - 1] + allowed > 2 * c: return theta.new_full((k,), inf), 0       # so near to the next, few products more save many
     while True:
         bend(w := q.clone())
         Aw, = B._images(w[None])
@@ -250,7 +250,7 @@ def _scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -
         if before: T[-1, -2] = T[-2, -1] = h[a + 1]
         last = left * (left > 4 * eps * size) * torch.eye(len(T), dtype=T.dtype)[:, -1:]
         top, ceiling = _ceiling(*torch.linalg.eigh(T), last, B.p - a)
-        error = _rise(B.T, F, B.p, k, torch.maximum(ceiling, c))
+        error = _rise(B.T, F, B.p, known, torch.maximum(ceiling, c))
         if c + (top - c) * (1 - _STEEP) > theta[k - 1] + allowed: return error, len(T)
         if top > c or (error <= allowed).all() or B.products >= budget or not last.any(): return error, 0
         before, q = [q], w.div_(left.to(w))
@@ -261,9 +261,10 @@ def _rounded(B: Basis, Y: Tensor, r: Tensor, allowed: Tensor) -> Tensor:
 
 def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, vectors: bool, keep: int, dtype: torch.dtype | None) -> tuple[Tensor, bool, Sketch | None]:
     "As `certify`, with few vectors at a time; and what was learned."
-    sketch, eps, rough, bent = None, torch.finfo(B.like.dtype).eps, 1., keep and B.most - keep * (dtype or B.like.dtype).itemsize / B.like.element_size() >= 2 * k + 4    # bent vectors are one more
+    sketch, eps, rough, room = None, torch.finfo(B.like.dtype).eps, 1., keep * (dtype or B.like.dtype).itemsize / B.like.element_size()    # room: of the sketch
+    bent = keep and B.most - room >= 2 * k + 4                               # bent vectors are one more
     while True:
-        if keep and sketch is None: B.most -= keep * (dtype or B.like.dtype).itemsize / B.like.element_size()
+        if keep and sketch is None: B.most -= room
         if keep: sketch = _updated(B, _joint(B), keep, dtype, sketch)
         theta, Y = B.ritz()
         scale, x = theta.abs().max(), max(k, min(k + 3, int(B.most - 4 - bool(bent)) // 2))
