@@ -144,7 +144,7 @@ def average(
         for i, ((_, rule), one) in enumerate(zip(getattr(rule, "rules", ()), getattr(state, "states", ()))):    # of groups
             found |= inside(rule, one, {n: b for n, b in blocks.items() if state.member[n] == i})
         return found
-    rule, blocks = getattr(stepper, "rule", stepper), problem.layout.named(state.theta)
+    rule, blocks = getattr(stepper, "rule", stepper), problem.layout.blocks(state.theta)
     if not (found := inside(rule, state.rule, blocks)): raise TypeError(f"{type(rule).__name__} keeps no average; it answers with θ.")
     return problem.layout.join((blocks | found)[n] for n in problem.layout.names)
 

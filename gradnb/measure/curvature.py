@@ -117,7 +117,7 @@ def sharpness(
         raise TypeError(f"eigenvalues need float32 or float64, and this problem is {point.theta.dtype}; build it from module.float().")
     for what, vec in (("theta", point.theta.detach()), ("the gradient", point.grad)):
         if not torch.isfinite(vec).all():
-            bad = [n for n, b in point.problem.layout.named(vec).items() if not torch.isfinite(b).all()]
+            bad = [n for n, b in point.problem.layout.blocks(vec).items() if not torch.isfinite(b).all()]
             raise NotFinite(f"{what} is not finite in {', '.join(bad[:4])}; there is no Hessian here. If the run has diverged, look at an earlier step.")
     if point.problem.kinks: warnings.warn(smooth.format(", ".join(point.problem.kinks)), stacklevel=2)
     memory = room(memory, k, warm, point.problem.p)

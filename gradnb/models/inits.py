@@ -67,4 +67,4 @@ def initialise(
 ):
     "Give a network the initial weights of that name."
     layout, params = Layout.of(net), dict(net.named_parameters())
-    for name, b in layout.named(INITS[init](layout, stream)).items(): params[name].copy_(b)
+    for name, b in layout.blocks(INITS[init](layout, stream)).items(): params[name].copy_(b)

@@ -38,7 +38,7 @@ class Objective:
 
     def outputs(self, module: nn.Module, x: Examples) -> Tensor:
         "The network's, before the loss."
-        if isinstance(out := self.fn.parts[0](module, x.batch), Tensor) and out.is_floating_point(): return out
+        if isinstance(out := self.fn.parts[0](module, x.batch), Tensor) and (out.is_floating_point() or out.is_complex()): return out
         raise TypeError(f"outputs(model, batch) of objective {self!r} are one tensor, got a {type(out).__name__}" + ("; return its .logits." if hasattr(out, "logits") else "."))
 
     def losses(self,

@@ -55,7 +55,7 @@ class Descent:
     def init(self, problem, theta: Tensor) -> State:
         "The state before the first step, at theta (p,)."
         layout = problem.layout
-        rule = self.rule.init(layout.named(theta), dict(zip(layout.names, layout.roles)))
+        rule = self.rule.init(layout.blocks(theta), dict(zip(layout.names, layout.roles)))
         return State(0, theta, rule, self.estimator.init(problem, theta), buffers=problem.buffers)
 
     def prepare(self, problem, state: State, stream: Stream) -> State:
@@ -70,18 +70,18 @@ class Descent:
     def step(self, problem, state: State) -> State:
         "The state at k + 1."
         if state.grad is None: raise RuntimeError(f"the state at step {state.step} has no gradient; call prepare first.")
-        layout, grads = problem.layout, problem.layout.named(state.grad)
+        layout, grads = problem.layout, problem.layout.blocks(state.grad)
         if isinstance(state, Spare):
             theta = state.theta
-            rule = self.rule.over(state.rule, layout.named(theta), grads)
+            rule = self.rule.over(state.rule, layout.blocks(theta), grads)
         elif isinstance(state, Passing) and (leap := getattr(self.rule, "leap", None)):
             theta = state.theta.clone()
-            rule = leap(state.rule, layout.named(theta), grads)
+            rule = leap(state.rule, layout.blocks(theta), grads)
         elif move := getattr(self.rule, "move", None):     # all blocks are one copy
             theta = state.theta.clone()
-            rule = move(state.rule, layout.named(theta), grads)
+            rule = move(state.rule, layout.blocks(theta), grads)
         else:
-            made = self.rule.step(state.rule, layout.named(state.theta), grads)
+            made = self.rule.step(state.rule, layout.blocks(state.theta), grads)
             if not isinstance(made, tuple) or len(made) != 2:
                 raise TypeError(f"{type(self.rule).__name__}.step must return two things, (blocks by name, state), and returned a {type(made).__name__}{f' of {len(made)}' if isinstance(made, tuple) else ''}; a rule that remembers nothing returns the state it was given.")
             blocks, rule = made

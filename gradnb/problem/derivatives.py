@@ -47,7 +47,7 @@ class Problem(Risk):
         few = replace(self.dataset, x=x, y=y, x_test=x, y_test=y, augment=None) if isinstance(self.dataset, Dataset) else self.dataset
         other.dataset, other.network, other.theta0 = few.to(self.device, torch.float64), self.network.to(torch.float64), self.theta0.double()
         few = other._few(3)
-        try: return other if keeps_double(lambda blocks: other.piece(blocks, *few), other.layout.named(other._beside("double"))) else self
+        try: return other if keeps_double(lambda blocks: other.piece(blocks, *few), other.layout.blocks(other._beside("double"))) else self
         except (RuntimeError, TypeError): return self
 
     def check_products(self, linear: bool = False):
@@ -91,7 +91,7 @@ class Problem(Risk):
     def cuts(self) -> frozenset[str]:
         "The layers whose outputs move a quadratic form in place of their parameters, on the word of three examples."
         with torch.enable_grad(): graph = self.gradient_graph(self._beside("layers").requires_grad_(), *self._few(3))
-        return graph.sound(self.layout.named(self._beside("other layers")))
+        return graph.sound(self.layout.blocks(self._beside("other layers")))
 
     @cached_property
     def graph_bytes(self) -> float:
@@ -211,4 +211,4 @@ class Problem(Risk):
             with torch.no_grad():
                 if drawn: given = sample_targets(self.per_example, self.outputs(theta, some), drawn.generator())
                 value = self._losses(some, given)(theta)
-            yield LayerIO((Rows("", self.module, self.layout.named(theta.detach()), slice(0, self.p), (), len(some), self._rows(theta.detach(), some, given)),), value)
+            yield LayerIO((Rows("", self.module, self.layout.blocks(theta.detach()), slice(0, self.p), (), len(some), self._rows(theta.detach(), some, given)),), value)

@@ -41,7 +41,7 @@ def cuts(
     for path, m in module.named_modules():
         own = dict(m.named_parameters(recurse=False))
         names = {k: name for k in own if (name := f"{path}.{k}" if path else k) in layout.names}
-        if type(m) in RULES and names and all(owners[id(p)] == 1 for p in own.values()):
+        if type(m) in RULES and names and all(owners[id(p)] == 1 and not p.is_complex() for p in own.values()):
             found[path] = Cut(m, names, {k: torch.zeros_like(p) for k, p in own.items() if k not in names})
     return found
 
@@ -65,7 +65,7 @@ class Graph(NamedTuple):
         graph: bool = True,              # of the gradient; False: none is kept
     ) -> "Graph":
         "One forward and one backward pass."
-        blocks = layout.named(theta)
+        blocks = layout.blocks(theta)
         value, uses = record(cuts, lambda: loss(blocks))
         uses = [use for use in uses if use.outs]                            # not those under no_grad
         places, shapes = zip((theta, theta.shape), *(use.outs[0][1:] for use in uses), *((b, b.shape) for b in blocks.values()))

@@ -44,8 +44,9 @@ KINKS = ("Relu", "LeakyRelu", "Hardtanh", "Hardsigmoid", "Hardswish", "Maximum",
 def kinks_of(
     out: Tensor,        # with a graph
 ) -> tuple[str, ...]:   # names of operations
-    "The piecewise linear operations in a graph."
-    return tuple(sorted(n for n in {node.name().partition("Backward")[0] for node in nodes(out)} if n.startswith(KINKS)))
+    "The piecewise linear operations in a graph; the modulus of a complex number is none."
+    smooth = lambda node: node.name().startswith("Abs") and node._saved_self.is_complex()
+    return tuple(sorted({n for node in nodes(out) if (n := node.name().partition("Backward")[0]).startswith(KINKS) and not smooth(node)}))
 
 # %% ../../nbs/05_problem/06_graphs.ipynb #slopes
 def disagrees(
@@ -68,7 +69,7 @@ class Rounding(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.met = self.met or any(isinstance(t, Tensor) and t.requires_grad and t.is_floating_point() and t.dtype != torch.float64 for t in tree_leaves(out))
+        self.met = self.met or any(isinstance(t, Tensor) and t.requires_grad and t.dtype.to_real() != torch.float64 for t in tree_leaves(out))
         return out
 
 @torch.no_grad()

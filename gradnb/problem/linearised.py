@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     def outer(self, moved: Tensor) -> Tensor:
         "sᵢ sᵢᵀ times each example's row."
         s = self.slope.detach()
-        return s * (s * moved).flatten(1).sum(1).view(-1, *[1] * (s.ndim - 1))
+        return s * (s.conj() * moved).real.flatten(1).sum(1).view(-1, *[1] * (s.ndim - 1))
 
 # %% ../../nbs/05_problem/07_linearised.ipynb #linearised
 class Linearised:

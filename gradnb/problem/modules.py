@@ -46,7 +46,7 @@ def rebound(
     return other
 
 def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    "The module, with parameters and buffers in a precision; complex buffers stay complex."
+    "The module, with parameters and buffers in a precision; what is complex stays complex."
     return module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t.to(dtype.to_complex()) if t.is_complex() else t)
 
 def copied(
@@ -136,9 +136,6 @@ def refuse(
     for name, p in (*module.named_parameters(), *module.named_buffers()):
         if nn.parameter.is_lazy(p):
             raise TypeError(f"{name!r} has no shape before the first forward pass (a lazy module); call the network once on a few inputs.")
-        if isinstance(p, nn.Parameter) and p.is_complex():
-            raise TypeError(f"parameter {name!r} is {p.dtype}, and θ is a vector of real numbers; make torch.view_as_real of it the parameter, "
-                            "and let forward take torch.view_as_complex.")
 
 def hooked(module: nn.Module) -> list[str]:
     "Parameters and layers that hooks wait at for a gradient. They may read it, change it, or make a step of it; a copy has none."

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 from ..data.samples import alike
 from ..ground.streams import Stream
+from ..ground.layout import paired
 from ..ground.shared import alone, on_calls
 from ..models.losses import lending
 from .modes import Defaults, Hush, Plain, Under, Unmixed, drawing, is_twice
@@ -49,6 +50,7 @@ class Network:
         except Exception as e:
             raise TypeError(f"this network cannot be copied, so that measuring would write into it: {e}; keep what cannot be copied "
                             "out of its attributes.") from e
+        self.complex = [name for name, p in self.loud.named_parameters() if p.is_complex()]     # parameters that are given as real pairs
         self.device, self.is_frozen, self.buffers, self.places = x.device, False, {}, {self.module: places(self.module)}
         self.met = set()     # modes that change something in it, and `lending`, where it calls other modules with buffers, such as an objective's teacher
         theirs = {id(m): path for path, m in module.named_modules()}
@@ -71,7 +73,8 @@ class Network:
     @torch.no_grad()
     def _try_out(self, params, x):
         gen = (Stream() / "network").generator()
-        params = {k: v + scattered(v, gen) for k, v in params.items()}     # beside the start, where nothing is at rest
+        beside = {k: v + scattered(v, gen) for k, v in params.items()}     # beside the start, where nothing is at rest
+        params = {k: paired(v) if k in self.complex else v for k, v in beside.items()}
         start = {k: v.clone() for k, v in self.module.named_buffers()}
         def run(module, buffers=start, hush=False):
             after = {k: v.clone() for k, v in buffers.items()}
@@ -83,7 +86,7 @@ class Network:
         self.buffers = {k: v for k, v in start.items() if not alike(v, after[k])}
         self._try_again(run, out, start, gen)
         if not self.buffers or self.draws: self._try_still(run, out)
-        with torch.enable_grad(): self._try_backward({k: v.requires_grad_() for k, v in params.items()}, x[:4])
+        with torch.enable_grad(): self._try_backward({k: v.requires_grad_() for k, v in beside.items()}, x[:4])
 
     def _try_once(self, run, params, x):
         "Outputs, buffers after the pass, and what drew in it. Raises TypeError where it returns no tensor, or writes over what it was given."
@@ -208,7 +211,7 @@ class Network:
                 raise TypeError(f"the outputs of this network depend on {what}; register it (nn.Parameter, nn.ParameterList, nn.ModuleList), "
                                 "reach it through self, or detach it.")
             weights = torch.randn(out.shape, generator=(Stream() / "outputs").generator()).to(out)
-            try: return [g.nan_to_num() for g in torch.autograd.grad((out * weights).sum(), list(params.values()), materialize_grads=True)]
+            try: return [g.nan_to_num() for g in torch.autograd.grad((out * weights).sum().real, list(params.values()), materialize_grads=True)]
             except RuntimeError as e:
                 if isinstance(e, CheckpointError) and not self.fresh: return None                # what is computed again is not under our modes
                 if isinstance(e, CheckpointError) and (self.hush or Unmixed in self.met): raise again from e
@@ -228,7 +231,7 @@ class Network:
                                "make another problem of a network in that mode, or take problem.frozen().")
         if self.derives and not (torch.is_grad_enabled() and any(v.requires_grad for v in params.values())):
             with torch.enable_grad(): return self._forward(module, {k: v.detach().requires_grad_() for k, v in params.items()}, x, buffers, hush).detach()
-        tensors = {**params, **buffers}
+        tensors = {**params, **{k: paired(params[k]) for k in self.complex if k in params and not params[k].is_complex()}, **buffers}
         if self.fresh:
             own = copied(module, {id(held[key]): tensors.get(name, held[key]) for held, key, name in self.places[module]})
             out, written = self._asked(own, x, hush), dict(own.named_buffers())

@@ -79,7 +79,7 @@ class Point:
         "Curvature along directions, through the same graph."
         columns = self.problem.check(v, "a direction").reshape(len(v), -1).T.contiguous()
         self.problem.check_products()
-        total, named = v.new_zeros(v.shape[1:]), self.problem.layout.named
+        total, named = v.new_zeros(v.shape[1:]), self.problem.layout.blocks
         for graph in self._pieces(): total += torch.stack([graph.form(named(c), self.problem.cuts) for c in columns]).view_as(total)
         return self.problem.reduce(total)[0]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from ..data import Dataset
 from ..data.samples import Sample, size_of
-from ..ground.layout import Layout
+from ..ground.layout import Layout, real
 from ..models.losses import LOSSES, accuracy, resolve_loss
 from ..models.means import Ratio, couples, for_examples
 from ..models.objectives import Objective, posed
@@ -82,10 +82,10 @@ class Risk:
         if params is not None: module = chosen(module, params)
         self.layout, self.chunk_size = Layout.of(module), chunk_size
         found = dict(module.named_parameters())
-        self.device, kinds = one_device(found), {v.dtype for v in found.values()}
+        self.device, kinds = one_device(found), {v.dtype.to_real() for v in found.values()}
         exact = isinstance(dataset, (Dataset, Sample)) or all(k.itemsize > 2 for k in kinds)
         self.dtype, = kinds if len(kinds) == 1 and exact else [reduce(torch.promote_types, kinds, torch.float32)]
-        self.theta0 = self.layout.join(found[k].detach().to(self.dtype) for k in self.layout.names)
+        self.theta0 = self.layout.join(real(found[k].detach()).to(self.dtype) for k in self.layout.names)
         if isinstance(dataset, Dataset):
             if size is not None or batches is not None: raise ValueError("size= and batches= are for a loader's or a stream's batches; a Dataset has examples.")
             self.per_example, self.dataset = resolve_loss(loss), dataset.to(self.device, self.dtype)
@@ -111,7 +111,7 @@ class Risk:
     def __repr__(self) -> str:
         loss = self.per_example if isinstance(self.per_example, Objective) else getattr(self.per_example, "__name__", type(self.per_example).__name__)
         chunks = f", chunk_size={self.chunk_size}" if self.chunk_size and not self.dataset.whole else ""
-        if any(v.dtype != self.dtype for v in self.given.parameters()): chunks += f", in {self.dtype}".replace("torch.", "")
+        if any(v.dtype.to_real() != self.dtype for v in self.given.parameters()): chunks += f", in {self.dtype}".replace("torch.", "")
         return f"{type(self).__name__}({type(self.module).__name__} in {self.network.mode}, {loss}, {self.dataset.name!r}: n={self.n}{' batches' * self.dataset.whole}, p={self.p}{chunks})"
 
     @property
@@ -131,7 +131,7 @@ class Risk:
 
     @torch.no_grad()
     def _try_out(self, module):
-        x, y, params = self.dataset.x[:8], self.dataset.y[:8], self.layout.named(self.theta0)
+        x, y, params = self.dataset.x[:8], self.dataset.y[:8], self.layout.blocks(self.theta0)
         try: network = Network(module, params, x)
         except (RuntimeError, IndexError) as e:
             raise ValueError(f"the network cannot read inputs of shape {tuple(x.shape[1:])} and type {x.dtype} "
@@ -170,7 +170,7 @@ class Risk:
             if dtype != self.dtype and not keeps_double(f, there): raise TypeError("some of it is rounded to less")
             return wrong_slopes(f, there)
         gen = (Stream() / "beside").generator()
-        blocks = {k: v + scattered(v, gen) for k, v in self.layout.named(self.theta0).items()}
+        blocks = {k: v + scattered(v, gen) for k, v in self.layout.blocks(self.theta0).items()}
         with drawing(Stream() / "trial", x.device, wide=True) as drew:
             try: names = wrong(network.to(torch.float64), torch.float64)
             except (RuntimeError, TypeError): names = wrong(network, self.dtype)       # which the network insists on
@@ -184,8 +184,8 @@ class Risk:
 
     def _try_sample(self, module, size, settled):
         "Examples are counted where each is known to have a loss of its own, else batches, each with its weight; as they are, where that is settled."
-        params, sample, objective = self.layout.named(self.theta0), self.dataset, self.per_example
-        module = module if all(v.dtype == self.dtype for v in module.parameters()) else cast(copied(module), self.dtype)
+        params, sample, objective = self.layout.blocks(self.theta0), self.dataset, self.per_example
+        module = module if all(v.dtype.to_real() == self.dtype for v in module.parameters()) else cast(copied(module), self.dtype)
         first = sample.few()
         try: network = Network(module, params, first, objective.ask)
         except (RuntimeError, ValueError, IndexError):                               # it insists on batches of the owner's size
@@ -202,7 +202,7 @@ class Risk:
         with torch.no_grad():
             out, single = network(params, first), None if settled or size else sample.by_example()
             if single is not None and out.ndim and len(out) == (len(first) if self.in_part else len(single.parts[0])):
-                theta = self.layout.named(self._beside("company"))
+                theta = self.layout.blocks(self._beside("company"))
                 try: alone = torch.cat([network(theta, single.x[i:i + 1]) for i in range(min(3, len(out)))])
                 except (RuntimeError, ValueError, IndexError): alone = None          # BatchNorm refuses one example
                 if alone is not None and torch.allclose(alone, network(theta, first)[:len(alone)], rtol=1e-3, atol=1e-5, equal_nan=True):
@@ -233,7 +233,7 @@ class Risk:
         if not isinstance(self.per_example, Objective): return self.outputs(theta, x, noise)
         network = copy(self.network)
         network._ask = self.per_example.outputs
-        return network(self.layout.named(theta.contiguous()), x, noise)
+        return network(self.layout.blocks(theta.contiguous()), x, noise)
 
     def losses(self, out: Tensor, x, y: Tensor) -> Tensor:
         "Of what `before_loss` gave, (b,), or of a batch (1,)."
@@ -256,7 +256,7 @@ class Risk:
 
     def outputs(self, theta: Tensor | dict[str, Tensor], x: Tensor, noise: Stream | None = None, buffers: dict[str, Tensor] | None = None) -> Tensor:
         "The network's outputs on inputs x with parameters theta, flat or by name. Buffers that are given move."
-        if isinstance(theta, Tensor): theta = self.layout.named(theta.contiguous())     # torch's BatchNorm misreads strided weights
+        if isinstance(theta, Tensor): theta = self.layout.blocks(theta.contiguous())     # torch's BatchNorm misreads strided weights
         return self.network(theta, x, noise, buffers)
 
     def one_chunk(self, batch=None) -> bool:
@@ -355,7 +355,7 @@ class Risk:
     def grad_and_loss(self, theta: Tensor, batch=None) -> tuple[Tensor, Tensor]:   # (p,), ()
         "∇L(θ) and L(θ), on a batch or on all examples."
         refuse_inference()
-        blocks = {k: b.requires_grad_() for k, b in self.layout.named(self.check(theta).detach().contiguous()).items()}
+        blocks = {k: b.requires_grad_() for k, b in self.layout.blocks(self.check(theta).detach().contiguous()).items()}
         value, moving = theta.new_zeros(()), None
         asked = _SETTLING.get()
         if asked and asked.after is None and asked.problem is self and asked.theta is theta and asked.batch is batch:
@@ -370,7 +370,7 @@ class Risk:
     def settle(self, theta: Tensor, buffers: dict[str, Tensor], batch=None) -> dict[str, Tensor]:
         "The running statistics after a batch, given those before it: one forward pass, where there are any."
         if not buffers: return buffers
-        for x, _, _, _, noise in self.chunks(batch): buffers = self.network.settle(self.layout.named(theta), x, buffers, noise)
+        for x, _, _, _, noise in self.chunks(batch): buffers = self.network.settle(self.layout.blocks(theta), x, buffers, noise)
         return self._agreed(buffers)
 
     def _agreed(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -412,7 +412,7 @@ class Risk:
         other = self.around(self.network.around(at))
         for cached in ("graph_bytes", "kinks"): other.__dict__.pop(cached, None)
         other.layout, other._checked, found = Layout.of(held[0]), {}, dict(held[0].named_parameters())
-        other.theta0 = other.layout.join(found[k].detach().to(self.dtype) for k in other.layout.names)
+        other.theta0 = other.layout.join(real(found[k].detach()).to(self.dtype) for k in other.layout.names)
         return other
 
     @torch.no_grad()

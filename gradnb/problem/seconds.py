@@ -70,7 +70,7 @@ def wrong_jacobian(
     back, = torch.autograd.grad(out, leaf, z.requires_grad_(), create_graph=True, materialize_grads=True)
     if not back.requires_grad: return bool(back.any())
     Jv, = torch.autograd.grad(back, z, v, materialize_grads=True)
-    return bool(abs((z * Jv).sum() - back @ v) > 1e-2 * (z.norm() * Jv.norm() / Jv.numel()**0.5 + back.norm() * v.norm() / len(v)**0.5))
+    return bool(abs((z.conj() * Jv).sum().real - back @ v) > 1e-2 * (z.norm() * Jv.norm() / Jv.numel()**0.5 + back.norm() * v.norm() / len(v)**0.5))
 
 # %% ../../nbs/05_problem/11_seconds.ipynb #own
 def own_functions(

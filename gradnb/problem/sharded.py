@@ -32,6 +32,7 @@ from .risk import Evaluation
 class Shard:
     "This process's part of one parameter."
     def __init__(self, name: str, param: DTensor):
+        if param.is_complex(): raise TypeError(f"parameter {name!r} is {param.dtype}, and shards are real numbers here; make torch.view_as_real of it the parameter, and let forward take torch.view_as_complex.")
         if not isinstance(param, DTensor):
             raise TypeError(f"parameter {name!r} is a plain tensor on every process; shard it too (fully_shard, distribute_tensor), or freeze it with requires_grad_(False).")
         if any(p.is_partial() for p in param.placements): raise TypeError(f"parameter {name!r} is a sum of what the processes hold ({param.placements}); redistribute it.")

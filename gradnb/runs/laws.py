@@ -24,6 +24,7 @@ from ..problem import Problem, Quadratic
 from ..problem.graphs import disagrees, wrong_slopes
 from ..problem.modules import copied, scattered
 from ..problem.seconds import central, skew
+from ..ground.layout import real
 from ..ground.roles import Batch, Estimator, Rule, Stepper
 from ..move.rules.fromtorch import FromTorch
 from ..move.rules.gd import GD
@@ -88,7 +89,7 @@ def precise(problem: Problem) -> Problem:
 
 def off_blocks(problem: Problem, a: Tensor, b: Tensor) -> str:
     "The blocks in which two vectors differ most."
-    off = {k: float(d.norm()) for k, d in problem.layout.named(a - b).items()}
+    off = {k: float(d.norm()) for k, d in problem.layout.blocks(a - b).items()}
     return ", ".join(repr(k) for k in sorted(off, key=off.get, reverse=True) if off[k] > .1 * max(off.values())) or "no block"
 
 def check_derivatives(problem: Problem, culprit, batch: Batch):
@@ -97,7 +98,7 @@ def check_derivatives(problem: Problem, culprit, batch: Batch):
     near, tol = (lambda: torch.cat([scattered(b, gen).reshape(-1) for b in layout.split(problem.theta0)])), max(1e-9, eps ** .5)
     theta, u, v = problem.theta0 + near(), near(), near()
     for b, how in ((batch, ""), (batch._replace(noise=Stream(3)), ", under noise"))[:1 + problem.noisy]:
-        wrong = wrong_slopes(lambda blocks: sum(problem.piece(blocks, *c) for c in problem.chunks(b)), layout.named(theta))
+        wrong = wrong_slopes(lambda blocks: sum(problem.piece(blocks, *c) for c in problem.chunks(b)), layout.blocks(theta))
         law(not wrong, culprit, f"has a gradient that is not the slope of its loss in {', '.join(map(repr, wrong))}{how}.")
     grad, loss = problem.grad_and_loss(theta, batch)
     if not (problem.coupled or problem.network.draws or problem.dataset.whole):
@@ -163,8 +164,8 @@ def check_rule(
     for dtype in (torch.float64, torch.float32):
         problem = proving_ground(dtype)
         theta = problem.theta0.clone()
-        blocks, roles = problem.layout.named(theta), dict(zip(problem.layout.names, problem.layout.roles))
-        grads = problem.layout.named(problem.grad_and_loss(theta)[0])
+        blocks, roles = problem.layout.blocks(theta), dict(zip(problem.layout.names, problem.layout.roles))
+        grads = problem.layout.blocks(problem.grad_and_loss(theta)[0])
         with Watch(rule, *blocks.values()): state = rule.init(blocks, roles)
         law(state == () or hasattr(state, "_fields"), rule, f"keeps a {type(state).__name__} as its state; make it a NamedTuple of numbers, "
             "tensors and dicts by block, whose parts have names.")
@@ -187,10 +188,10 @@ def check_rule(
 
 def as_alone(rule: FromTorch, problem, steps: int = 12) -> bool:
     "Does a torch optimizer go the same way, to the last bit, step by step as a rule and in a loop that keeps it?"
-    blocks = problem.layout.named(problem.theta0)
+    blocks = problem.layout.blocks(problem.theta0)
     state, (params, optimizer) = rule.init(blocks, {}), rule.around(blocks)
     for k in range(steps):
-        grads = problem.layout.named((1 + k % 3) * problem.grad_and_loss(problem.layout.join(blocks.values()))[0])
+        grads = problem.layout.blocks((1 + k % 3) * problem.grad_and_loss(problem.layout.join(blocks.values()))[0])
         for p, g in zip(params, grads.values()): p.grad = g.clone()
         optimizer.step()
         blocks, state = rule.step(state, blocks, grads)
@@ -317,13 +318,13 @@ def watched(
     net, size = copied(problem.network.loud), min(8, problem.n)
     again = Problem(net, problem.per_example, problem.dataset, problem.chunk_size)
     live = dict(net.named_parameters())
-    live, theta = [live[k] for k in again.layout.names], lambda: again.layout.join(p.detach().to(again.dtype) for p in live)
+    live, theta = [live[k] for k in again.layout.names], lambda: again.layout.join(real(p.detach()).to(again.dtype) for p in live)
     optimizer, before = torch.optim.SGD(live, lr=0.01, momentum=0.9), generators()
     seen = watch(again, probes=probes, optimizer=optimizer, batch_size=size)
     for k in range(steps):
         idx = torch.randint(again.n, (size,), generator=Stream(k).generator())
         grad, loss = again.grad_and_loss(theta(), Batch(idx))
-        for p, g in zip(live, again.layout.split(grad)): p.grad = g.to(p.dtype)
+        for p, g in zip(live, again.layout.named(grad).values()): p.grad = g.to(p.dtype)
         optimizer.step()
         seen.step(loss)
     with redirect_stdout(None): seen.close()

@@ -34,6 +34,7 @@ MAGIC = 0x1950A86A20F9469CFC6C          # of torch.save's format before 1.6
 def load_foreign(
     path: Path,            # what torch.save wrote
     most: float = ROOM,    # elements that it may declare however small it is; ∞ is safe in its zip format only, which keeps tensors beside the pickle
+    plain: bool = True,    # real tensors only?
 ):
     "Tensors, numbers, lists, dicts and argparse.Namespace. Raises ValueError, with the reason, on everything else."
     size = path.stat().st_size
@@ -48,7 +49,7 @@ def load_foreign(
             warnings.simplefilter("ignore")
             found = torch.load(path, "cpu", weights_only=True)
         for t in tensors_in(found, size):
-            if t.layout != torch.strided or t.is_quantized or t.is_complex() or t.device.type != "cpu":
+            if t.layout != torch.strided or t.is_quantized or plain and t.is_complex() or t.device.type != "cpu":
                 raise ValueError(f"it holds a tensor that is {', '.join(map(str, (t.layout, t.dtype, t.device)))}; these programs write plain real ones")
             if t.numel() * t.element_size() > size: raise ValueError(f"a tensor of shape {tuple(t.shape)} is more than the file holds")
         return found

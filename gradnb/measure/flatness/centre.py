@@ -67,7 +67,7 @@ class Centre:
         self._loss = self._point = None
         self.n = problem.n if batch is None else len(batch.idx)
         check_count(1, examples=self.n)
-        bad = [name for name, block in problem.layout.named(self.theta).items() if not block.isfinite().all()]
+        bad = [name for name, block in problem.layout.blocks(self.theta).items() if not block.isfinite().all()]
         if bad: raise ValueError(f"theta is not finite in {', '.join(bad[:4])}; flatness needs a point with a finite loss.")
 
     @property

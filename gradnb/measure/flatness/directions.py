@@ -24,14 +24,15 @@ def filter_normalised(
     d: Tensor,      # direction (p,)
 ) -> Tensor:        # (p,)
     "d with each filter as long as the weights' (Li et al. 2018); biases and norms' parameters do not move. Raises ValueError without filters."
-    if not any(len(shape) > 1 for shape in layout.shapes):
+    filters = [len(shape) > 1 + (role == "complex") for shape, role in zip(layout.shapes, layout.roles)]      # pairs are one number
+    if not any(filters):
         raise ValueError("filter-normalised directions move matrices and filters, and this problem has none; take adaptive ones.")
     w, unit = in_unit(w)
-    def block(w, d):
-        if w.ndim <= 1: return torch.zeros_like(d)
+    def block(w, d, moves):
+        if not moves: return torch.zeros_like(d)
         long, length = (v.flatten(1).norm(dim=1).view(-1, *[1] * (w.ndim - 1)) for v in (d, w))
         return d * torch.where(long > 0, length / long, 0.)
-    return layout.join(map(block, layout.split(w), layout.split(d))) * unit
+    return layout.join(map(block, layout.split(w), layout.split(d), filters)) * unit
 
 KINDS = {
     "plain": lambda layout, w, z: z,

@@ -96,10 +96,10 @@ def relative_flatness(
     if not (known := weight_blocks(layout)): raise ValueError("relative flatness belongs to a layer's weights, and this problem has none.")
     name = known[-1] if layer is None else layer
     if name not in known: raise ValueError(f"no weight block {name!r}; there are {', '.join(known)}.")
-    W = layout.named(centre.w)[name].flatten(1)                        # (neurons, inputs)
+    W = layout.blocks(centre.w)[name].flatten(1)                        # (neurons, inputs)
     def draw(i):
         y, z = signs(centre, i, "y", n=W.shape[1]), signs(centre, i, "z", n=W.shape[1])
-        blocks = {k: torch.zeros_like(v) for k, v in layout.named(centre.w).items()}
+        blocks = {k: torch.zeros_like(v) for k, v in layout.blocks(centre.w).items()}
         blocks[name] = torch.outer(W @ y, z).view(blocks[name].shape)
         return layout.join(blocks.values())
     return centre.estimate(forms(centre, draw, samples))

@@ -35,7 +35,7 @@ def rescale_units(
     order: Tensor | None = None,    # new order of the units, (units,) int64; None: as they are
 ) -> Tensor:                        # (p,)
     "Units scaled and reordered, and the layer that reads them made to match. Raises ValueError where that changes the function."
-    named, hidden = {k: v.clone() for k, v in problem.layout.named(problem.check(theta).detach()).items()}, hidden_layers(problem)
+    named, hidden = {k: v.clone() for k, v in problem.layout.blocks(problem.check(theta).detach()).items()}, hidden_layers(problem)
     layer = hidden[0] if layer is None else layer
     if layer not in hidden: raise ValueError(f"no hidden layer {layer!r}; there are {', '.join(hidden)}.")
     reader, units = (blocks := weight_blocks(problem.layout))[blocks.index(layer) + 1], len(named[layer])
@@ -95,7 +95,7 @@ def filter_rescale(
     check_positive(alpha=alpha)
     stream = Stream(seed) / "filter"
     for name in hidden_layers(problem):
-        u = torch.rand(len(problem.layout.named(theta)[name]), generator=(stream / name).generator(), dtype=torch.float64)
+        u = torch.rand(len(problem.layout.blocks(theta)[name]), generator=(stream / name).generator(), dtype=torch.float64)
         theta = rescale_units(problem, theta, name, ((2 * u - 1) * log(alpha)).exp())
     return theta
 
@@ -127,6 +127,6 @@ def permute_neurons(
 ) -> Tensor:                    # (p,)
     "The units of every hidden layer in random order."
     for name in hidden_layers(problem):
-        units = len(problem.layout.named(theta)[name])
+        units = len(problem.layout.blocks(theta)[name])
         theta = rescale_units(problem, theta, name, order=torch.randperm(units, generator=(Stream(seed) / "permute" / name).generator()))
     return theta

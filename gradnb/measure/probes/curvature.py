@@ -106,7 +106,7 @@ def generalized_sharpness_probe(
         rule = getattr(view.stepper, "rule", view.stepper)
         if hasattr(rule, "schedule"): rule = rule.at(view.step)
         own = getattr(rule, "norm", None) == norm
-        units = rule.units(view.problem.layout.named(view.theta)) if own and hasattr(rule, "units") else None
+        units = rule.units(view.problem.layout.blocks(view.theta)) if own and hasattr(rule, "units") else None
         found = generalized_sharpness(view.point, norm, units, starts, tol, warm=view.memory.get("found"), most=most, stream=view.stream)
         view.memory["found"], dual = found, dual_norm(view.point, norm, units)
         plain = own and not any(getattr(rule, name, 0) for name in ("beta", "weight_decay")) and descends_all(view.stepper)

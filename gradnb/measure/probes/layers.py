@@ -35,7 +35,7 @@ def gradients(problem, theta: Tensor, idx: Tensor) -> Iterator[LayerIO]:
     if not problem.dataset.whole: yield from (apart(io, problem.layout) for io in problem.layer_io(theta, Batch(idx))); return
     for i in idx:
         g, loss = problem.grad_and_loss(theta, Batch(i[None]))
-        yield apart(LayerIO((Rows("", problem.module, problem.layout.named(theta), slice(0, problem.p), (), 1, g[None]),), loss[None]), problem.layout)
+        yield apart(LayerIO((Rows("", problem.module, problem.layout.blocks(theta), slice(0, problem.p), (), 1, g[None]),), loss[None]), problem.layout)
 
 def layer_spreads(
     problem,            # gives layer inputs and output gradients, or gradients of batches

@@ -61,11 +61,11 @@ def metric_of(
     "The metric in which a rule's next step is momentum descent. Raises TypeError where the rule has none, and for a flow."
     refuse_flow(stepper)
     layout = problem.layout
-    edge, inverse, shift = frozen(getattr(stepper, "rule", stepper), stepper.step(problem, state).rule, layout.named(state.theta), layout.named(state.grad))
+    edge, inverse, shift = frozen(getattr(stepper, "rule", stepper), stepper.step(problem, state).rule, layout.blocks(state.theta), layout.blocks(state.grad))
     flat = lambda by_block, rest: layout.join(
         torch.as_tensor(by_block.get(n, rest), dtype=state.theta.dtype, device=state.theta.device).expand(s)
         for n, s in zip(layout.names, layout.shapes))
-    if callable(inverse): root = lambda v: layout.join(inverse(layout.named(v))[n] for n in layout.names)
+    if callable(inverse): root = lambda v: layout.join(inverse(layout.blocks(v))[n] for n in layout.names)
     else: root = flat(inverse, 1.).sqrt().mul
     return Metric(edge, root, flat(shift, 0.))
 

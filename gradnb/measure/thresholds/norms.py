@@ -52,12 +52,14 @@ def dual_norm(
     units: dict[str, float] | None = None, # length of a step by block
 ) -> float:
     "‖∇L‖ in the norm dual to the largest of the blocks' norms."
-    check(norm)
-    sizes = ball(norm, point.problem.layout.named(point.grad))[1]
+    check(norm, point.problem.layout)
+    sizes = ball(norm, point.problem.layout.blocks(point.grad))[1]
     return float(sum(s.double() * (units or {}).get(n, 1.) for n, s in sizes.items()))
 
-def check(norm: str):
+def check(norm: str, layout=None):    # of the blocks
     if norm not in NORMS: raise unknown("norm", norm, NORMS)
+    if norm == "spectral" and (pairs := [n for n, role in zip(layout.names, layout.roles) if role == "complex"] if layout else ()):
+        raise TypeError(f"the spectral norm here is that of real matrices, and {pairs[0]!r} is complex; take norm=l2, by block, or linf, of real and imaginary parts.")
 
 # %% ../../../nbs/07_measure/04_thresholds/04_norms.ipynb #weight
 def turned(norm: str, g: Tensor):    # functions (r, *shape) → (r, m, n) and back
@@ -141,7 +143,7 @@ class Hessian(NamedTuple):
         "The largest ‖d‖₂² of a step."
         return sum(u * u * size(self.norm, s) for u, s in zip(self.lengths, self.point.problem.layout.shapes))
 
-    def named(self, v: Tensor) -> dict: return self.point.problem.layout.named(v)
+    def named(self, v: Tensor) -> dict: return self.point.problem.layout.blocks(v)
     def joined(self, blocks: dict) -> Tensor: return self.point.problem.layout.join(blocks.values())
     def step(self, v: Tensor) -> Tensor: return v if self.unit is None else self.unit.view(-1, *[1] * (v.ndim - 1)) * v      # (p,) or (p, r)
     def product(self, v: Tensor) -> Tensor: return self.step(self.point.hvp(self.step(v)))
@@ -283,7 +285,7 @@ def generalized_sharpness(
     Holds some 25 copies of a float32 θ beside the problem and its graph, in the spectral norm 27. Raises ValueError on an unknown norm, TypeError on what is no point.
     """
     if not isinstance(point, Point): raise TypeError(f"generalized_sharpness takes a point, problem.at(theta), got {type(point).__name__}.")
-    check(norm)
+    check(norm, point.problem.layout)
     for name, value, low in (("starts", starts, 1), ("max_steps", max_steps, 1)): check_number("generalized_sharpness", name, value, low, whole=True)
     check_number("generalized_sharpness", "tol", tol, 1e-15, 1)
     check_number("generalized_sharpness", "most", most, 2)

@@ -110,7 +110,7 @@ class UpdateMap:
         def step(x, live):
             inside = list(leaves)
             for i, t in zip(live, x[2:]): inside[i] = t
-            with Smooth(): blocks, after = rule.step(tree_unflatten(inside, tree), layout.named(x[0]), layout.named(x[1]))
+            with Smooth(): blocks, after = rule.step(tree_unflatten(inside, tree), layout.blocks(x[0]), layout.blocks(x[1]))
             after = tree_flatten(after)[0]
             if len(after) != len(leaves):
                 raise Grows(f"the state of {rule!r} grows in this step, so the step is no map of it to itself; "

@@ -46,7 +46,7 @@ class Estimated:
         with self.problem.settling(theta, buffers, batch) as settled: grad, loss = self.estimator.estimate(self.state, self.problem, theta, batch)
         before = [p.grad for p in self.params]
         try:
-            for p, g in zip(self.params, self.problem.layout.split(grad)): p.grad = g.clone()
+            for p, g in zip(self.params, self.problem.layout.named(grad).values()): p.grad = g.clone()
             self.optimizer.step()
         finally:
             for p, g in zip(self.params, before): p.grad = g

@@ -150,7 +150,7 @@ class KFAC(torch.optim.Optimizer):
             if isinstance(m, _DropoutNd): m.eval()
         for i, (args, kwargs, targets, _) in enumerate(calls):
             def losses(theta):
-                tensors = layout.named(theta) | {k: b.clone() for k, b in network.named_buffers()}
+                tensors = layout.blocks(theta) | {k: b.clone() for k, b in network.named_buffers()}
                 with Hush(), drawing(stream / "noise", theta.device): out = functional_call(network, tensors, args, kwargs)
                 labels = stream / i if i else stream
                 found = self.loss(out, sample_targets(self.loss, out, labels.generator()) if targets is None else targets)

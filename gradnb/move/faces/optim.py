@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GD', 'Momentum', 'Adam', 'RMSProp', 'SteepestDescent', 'LAMB', 'LARS', 'Signum', 'Lion', 'Muon', 'AdEMAMix',
            'Prodigy', 'Shampoo', 'SOAP', 'ScheduleFreeSGD', 'ScheduleFreeAdamW', 'AutomaticGradientDescent', 'KFAC',
-           'to_torch', 'from_torch', 'values', 'advance', 'state_like', 'Face', 'Call', 'keep', 'whole', 'role', 'real',
-           'face', 'by_role', 'Sophia']
+           'to_torch', 'from_torch', 'values', 'advance', 'state_like', 'Face', 'Call', 'keep', 'whole', 'role', 'face',
+           'by_role', 'Sophia']
 
 # %% ../../../nbs/06_move/05_faces/02_optim.ipynb #imports
 import inspect
@@ -17,7 +17,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
-from ...ground.layout import Layout, role_of
+from ...ground.layout import Layout, real, role_of
 from ...ground.registry import unknown
 from ...ground.roles import Rule
 from ...ground.streams import Stream
@@ -233,10 +233,6 @@ def whole(
 def role(group: dict, p: Tensor) -> str:
     "What the group says, or what the shape says."
     return group.get("role") or role_of(None, p)
-
-def real(t: Tensor) -> Tensor:
-    "A complex tensor as a view of real pairs; a real one as it is."
-    return torch.view_as_real(t) if t.is_complex() else t
 
 # %% ../../../nbs/06_move/05_faces/02_optim.ipynb #faces
 def face(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from ...ground.layout import real
 from ...ground.roles import Rule
 from .optim import Face, role, state_like, whole
 from ..rules.inplace import ANEW
@@ -23,7 +24,7 @@ def worn(
     if not isinstance(optimizer, Face): return None
     parts = []
     for group in optimizer.param_groups:
-        if group["maximize"] or any(p.is_complex() for p in group["params"]): return None
+        if group["maximize"]: return None
         rule, mine, alike = optimizer._rule(group), {id(p) for p in group["params"]}, {}
         like = state_like(rule)
         counts = [k for k, v in zip(getattr(like, "_fields", ()), like) if isinstance(v, (int, float))]
@@ -40,7 +41,7 @@ def tallies(rule: Rule) -> bool:
 def remembered(optimizer: Face, rule: Rule, params: dict[str, nn.Parameter], group: dict) -> Callable:
     def state(dtype: torch.dtype):
         held = [optimizer.state.get(p) for p in params.values()]
-        if not held[0]: return rule.init({n: p.detach().to(dtype, copy=True) for n, p in params.items()}, {n: role(group, p) for n, p in params.items()})
+        if not held[0]: return rule.init({n: real(p.detach()).to(dtype, copy=True) for n, p in params.items()}, {n: role(group, p) for n, p in params.items()})
         copy = lambda t: t.detach().to(dtype if t.is_floating_point() else t.dtype, copy=True)
         return tree_map_only(Tensor, copy, whole(state_like(rule), list(params), held))
     return state

@@ -216,7 +216,7 @@ class CentralFlow:
         "A step of the rule to θ_k; where the flow starts there, one more, and the midpoint."
         layout = problem.layout
         def after(rule, theta, grad):
-            blocks, rule = self.rule.step(rule, layout.named(theta), layout.named(grad))
+            blocks, rule = self.rule.step(rule, layout.blocks(theta), layout.blocks(grad))
             return layout.join(blocks[n] for n in layout.names), rule
         now, rule = after(c.before, theta, grad)
         if k < self.start: return now, c._replace(before=rule)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...models.inits import KERNELS, unit_of
 from ...ground.layout import ROLES, role_of
 from ...ground.roles import RULES, check_range, kind, later
-from .inplace import InPlace, check_choice
+from .inplace import InPlace, check_choice, refuse_complex
 
 # %% ../../../nbs/06_move/02_rules/10_agd.ipynb #state
 class AGDState(NamedTuple):
@@ -44,10 +44,10 @@ class AutomaticGradientDescent(InPlace):
         check_choice(self, "kernel", *KERNELS)
 
     def init(self, blocks, roles):
+        refuse_complex(self, blocks, roles)
         roles = {n: roles.get(n) or role_of(None, b) for n, b in blocks.items()}
         for n, b in blocks.items():
             unit_of(roles[n], b.shape)
-            if b.is_complex(): raise TypeError(f"automatic gradient descent is for real weights, but block {n!r} is {b.dtype}.")
             if roles[n] == "vector" and not self.vectors:
                 raise ValueError(f"automatic gradient descent has no rule for vectors, but block {n!r} has shape "
                                  f"{tuple(b.shape)}; build the network with bias=False and affine=False, or pass vectors=True (experimental).")

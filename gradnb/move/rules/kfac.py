@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ...problem.layers import Layer, LayerIO
 from ...ground.roles import Batch, Rule, check_range, kind
-from .inplace import check_choice
+from .inplace import check_choice, refuse_complex
 
 # %% ../../../nbs/06_move/02_rules/11_kfac.ipynb #factors
 def positions(
@@ -82,9 +82,10 @@ class KFAC(Rule):
             if getattr(self, name) is not None or name not in ("clip", "size"): check_range(self, name, low, high)
         check_choice(self, "fisher", "true", "empirical")
 
+    takes_complex = False
+
     def init(self, blocks, roles):
-        for n, b in blocks.items():
-            if b.is_complex(): raise TypeError(f"K-FAC is for real weights, but block {n!r} is {b.dtype}.")
+        refuse_complex(self, blocks, roles)
         return KFACState({k: torch.zeros_like(b) for k, b in blocks.items()}, {}, {}, {})
 
     def due(self, state: KFACState, k: int) -> bool:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...ground.roles import RULES, check_range, kind
-from .inplace import InPlace, check_choice, columns, into
+from .inplace import InPlace, check_choice, columns, into, refuse_complex
 
 # %% ../../../nbs/06_move/02_rules/08_lamb.ipynb #state
 class LAMBState(NamedTuple):
@@ -76,6 +76,7 @@ class LAMB(InPlace):
         return cls(**dict(lr=lr, decay="outside", bias_correction="first", norm_high=10., ratio_eps=more.get("eps", 1e-6)) | more)
 
     def init(self, blocks, roles):
+        refuse_complex(self, blocks, roles)
         zeros = lambda *shape: {n: b.new_zeros(*shape or (b.shape,)) for n, b in blocks.items()}
         return LAMBState(0, zeros(), zeros(), zeros(()), zeros(()), zeros(()))
 

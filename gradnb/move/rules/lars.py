@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...ground.roles import RULES, check_range, kind
-from .inplace import InPlace, check_choice, columns
+from .inplace import InPlace, check_choice, columns, refuse_complex
 
 # %% ../../../nbs/06_move/02_rules/09_lars.ipynb #state
 class LARSState(NamedTuple):
@@ -58,6 +58,7 @@ class LARS(InPlace):
     def pytorch_optimizer(cls, lr=1e-3, **more): return cls(**dict(lr=lr, rate="outside", adapt="matrices") | more)
 
     def init(self, blocks, roles):
+        refuse_complex(self, blocks, roles)
         zeros = lambda *shape: {n: b.new_zeros(*shape or (b.shape,)) for n, b in blocks.items()}
         return LARSState(zeros(), zeros(()), zeros(()), zeros(()))
 

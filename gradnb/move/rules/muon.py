@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...ground.roles import RULES, check_range, kind
-from .inplace import InPlace, check_choice, columns
+from .inplace import InPlace, check_choice, columns, refuse_complex
 
 # %% ../../../nbs/06_move/02_rules/14_muon.ipynb #polar
 ODD = {"jordan": (3.4445, -4.7750, 2.0315), "cubic": (1.5, -.5, 0.)}    # a, b, c of ax + bx³ + cx⁵
@@ -77,6 +77,7 @@ class Muon(InPlace):
         return cls(lr, weight_decay=weight_decay, **{"precision": "bfloat16"} | more)
 
     def init(self, blocks, roles):
+        refuse_complex(self, blocks, roles)
         for n, b in blocks.items():
             if b.ndim < 2 or roles.get(n) == "embedding":
                 raise ValueError(f"Muon moves matrices, and block {n!r} is {'an embedding' if b.ndim > 1 else 'a vector'}, {tuple(b.shape)}; give the others a rule "

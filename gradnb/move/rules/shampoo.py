@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...ground.roles import check_range, kind
-from .inplace import InPlace, check_choice, columns
+from .inplace import InPlace, check_choice, columns, refuse_complex
 
 # %% ../../../nbs/06_move/02_rules/18_shampoo.ipynb #factors
 def wide(t: Tensor) -> torch.dtype:
@@ -89,11 +89,11 @@ class Shampoo(InPlace):
         check_choice(self, "graft", "none", "sgd", "adagrad", "rmsprop")
 
     def init(self, blocks, roles):
+        refuse_complex(self, blocks, roles)
         for n, b in blocks.items():
             if max(b.shape, default=1) > self.largest:
                 raise ValueError(f"Shampoo keeps a square matrix for each dimension, and block {n!r} is {tuple(b.shape)}, with one above largest={self.largest}; give it a rule "
                                  f'of its own: Groups((({n!r}, Adam(0.001)), ("*", Shampoo(0.1)))), in words groups:{n}=adam,*=[shampoo:lr=.1]; or, in a loop of torch, an optimizer of its own.')
-            if b.is_complex(): raise TypeError(f"Shampoo is for real weights, but block {n!r} is {b.dtype}.")
         room = lambda: {n: packed(b, sides(b)) for n, b in blocks.items()}
         zeros = lambda: {n: torch.zeros_like(b) for n, b in blocks.items()}
         grafted = self.graft in ("adagrad", "rmsprop")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...ground.roles import check_range, kind
-from .inplace import InPlace, columns
+from .inplace import InPlace, columns, refuse_complex
 from .shampoo import outers, packed, squares, turned, wide
 
 # %% ../../../nbs/06_move/02_rules/19_soap.ipynb #basis
@@ -66,8 +66,7 @@ class SOAP(InPlace):
         return [d if turns and d <= self.largest else 0 for d in b.shape or (1,)]
 
     def init(self, blocks, roles):
-        for n, b in blocks.items():
-            if b.is_complex(): raise TypeError(f"SOAP is for real weights, but block {n!r} is {b.dtype}.")
+        refuse_complex(self, blocks, roles)
         room = lambda: {n: packed(b, self.sides(b)) for n, b in blocks.items()}
         zeros = lambda: {n: torch.zeros_like(b) for n, b in blocks.items()}
         return SOAPState(0, room(), room(), zeros(), zeros())

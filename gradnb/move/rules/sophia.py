@@ -80,7 +80,7 @@ class Sophia(InPlace):
 
     def refresh(self, state, problem, theta, k, stream):
         if not self.due(state.refreshed, k): return state
-        estimates = problem.layout.named(self.estimate(problem, theta, stream, state.hessian))
+        estimates = problem.layout.blocks(self.estimate(problem, theta, stream, state.hessian))
         return state._replace(refreshed=k, hessian={n: torch.lerp(h, estimates[n], 1 - self.beta2) for n, h in state.hessian.items()})
 
     def estimate(self,
@@ -95,7 +95,7 @@ class Sophia(InPlace):
             n, batch = self.size, Batch(torch.randperm(n, generator=(stream / "batch").generator())[:self.size])
         if self.curvature == "hutchinson":
             v = probing(self.draws, theta, stream / "vector")
-            if names is not None: v = problem.layout.join(b if n in names else torch.zeros_like(b) for n, b in problem.layout.named(v).items())
+            if names is not None: v = problem.layout.join(b if n in names else torch.zeros_like(b) for n, b in problem.layout.blocks(v).items())
             return v * problem.hvp(theta, v, batch)
         total = sum(io.total(slice(0, io.n)) for io in problem.layer_io(theta, batch, labels=stream / "labels"))    # of the mean over a text's positions
         return total.square() * (positions(problem) / n)

@@ -11,7 +11,7 @@ from math import inf
 import torch
 from torch import Tensor
 from ...ground.roles import check_range, kind
-from .inplace import InPlace, check_choice, columns
+from .inplace import InPlace, check_choice, columns, refuse_complex
 from .muon import polar_factor
 
 # %% ../../../nbs/06_move/02_rules/21_steepest.ipynb #steepest
@@ -28,7 +28,9 @@ class SteepestDescent(InPlace):
         check_range(self, "lr", 0, inf)
         check_choice(self, "norm", "linf", "spectral", "l2")
 
-    def init(self, blocks, roles): return ()
+    def init(self, blocks, roles):
+        refuse_complex(self, blocks, roles)
+        return ()
 
     def tally(self, state, blocks, grads):     # ‖∇L‖_*
         if self.normalized: return ()

@@ -189,9 +189,9 @@ def capture(
         ds = tuple(value.new_zeros(shape) if d is None else d for (_, _, shape), d in zip(u.outs, grads))
         args, kwargs = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, (u.args, u.kwargs))
         calls[u.name].append(Call(args, kwargs, ds, tuple(slot for slot, _, _ in u.outs)))
-    blocks, layers = layout.named(theta.detach()), []
+    blocks, layers = layout.blocks(theta.detach()), []
     for name, (sub, names, span) in found.items():
-        rule = RULES.get(type(sub), Layer) if calls[name] and "weight" in names else Layer
+        rule = RULES.get(type(sub), Layer) if calls[name] and "weight" in names and not sub.weight.is_complex() else Layer
         params = {k: blocks[f"{name}.{k}" if name else k] for k in names}
         layers.append(rule(name, sub, params, span, tuple(calls[name]), len(value)))
     return LayerIO(tuple(layers), value.detach())

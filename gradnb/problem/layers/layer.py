@@ -16,6 +16,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .sketch import count_sketch
 from ...ground.estimate import to_unit
+from ...ground.layout import paired
 from ...ground.streams import Stream
 from ...ground.shared import alone
 
@@ -55,14 +56,14 @@ class Layer:
     @alone
     def example_grads(self, part: slice = slice(None)) -> Tensor:    # (m, q)
         "Gradients of some of the examples in this layer's parameters, one by one."
-        total = self.like.new_zeros(len(range(*part.indices(self.n))), self.q)
+        total, pairs = self.like.new_zeros(len(range(*part.indices(self.n))), self.q), {k: self.module.get_parameter(k).is_complex() for k in self.params}
         for call in self.calls:
             leaves, spec = tree_flatten((call.args, call.kwargs))
             own = [isinstance(t, Tensor) and t.ndim > 0 and len(t) == self.n for t in leaves]
             def one(xs, ds):
                 fed = iter(xs)
                 args, kwargs = tree_unflatten([next(fed)[None] if o else t for o, t in zip(own, leaves)], spec)
-                outs = lambda params: [tree_leaves(functional_call(self.module, params, args, kwargs))[s] for s in call.slots]
+                outs = lambda params: [tree_leaves(functional_call(self.module, {k: paired(b) if pairs[k] else b for k, b in params.items()}, args, kwargs))[s] for s in call.slots]
                 return vjp(outs, self.params)[1]([d[None] for d in ds])[0]
             got = vmap(one)([t[part] for t, o in zip(leaves, own) if o], [d[part] for d in call.grads])
             total += torch.cat([got[k].reshape(len(total), b.numel()) for k, b in self.params.items()], 1)

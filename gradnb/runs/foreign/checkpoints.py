@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from ...ground.layout import real
 from ...ground.traces import Row, Trace
 from ...move.estimators.minibatch import MiniBatch
 from ...move.steppers import Descent
@@ -42,7 +43,7 @@ def read_weights(
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f: return {**(f.metadata() or {}), **{k: f.get_tensor(k) for k in f.keys()}}
-        found = load_foreign(file, math.inf if zipfile.is_zipfile(file) else ROOM)
+        found = load_foreign(file, math.inf if zipfile.is_zipfile(file) else ROOM, plain=False)
     except (ValueError, SafetensorError, OSError) as e:
         remedy = "" if file.suffix == ".safetensors" else "; torch.save(model.state_dict(), …) or safetensors keep weights as data"
         raise ValueError(f"{file} cannot be read: {str(e).rstrip('.')}{remedy}.") from None
@@ -88,10 +89,11 @@ def find_weights(
     of = lambda name: next((found[n] for n in same.get(name, [name]) if n in found), None)
     lists = {"has no": [n for n in (*layout.names, *(n for n, b in problem.module.named_buffers() if n in kept and b.is_floating_point())) if of(n) is None],
              "has, and the problem has not,": [k for k in tensors if k.startswith(before) and k.removeprefix(before) not in own and not k.endswith(("_extra_state", "step"))],
+             "has, real for complex or complex for real,": [n for n, t in kept.items() if of(n) is not None and of(n).is_complex() != t.is_complex()],
              "has in other shapes": [f"{n} {tuple(of(n).shape)} for {tuple(t.shape)}" for n, t in kept.items() if of(n) is not None and of(n).shape != t.shape]}
     wrong = [f"{what} {', '.join(names[:6])}{f' and {len(names) - 6} more' * (len(names) > 6)}" for what, names in lists.items() if names]
     if wrong: raise ValueError(f"{where} is not of this problem: it {'; it '.join(wrong)}.")
-    theta = layout.join(of(n).to(problem.device, problem.dtype) for n in layout.names)
+    theta = layout.join(real(of(n)).to(problem.device, problem.dtype) for n in layout.names)
     return Weights(theta, {n: t for n, t in found.items() if not {*same.get(n, [n])} & {*layout.names}})
 
 def most_alike(

@@ -18,10 +18,11 @@ from types import MethodType, SimpleNamespace
 import torch
 from torch import Tensor, nn
 from ...data.samples import alike, stored
+from ...ground.layout import real
 from ...ground.roles import Estimator, Rule, State
 from ...ground.shared import full_precision, generators, moved, put_back
 from ...measure.probes.view import View
-from ...move.rules.fromtorch import FromTorch, TorchState, extras
+from ...move.rules.fromtorch import FromTorch, TorchState, check_pairs, extras
 from ...move.faces.worn import worn
 from ...move.rules.gd import GD
 from ...move.rules.groups import Groups, GroupsState
@@ -55,6 +56,10 @@ class InUse(FromTorch):
         groups = [{k: own(g) if k == "params" else deepcopy(v) for k, v in g.items() if k != "param_names"} for g in optimizer.param_groups if own(g)]
         if not groups: raise ValueError(f"the {type(optimizer).__name__} moves no parameter of this network; build it over model.parameters() of the model that is watched.")
         for name, v in dict(cls=type(optimizer), lr=None, hyper={}, optimizer=optimizer, groups=groups, params=params).items(): object.__setattr__(self, name, v)
+        named, one = [*params.items()], copy(self)
+        for g in groups:
+            object.__setattr__(one, "groups", [g | {"params": [0]}])
+            check_pairs(self.cls, one.around, {n: real(p.detach()) for n, p in (named[i] for i in g["params"]) if p.is_complex()})
 
     def at(self, step: int):
         "With the largest of its groups' learning rates."
@@ -88,9 +93,9 @@ class InUse(FromTorch):
 
     def state(self, dtype: torch.dtype) -> TorchState:
         "What the optimizer remembers of these parameters, a copy in the problem's precision."
-        params, like = [*self.params.values()], lambda v, p: isinstance(v, Tensor) and v.is_floating_point() and v.shape == p.shape
+        params, like = [*self.params.values()], lambda v, p: isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) and v.shape == p.shape
         twin = self.twin(params)
-        twin.state.update((p, {k: v.detach().to(dtype, copy=True) if like(v, p) else deepcopy(v) for k, v in self.optimizer.state[p].items()})
+        twin.state.update((p, {k: real(v.detach()).to(dtype, copy=True) if like(v, p) else deepcopy(v) for k, v in self.optimizer.state[p].items()})
                           for p in params if p in self.optimizer.state)
         return self._state(params, twin, None)
 

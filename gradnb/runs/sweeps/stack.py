@@ -93,7 +93,7 @@ def row(
     layout: Layout,   # names and shapes of its blocks
 ):                    # the state of that run by itself
     "One run's state."
-    if isinstance(tree, dict): return layout.named(tree["all"][i].clone())
+    if isinstance(tree, dict): return layout.blocks(tree["all"][i].clone())
     return type(tree)(*(row(v, i, layout) for v in tree)) if isinstance(tree, tuple) and tree else tree
 
 # %% ../../../nbs/08_runs/09_sweeps/02_stack.ipynb #gradients

@@ -16,7 +16,7 @@ from ...ground.registry import unknown
 from ...ground.roles import Estimator, Rule, State, check_given, check_number
 from ...ground.streams import Stream
 from ...measure.probes import PROBES, View
-from ...measure.thresholds.norms import NORMS, matrix
+from ...measure.thresholds.norms import NORMS, check, matrix
 from ...move.estimators.minibatch import FullBatch
 from ...move.steppers import Descent, trajectory
 
@@ -36,7 +36,8 @@ def update_size(
     "How long an update is."
     if norm == "rms": return move.double().square().mean().sqrt().item()
     if norm == "linf": return move.abs().max().item()
-    return max(torch.linalg.matrix_norm(matrix(b), 2 if norm == "spectral" else "fro").item() for b in layout.named(move).values())
+    check(norm, layout)
+    return max(torch.linalg.matrix_norm(matrix(b), 2 if norm == "spectral" else "fro").item() for b in layout.blocks(move).values())
 
 def share_of_edge(
     problem, stepper,
