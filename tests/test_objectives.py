@@ -633,3 +633,27 @@ def test_of_data_with_nan_the_example_is_named():
     x[3, 2] = float("nan")
     problem = Problem(torch.nn.Linear(4, 1), lambda model, batch: (model(batch[0])[:, 0] - batch[1]).square(), torch.utils.data.TensorDataset(x, y))
     with pytest.raises(ValueError, match="gradient of example 3 is not finite"): Spread.at(problem, problem.theta0)
+
+
+def test_a_weighted_l1_loss_keeps_its_weight_where_torch_tells_no_mode_of_it():
+    "Autocast in the network, which is left off by a mode; tensors that it makes itself, in float64; hard sigmoids, whose second derivatives are another function's."
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 5), nn.Linear(5, 2)
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16): return self.two(F.hardsigmoid(self.one(x + torch.zeros(3))))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, x, y, w = Net(), torch.randn(12, 3), torch.randn(12, 2), 5 * torch.rand(12, 2)
+    with pytest.warns(UserWarning, match="turns torch.autocast on"): problem = Problem(net, lambda model, batch: F.l1_loss(model(batch[0]).to(batch[1]), batch[1], weight=batch[2]), [(x, y, w)])
+    def loss(theta):
+        a, b, c, d = theta.split([15, 5, 10, 2])
+        return ((F.relu6(x.to(theta) @ a.view(5, 3).T + b + 3) / 6 @ c.view(2, 5).T + d - y).abs() * w).sum() / w.sum()
+    theta, v = problem.theta0, torch.linspace(-1, 1, 32)
+    torch.testing.assert_close(problem.loss(theta), loss(theta))
+    torch.testing.assert_close(problem.grad_and_loss(theta)[0], torch.autograd.functional.jacobian(loss, theta))
+    with pytest.warns(UserWarning, match="kinks"): eigs = sharpness(problem.at(), tol=1e-5)
+    H = torch.autograd.functional.hessian(loss, theta.double())
+    torch.testing.assert_close(problem.hvp(theta, v), (H @ v.double()).float(), rtol=1e-4, atol=1e-6)
+    assert float(eigs.values[0]) == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=1e-4)

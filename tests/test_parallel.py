@@ -498,6 +498,7 @@ def test_pieces_are_held_until_other_ones_are_met():
     assert held.lost
 
 
+WEIGHT = torch.arange(10).double()
 LOW, HIGH = torch.tensor([-7., -3., -1., -.3, 0., .2, 1., 3., 6., 8.]).double(), torch.tensor([-7., 0., -1., .3, 0., -.2, 2., 3., 6., -8.]).double()
 
 
@@ -507,6 +508,7 @@ LOW, HIGH = torch.tensor([-7., -3., -1., -.3, 0., .2, 1., 3., 6., 8.]).double(),
     lambda x: (x * 1).clamp_(0), lambda x: torch.clamp(x, min=HIGH), lambda x: torch.maximum(x, HIGH), lambda x: x.min(other=HIGH), lambda x: torch.maximum(x[:, None], HIGH[None]), lambda x: x.view(5, 2).max(1)[0],
     lambda x: x.view(5, 2).min(dim=0, keepdim=True).values, torch.max, lambda x: x.view(2, 5).amax((0, 1)), lambda x: torch.amin(input=x.view(2, 5), dim=1), lambda x: F.l1_loss(x, HIGH),
     lambda x: F.l1_loss(x, HIGH, reduction="none"), lambda x: F.huber_loss(x, HIGH, reduction="sum", delta=.5), lambda x: F.smooth_l1_loss(x, HIGH), lambda x: F.smooth_l1_loss(x, HIGH, beta=0.),
+    *(lambda x, of=of, r=r: of(x, HIGH, weight=WEIGHT, reduction=r) for of in (F.l1_loss, F.huber_loss) for r in ("none", "sum", "mean")),
     lambda x: F.max_pool1d(x.view(1, 1, 10), 3, 2, 1), lambda x: F.adaptive_max_pool1d(x.view(1, 1, 10), 3), lambda x: F.max_pool3d(x[:8].view(1, 1, 2, 2, 2), 2)])
 def test_what_is_held_is_torchs_own(f):
     "Values and gradients, also on the kinks; what is noted is smooth beside them; no nan is lost, where a piece is not another's."

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from math import hypot
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from ..data.samples import stored
 from ..ground.streams import Stream
+from .modes import Mode
 from .modules import nodes, scattered
 
 # %% ../../nbs/05_problem/06_graphs.ipynb #memory
@@ -63,12 +63,10 @@ def disagrees(
         last = here, off
     return False
 
-class Rounding(TorchFunctionMode):
+class Rounding(Mode):
     "Has a function of torch given something differentiable in less than float64?"
-    met = False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+    def call(self, func, args, kwargs):
+        out = func(*args, **kwargs)
         self.met = self.met or any(isinstance(t, Tensor) and t.requires_grad and t.dtype.to_real() != torch.float64 for t in tree_leaves(out))
         return out
 

@@ -40,8 +40,8 @@ class Held(Mode):
             return which()
         return self.noted[self.at - 1][1]
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+    def call(self, func, args, kwargs):
+        name = getattr(func, "__name__", "")
         if name not in _PIECES: return func(*args, **kwargs)
         self.names.add(name.strip("_"))
         return _PIECES[name](self, func, *args, **kwargs)
@@ -99,11 +99,13 @@ def _prelu(held, func, input, weight):
     return up + (weight if weight.numel() == 1 else weight.view(-1, *[1] * (input.ndim - 2))) * (input - up)
 
 def _loss(held, func, input, target, reduction="mean", **given):
-    if any(given.get(k) is not None for k in ("weight", "size_average", "reduce")): return func(input, target, reduction=reduction, **given)
-    off, width = input - target, given.get("beta") or given.get("delta")
+    if any(given.get(k) is not None for k in ("size_average", "reduce")): return func(input, target, reduction=reduction, **given)
+    off, width, weight = input - target, given.get("beta") or given.get("delta"), given.get("weight")
     if not width: each = _linear(held, torch.abs, off)
     else: each = (near := _linear(held, torch.clamp, off, -width, width)) * (off - near / 2) / (given.get("beta") or 1)
-    return getattr(torch, reduction)(each) if reduction != "none" else each
+    if weight is not None: each = each * weight
+    if reduction == "none": return each
+    return each.sum() / weight.sum() if weight is not None and func is F.l1_loss and reduction == "mean" else getattr(torch, reduction)(each)        # as torch has it
 
 _PIECES = {name + end: _linear for name in "relu leaky_relu hardtanh threshold abs clamp clip clamp_min clamp_max".split() for end in ("", "_")}
 _PIECES |= dict.fromkeys("relu6 hardsigmoid softshrink _threshold __abs__ absolute maximum minimum max min amax amin".split(), _linear)
