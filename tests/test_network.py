@@ -23,6 +23,7 @@ from gradnb.measure.noise.coordinates import Moments, gsnr
 from gradnb.measure.noise.spread import Spread, noise_scale
 from gradnb.move.estimators.sam import SAM
 from gradnb.problem.designs import exact_variance
+from gradnb.problem import modes
 from gradnb.problem.modes import drawing
 from gradnb.runs.laws import check_stepper
 
@@ -450,12 +451,28 @@ class Normed(Base):
     def forward(self, x): return super().forward(x, lambda f, h: checkpoint(f, h, use_reentrant=False) if self.again else f(h))
 
 
-def test_a_checkpointed_function_of_which_torch_has_no_second_derivative_has_a_first():
-    ours, truth = (Problem(made(Normed, again), "ce", DIGITS) for again in (True, False))
-    theta = truth.theta0 + .05 * draw(truth.p)
+class Hard(Base):
+    "Of a function whose second derivatives torch has not, whose saved tensors look like those of what stands for it."
+    def __init__(self, again=True): super().__init__(); self.again = again
+    def block(self, h): return F.hardsigmoid(self.b(F.hardsigmoid(h)))
+    def forward(self, x): return super().forward(x, lambda f, h: checkpoint(f, h, use_reentrant=False) if self.again else f(h))
+
+
+@pytest.mark.parametrize("kind", [Normed, Hard])
+def test_a_checkpointed_function_has_the_derivatives_that_it_has_without(kind):
+    ours, truth = (Problem(made(kind, again), "ce", DIGITS) for again in (True, False))
+    theta, v = truth.theta0 + .05 * draw(truth.p), draw(truth.p, 2, name="v")
     torch.testing.assert_close(ours.grad_and_loss(theta), truth.grad_and_loss(theta))
-    with pytest.raises(TypeError, match="it is no module that it computes; let torch.utils.checkpoint have the module"): ours.hvp(theta, theta)
-    truth.hvp(theta, theta)
+    torch.testing.assert_close(ours.hvp(theta, v), truth.hvp(theta, v))
+    beside = [ours.grad_and_loss(theta + h * v[:, 0])[0] for h in (1e-6, -1e-6)]
+    torch.testing.assert_close(ours.hvp(theta, v[:, 0]), (beside[0] - beside[1]) / 2e-6, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ours.at(theta).ggn(v), truth.at(theta).ggn(v))
+
+
+def test_where_a_checkpoint_does_not_show_what_it_computes_again_it_is_refused(monkeypatch):
+    monkeypatch.setattr(modes, "again", lambda under: None)
+    ours = Problem(made(Normed), "ce", DIGITS)
+    with pytest.raises(TypeError, match="it is no module that it computes; let torch.utils.checkpoint have the module"): ours.hvp(ours.theta0, ours.theta0)
 
 
 @pytest.mark.parametrize("kind", [Implicit, Checkpointed])

@@ -16,6 +16,7 @@ from gradnb.linalg import lanczos
 from gradnb.problem.audit import slopes
 from gradnb.ground.memory import free_memory
 from gradnb.problem.likelihood import sample_targets
+from gradnb.problem import modes
 from gradnb.problem.modes import Defaults, drawing
 from gradnb.measure.probes.view import PROBES
 from gradnb.runs.foreign.glance import untouched
@@ -652,7 +653,7 @@ def test_autocast_that_is_turned_on_inside_is_left_off(where):
 
 
 @pytest.mark.filterwarnings("ignore:gradients of single examples are taken one by one")
-def test_functions_of_dropout_that_a_checkpoint_computes_again_are_left_out():
+def test_functions_of_dropout_that_a_checkpoint_computes_again_are_left_out(monkeypatch):
     net, data = between(torch.tanh).double(), load_dataset("digits-20")
     problem, plain = Problem(Again(torch.nn.Sequential(net, Dropping())), "ce", data), Problem(net, "ce", data)
     theta, v = plain.theta0, draw(plain.p)
@@ -660,6 +661,10 @@ def test_functions_of_dropout_that_a_checkpoint_computes_again_are_left_out():
     some = Batch(torch.arange(20), noise=Stream(3))
     once = Problem(torch.nn.Sequential(net, Dropping()), "ce", data)
     assert torch.equal(problem.grad_and_loss(theta, some)[0], once.grad_and_loss(theta, some)[0]) and not torch.equal(problem.loss(theta, some), plain.loss(theta))
+    problem, once = Problem(Again(net, lambda x: F.dropout(x, .5)), "ce", data), Problem(torch.nn.Sequential(torch.nn.Dropout(.5), net), "ce", data)
+    for got, want in zip(everything(problem, theta, v), everything(plain, theta, v)): torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert torch.equal(problem.grad_and_loss(theta, some)[0], once.grad_and_loss(theta, some)[0]) and not torch.equal(problem.loss(theta, some), plain.loss(theta))
+    monkeypatch.setattr(modes, "again", lambda under: None)         # a checkpoint that does not show what it computes again
     with pytest.raises(TypeError, match="inside of what torch.utils.checkpoint computes again.*have the module|is not the slope of the loss"):
         Problem(Again(net, lambda x: F.dropout(x, .5)), "ce", data)
 
