@@ -239,3 +239,11 @@ def test_a_forward_pass_that_writes_over_complex_weights_is_refused():
 
 def test_shards_are_real():
     with pytest.raises(TypeError, match="'first.weight' is torch.complex64, and shards are real"): Shard('first.weight', Operator().first.weight)
+
+
+def test_real_pairs_that_a_network_views_as_complex_may_lie_anywhere_in_theta():
+    class Viewing(Phasors):
+        def layer(self, m, z): return F.linear(z, torch.view_as_complex(m.weight), torch.view_as_complex(m.bias))
+    ours, theirs, v = Problem(Viewing(True), distance, phases), Problem(Phasors(), distance, phases), torch.randn(53, 2, generator=gen())
+    for of in (lambda p: p.loss(p.theta0), lambda p: p.grad_and_loss(p.theta0)[0], lambda p: p.hvp(p.theta0, v), lambda p: p.example_grads(p.theta0), lambda p: p.at().ggn(v)):
+        torch.testing.assert_close(of(ours), of(theirs))

@@ -34,6 +34,7 @@ class Network:
     dtype = None      # of tensors whose precision it does not say; None: torch's default
     others = ()       # trainable tensors besides its parameters on which an objective depends, such as a critic's
     derives = False   # does it take derivatives by torch.autograd itself, as a loss of forces does, or a penalty of gradients?
+    even = False      # does it view pairs in its parameters as complex numbers, which must lie at even places?
     modal = True      # are its outputs in evaluation mode other ones?
     _draws_still = False    # and does it draw there?
     _flags = {}       # training or evaluation mode of its modules, as they were made
@@ -74,7 +75,8 @@ class Network:
     def _try_out(self, params, x):
         gen = (Stream() / "network").generator()
         beside = {k: v + scattered(v, gen) for k, v in params.items()}     # beside the start, where nothing is at rest
-        params = {k: paired(v) if k in self.complex else v for k, v in beside.items()}
+        odd = lambda v: torch.cat([v.new_zeros(1), v.reshape(-1)])[1:].view(v.shape)       # as a block of θ may lie
+        params = {k: paired(v) if k in self.complex else odd(v) if v.shape[-1:] == (2,) else v for k, v in beside.items()}
         start = {k: v.clone() for k, v in self.module.named_buffers()}
         def run(module, buffers=start, hush=False):
             after = {k: v.clone() for k, v in buffers.items()}
@@ -95,8 +97,9 @@ class Network:
             with self._sources(sources): return run(self.loud)
         try: out, after, drew = self._unheard(listen)
         except RuntimeError as e:
-            if "not require grad" not in str(e): raise
-            self.derives = True
+            if "storage_offset" in str(e): self.even = True
+            elif "not require grad" in str(e): self.derives = True
+            else: raise
             out, after, drew = self._unheard(listen)
         self.wide = bool({"Python", "NumPy"} & {*drew})
         if not isinstance(out, Tensor):
@@ -231,6 +234,7 @@ class Network:
                                "make another problem of a network in that mode, or take problem.frozen().")
         if self.derives and not (torch.is_grad_enabled() and any(v.requires_grad for v in params.values())):
             with torch.enable_grad(): return self._forward(module, {k: v.detach().requires_grad_() for k, v in params.items()}, x, buffers, hush).detach()
+        if self.even: params = {k: v * 1 if v.storage_offset() % 2 else v for k, v in params.items()}     # whose derivatives lie at even places, too
         tensors = {**params, **{k: paired(params[k]) for k in self.complex if k in params and not params[k].is_complex()}, **buffers}
         if self.fresh:
             own = copied(module, {id(held[key]): tensors.get(name, held[key]) for held, key, name in self.places[module]})
