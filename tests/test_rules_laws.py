@@ -1,5 +1,6 @@
 "LAMB, LARS and automatic gradient descent keep every law, with every estimator here, and are parts of a spec."
 import os
+import pickle
 import signal
 from collections import deque
 from copy import copy, deepcopy
@@ -10,17 +11,20 @@ import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
+from torch.utils._pytree import tree_leaves
 
 from gradnb import Dataset, optim, train
 from gradnb.bench.harness import peak_bytes
 from gradnb.data import load_dataset
 from gradnb.move.estimators.minibatch import FullBatch, MiniBatch
 from gradnb.move.estimators.sam import SAM
+from gradnb.move.estimators.svrg import SVRG
 from gradnb.measure.probes.view import every, probe
 from gradnb.runs.laws import check_rule, check_stepper, same, stored
 from gradnb.models import build_model
 from gradnb.problem import Problem
-from gradnb.ground.roles import RULES, Passing, Rule, check_range
+from gradnb.ground.roles import RULES, Passing, Rule, State, check_range
+from gradnb.ground.streams import Stream
 from gradnb.ground.trees import flatten, unflatten
 from gradnb.move.rules.adam import Adam
 from gradnb.move.rules.ademamix import AdEMAMix
@@ -28,6 +32,7 @@ from gradnb.move.rules.agd import AutomaticGradientDescent
 from gradnb.move.rules.fromtorch import FromTorch
 from gradnb.move.rules.gd import GD
 from gradnb.move.rules.groups import Groups
+from gradnb.move.rules.inplace import entrywise
 from gradnb.move.rules.kfac import KFAC
 from gradnb.move.rules.lamb import LAMB
 from gradnb.move.rules.lars import LARS
@@ -156,6 +161,63 @@ def test_a_run_that_is_written_over_is_the_trajectory(problem, rule, monkeypatch
     assert same(train(problem, descent, 5, state=states[2], progress=False)[0], states[5]) and same(states[2].rule, middle.rule)
 
 
+def test_a_gradient_that_is_left_in_blocks_is_a_vector_to_whoever_looks(problem):
+    descent, other = Descent(Adam(.01), MiniBatch(16)), Descent(Adam(.01), SVRG(16, 4))
+    truth = list(islice(trajectory(problem, descent), 7))
+    state, _ = train(problem, descent, 5, progress=False)
+    assert isinstance(state[4], dict) and torch.equal(state.grad, truth[5].grad) and state.step == 5
+    for seen in State(*state), Passing(*state), state._replace(loss=truth[5].loss), deepcopy(state), pickle.loads(pickle.dumps(state)): assert same(seen, truth[5])
+    assert torch.equal(tree_leaves(state)[-2], truth[5].grad)
+    for _ in range(2): assert torch.equal(descent.step(problem, state).theta, truth[6].theta)      # which leaves it as it is
+    assert same(state, truth[5]) and same(train(problem, descent, 6, state=state, progress=False)[0], truth[6])
+    for stepper in descent, other:
+        here, there = (stepper.prepare(problem, s._replace(estimator=stepper.init(problem, problem.theta0).estimator), Stream(7)) for s in (state, truth[5]))
+        assert same(here, there)
+
+
+def test_whoever_stands_between_a_problem_and_a_rule_is_heard(problem):
+    def decayed(found, theta): return found[0] + theta, found[1]
+    class Decayed(Problem):
+        def grad_and_loss(self, theta, batch=None): return decayed(super().grad_and_loss(theta, batch), theta)
+    class Around:
+        def __init__(self, problem): self.problem = problem
+        def __getattr__(self, name): return getattr(self.problem, name)
+        def grad_and_loss(self, theta, batch=None): return decayed(self.problem.grad_and_loss(theta, batch), theta)
+    class Pulled(MiniBatch):
+        def estimate(self, state, problem, theta, batch): return decayed(super().estimate(state, problem, theta, batch), theta)
+
+    kind, patched = Decayed(problem.given, problem.per_example, problem.dataset), copy(problem)
+    patched.grad_and_loss = Around(problem).grad_and_loss
+    truth = next(islice(trajectory(problem, Descent(Momentum(.01), Pulled(16))), 5, None))
+    for at, estimator in (problem, Pulled(16)), (kind, MiniBatch(16)), (Around(problem), MiniBatch(16)), (patched, MiniBatch(16)):
+        assert same(train(at, Descent(Momentum(.01), estimator), 5, progress=False)[0], truth)
+
+
+@pytest.mark.parametrize("rule", [r for r in ALL if entrywise(r) and not isinstance(r, PerSharpness)], ids=repr)
+def test_a_rule_that_says_so_moves_every_entry_by_itself(rule):
+    torch.manual_seed(0)
+    blocks, grads = {"w": torch.randn(7, 5), "b": torch.randn(7)}, [{"w": torch.randn(7, 5), "b": torch.randn(7)} for _ in range(3)]
+    def ends():
+        w, state = blocks, rule.init(blocks, {"w": "matrix", "b": "vector"})
+        for g in grads: w, state = rule.step(state, w, g)
+        return w
+    before = ends()
+    grads[1]["w"][3, 2] *= -3
+    after = ends()
+    moved = before["w"] != after["w"]
+    assert moved[3, 2] and moved.sum() == 1 and torch.equal(before["b"], after["b"])
+
+
+def test_rules_that_sum_over_a_block_do_not_say_so():
+    assert {type(r) for r in ALL if entrywise(r)} >= {GD, Momentum, Adam, RMSProp, AdEMAMix, Signum, Lion, ScheduleFreeSGD, ScheduleFreeAdamW, Sophia, Scheduled}
+    assert not any(entrywise(r) for r in [*ALL, Muon(.1), KFAC(.1)] if isinstance(r, (LAMB, LARS, AutomaticGradientDescent, Prodigy, Shampoo, SOAP, SteepestDescent, Groups, Muon, KFAC, FromTorch)))
+    @dataclass(frozen=True)
+    class Normed(Adam):
+        apart = True
+        def update(self, state, blocks, grads, total, ops): return super().update(state, blocks, grads, total, ops)
+    assert not entrywise(Normed()) and not entrywise(Scheduled(LAMB(.01), Cosine(9))) and not entrywise(PARTED) and entrywise(PerSharpness(GD(.5)))
+
+
 def test_what_others_hold_is_not_written_over(problem, few):
     "A probe that keeps a state, returns arrays of it or looks again later; an estimator that keeps θ; somebody's own record."
     class Keeping(MiniBatch):
@@ -203,7 +265,9 @@ def test_a_run_holds_its_parameters_two_moments_and_a_gradient():
     x, y = torch.randn(4, 400), torch.randn(4, 400)
     problem = Problem(torch.nn.Sequential(*[torch.nn.Linear(400, 400) for _ in range(8)]), "mse", Dataset(x, y, x, y))
     held = lambda rule: peak_bytes(lambda: train(problem, Descent(rule), 3, progress=False)) / problem.theta0.nbytes
-    assert held(Adam(1e-3)) < 5.1 and held(GD(1e-4)) < 3.1      # the gradient once by blocks as it comes, once in a vector
+    for rule, copies in (Adam(1e-3), 4), (Scheduled(Adam(1e-3), Cosine(10)), 4), (Groups((("vector", Adam(1e-2)), ("*", Adam(1e-3)))), 4), (AdEMAMix(1e-3), 5), (Lion(1e-3), 3), (GD(1e-4), 2):
+        assert held(rule) < copies + .3, rule                   # what two blocks need
+    assert held(LAMB(1e-3)) < 5.1                               # a rule that sums over blocks: the gradient once in blocks as it comes, once in a vector
     state = next(trajectory(problem, Descent(Adam(1e-3))))
     assert peak_bytes(lambda: Descent(Adam(1e-3)).step(problem, state)) / problem.theta0.nbytes < 3.15     # the next θ and moments, and what one block needs
 

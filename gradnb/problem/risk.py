@@ -354,6 +354,11 @@ class Risk:
 
     def grad_and_loss(self, theta: Tensor, batch=None) -> tuple[Tensor, Tensor]:   # (p,), ()
         "∇L(θ) and L(θ), on a batch or on all examples."
+        grads, loss = self.grads_and_loss(theta, batch)
+        return self.layout.join(grads.values()), loss
+
+    def grads_and_loss(self, theta: Tensor, batch=None) -> tuple[dict[str, Tensor], Tensor]:
+        "The same, the gradient in blocks by name: without the copy of all of them that a vector is."
         refuse_inference()
         blocks = {k: b.requires_grad_() for k, b in self.layout.blocks(self.check(theta).detach().contiguous()).items()}
         value, moving = theta.new_zeros(()), None
@@ -365,7 +370,8 @@ class Risk:
             torch.autograd.backward(loss, inputs=list(blocks.values()))        # a block at a time, in the place of what the graph gives up
             value = value + loss.detach()
         if moving is not None: asked.after = moving
-        return self.reduce(self.layout.join(torch.zeros_like(b) if b.grad is None else b.grad for b in blocks.values()), value)
+        *grads, value = self.reduce(*(torch.zeros_like(b) if b.grad is None else b.grad for b in blocks.values()), value)
+        return dict(zip(blocks, grads)), value
 
     def settle(self, theta: Tensor, buffers: dict[str, Tensor], batch=None) -> dict[str, Tensor]:
         "The running statistics after a batch, given those before it: one forward pass, where there are any."

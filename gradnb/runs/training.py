@@ -19,7 +19,7 @@ from ..measure.probes.rules import at_average
 from ..measure.probes.view import PROBES, Probe, View, evaluation
 from ..problem.designs import NotFinite
 from ..ground.roles import Rule, State, Stepper, check_given, check_number, keeps_average
-from ..move.steppers import spare
+from ..move.steppers import spare, unseen
 from ..ground.shared import full_precision
 from ..ground.streams import Stream
 from ..ground.traces import Trace, as_row
@@ -77,8 +77,12 @@ class Watching:
         return (self.loss_goal, self.acc_goal) != (None, None) and k % self.goal_every == 0
 
     def wants(self, k: int) -> bool:
+        "Is a state wanted, to look at or as the last?"
+        return k >= self.steps or self.looks(k)
+
+    def looks(self, k: int) -> bool:
         "Is more looked at than the loss?"
-        return k >= self.steps or self.goals(k) or any(p.due(k) for p in self.probes)
+        return self.goals(k) or any(p.due(k) for p in self.probes)
 
     def remembered(self) -> dict:
         "The memories as they are now."
@@ -103,12 +107,13 @@ class Watching:
         keep("loss", k, as_row(loss))
         if not math.isfinite(loss):
             return Outcome("diverged", k, f"the loss is {loss} at step {k} of {self.stepper!r}; lower the learning rate")
-        if not self.wants(k): return None
-        shared, seen = {}, state._replace(theta=state.theta.clone())
-        met = goal_reached(View(self.problem, self.stepper, seen, shared=shared), self.loss_goal, self.acc_goal) if self.goals(k) else None
-        with full_precision():
-            for p in self.probes:
-                if met or p.due(k): keep(p.name, k, p.measure(self.view(p, seen, shared)))
+        met = None
+        if self.looks(k):
+            shared, seen = {}, state._replace(theta=state.theta.clone())
+            if self.goals(k): met = goal_reached(View(self.problem, self.stepper, seen, shared=shared), self.loss_goal, self.acc_goal)
+            with full_precision():
+                for p in self.probes:
+                    if met or p.due(k): keep(p.name, k, p.measure(self.view(p, seen, shared)))
         return met or (Outcome("finished", k, f"finished {k} steps") if k >= self.steps else None)
 
 # %% ../../nbs/08_runs/01_training.ipynb #unbroken
@@ -171,7 +176,8 @@ def train(
         if not given: state = stepper.init(problem, problem.check(problem.theta0 if theta is None else theta).detach().clone())
         with unbroken() as whole:
             while True:
-                state = stepper.prepare(problem, state, Stream(seed) / "train" / k)
+                shown = record is not None or watching.looks(k)
+                state = stepper.prepare(problem, state if shown else unseen(stepper, state), Stream(seed) / "train" / k)
                 if record is not None: record.checkpoint(state, kept)
                 loss = float(state.loss)
                 if outcome := watching.look(k, loss, state, keep):

@@ -37,7 +37,7 @@ class Adam(InPlace):
         zeros = lambda: {k: torch.zeros_like(b) for k, b in blocks.items()}
         return AdamState(0, zeros(), zeros())
 
-    apart = True
+    apart = "entries"
 
     def update(self, state, blocks, grads, total, ops):
         k = state.step + 1

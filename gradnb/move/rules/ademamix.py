@@ -49,7 +49,7 @@ class AdEMAMix(InPlace):
         zeros = lambda: {k: torch.zeros_like(b) for k, b in blocks.items()}
         return AdEMAMixState(0, zeros(), zeros(), zeros())
 
-    apart = True
+    apart = "entries"
 
     def update(self, state, blocks, grads, total, ops):
         k = state.step + 1

@@ -23,7 +23,7 @@ class GD(InPlace):
 
     def __post_init__(self): check_range(self, "lr", 0)
 
-    apart = True
+    apart = "entries"
 
     def update(self, state, blocks, grads, total, ops):
         torch._foreach_add_(*columns(blocks, blocks, grads), alpha=-self.lr)

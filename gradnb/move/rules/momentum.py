@@ -35,7 +35,7 @@ class Momentum(InPlace):
 
     def init(self, blocks, roles): return MomentumState({k: torch.zeros_like(b) for k, b in blocks.items()})
 
-    apart = True
+    apart = "entries"
 
     def update(self, state, blocks, grads, total, ops):
         w, g, v = columns(blocks, blocks, grads, state.velocity)

@@ -33,7 +33,7 @@ class RMSProp(InPlace):
 
     def init(self, blocks, roles): return RMSPropState({k: torch.zeros_like(b) for k, b in blocks.items()})
 
-    apart = True
+    apart = "entries"
 
     def update(self, state, blocks, grads, total, ops):
         w, g, nu = columns(blocks, blocks, grads, state.square_avg)

@@ -73,7 +73,7 @@ class ScheduleFreeSGD(ScheduleFree):
 
     def init(self, blocks, roles): return ScheduleFreeState(0, 0., 0., {n: b.clone() for n, b in blocks.items()})
 
-    apart = True
+    apart = "entries"
 
     def update(self, state, blocks, grads, total, ops):
         y, g, z = columns(blocks, blocks, grads, state.z)
@@ -110,7 +110,7 @@ class ScheduleFreeAdamW(ScheduleFree):
     def init(self, blocks, roles):
         return ScheduleFreeAdamState(0, 0., 0., {n: b.clone() for n, b in blocks.items()}, {n: torch.zeros_like(b) for n, b in blocks.items()})
 
-    apart = True
+    apart = "entries"
 
     def update(self, state, blocks, grads, total, ops):
         y, g, z, v = columns(blocks, blocks, grads, state.z, state.exp_avg_sq)

@@ -39,7 +39,7 @@ class Signum(Signs):
     def __post_init__(self):
         for name, high in (("lr", float("inf")), ("beta", 1), ("weight_decay", float("inf"))): check_range(self, name, 0, high)
 
-    apart = True
+    apart = "entries"
 
     def update(self, state, blocks, grads, total, ops):
         w, g, m = columns(blocks, blocks, grads, state.exp_avg)
@@ -60,7 +60,7 @@ class Lion(Signs):
     def __post_init__(self):
         for name, high in (("lr", float("inf")), ("beta1", 1), ("beta2", 1), ("weight_decay", float("inf"))): check_range(self, name, 0, high)
 
-    apart = True
+    apart = "entries"
 
     def update(self, state, blocks, grads, total, ops):
         w, g, m = columns(blocks, blocks, grads, state.exp_avg)

@@ -100,7 +100,7 @@ class Sophia(InPlace):
         total = sum(io.total(slice(0, io.n)) for io in problem.layer_io(theta, batch, labels=stream / "labels"))    # of the mean over a text's positions
         return total.square() * (positions(problem) / n)
 
-    apart = True
+    apart = "entries"
 
     def update(self, state, blocks, grads, total, ops):
         w, g, m, h = columns(blocks, blocks, grads, state.exp_avg, state.hessian)
