@@ -365,6 +365,18 @@ def test_operations_without_a_second_derivative_are_named(model, kinks):
     assert problem.kinks == kinks
 
 
+def test_an_operation_of_ones_own_may_be_called_as_torchs():
+    class AbsRoot(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): ctx.save_for_backward(x); return (x * x + 1).sqrt()
+        @staticmethod
+        def backward(ctx, g): x, = ctx.saved_tensors; return g * x / (x * x + 1).sqrt()
+    net, data = torch.nn.Linear(64, 10), load_dataset("digits-20")
+    problem, plain = (Problem(net, lambda m, b, f=f: F.cross_entropy(f(m(b[0].flatten(1))), b[1], reduction="none"), (data.x, data.y)) for f in (AbsRoot.apply, lambda x: (x * x + 1).sqrt()))
+    assert problem.kinks == ("AbsRoot",) and plain.kinks == ()         # a kink for all that its name says
+    torch.testing.assert_close(problem.hvp(problem.theta0, torch.ones(problem.p)), plain.hvp(plain.theta0, torch.ones(problem.p)))
+
+
 def test_a_run_on_kinks_is_told_so_once():
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("default")

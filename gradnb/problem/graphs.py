@@ -45,7 +45,7 @@ def kinks_of(
     out: Tensor,        # with a graph
 ) -> tuple[str, ...]:   # names of operations
     "The piecewise linear operations in a graph; the modulus of a complex number is none."
-    smooth = lambda node: node.name().startswith("Abs") and node._saved_self.is_complex()
+    smooth = lambda node: node.name() == "AbsBackward0" and node._saved_self.is_complex()
     return tuple(sorted({n for node in nodes(out) if (n := node.name().partition("Backward")[0]).startswith(KINKS) and not smooth(node)}))
 
 # %% ../../nbs/05_problem/06_graphs.ipynb #slopes

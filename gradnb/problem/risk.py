@@ -358,7 +358,7 @@ class Risk:
         return self.layout.join(grads.values()), loss
 
     def grads_and_loss(self, theta: Tensor, batch=None) -> tuple[dict[str, Tensor], Tensor]:
-        "The same, the gradient in blocks by name: without the copy of all of them that a vector is."
+        "`grad_and_loss` with the gradient in blocks by name, which spares the copy of them that a vector is."
         refuse_inference()
         blocks = {k: b.requires_grad_() for k, b in self.layout.blocks(self.check(theta).detach().contiguous()).items()}
         value, moving = theta.new_zeros(()), None
