@@ -167,6 +167,7 @@ def test_a_gradient_that_is_left_in_blocks_is_a_vector_to_whoever_looks(problem)
     state, _ = train(problem, descent, 5, progress=False)
     assert isinstance(state[4], dict) and torch.equal(state.grad, truth[5].grad) and state.step == 5
     for seen in State(*state), Passing(*state), state._replace(loss=truth[5].loss), deepcopy(state), pickle.loads(pickle.dumps(state)): assert same(seen, truth[5])
+    assert type(deepcopy(state)) is type(pickle.loads(pickle.dumps(state))) is State and repr(state) == repr(truth[5])
     assert torch.equal(tree_leaves(state)[-2], truth[5].grad)
     for _ in range(2): assert torch.equal(descent.step(problem, state).theta, truth[6].theta)      # which leaves it as it is
     assert same(state, truth[5]) and same(train(problem, descent, 6, state=state, progress=False)[0], truth[6])
@@ -216,6 +217,28 @@ def test_rules_that_sum_over_a_block_do_not_say_so():
         apart = True
         def update(self, state, blocks, grads, total, ops): return super().update(state, blocks, grads, total, ops)
     assert not entrywise(Normed()) and not entrywise(Scheduled(LAMB(.01), Cosine(9))) and not entrywise(PARTED) and entrywise(PerSharpness(GD(.5)))
+
+
+def test_a_step_of_ones_own_is_taken(problem):
+    "Of a rule derived from one of ours, or mixed into one, or made of others; each leaves all as it is."
+    class Still:
+        def step(self, state, blocks, grads): return super().step(state, blocks, {n: torch.zeros_like(g) for n, g in grads.items()})
+    class StillAdam(Still, Adam): pass
+    class Later(StillAdam): pass
+    class Cooled(Scheduled):
+        def step(self, state, blocks, grads): return blocks, state
+    class Apart(Still, Groups): pass
+    class Fixed(PerSharpness):
+        def step(self, state, blocks, grads): return blocks, state
+    class Alternating(Rule):
+        def __init__(self): self.rule, self.rules = "by turns", (GD(0.), GD(0.))
+        def step(self, state, blocks, grads): return self.rules[0].step(state, blocks, grads)
+    for rule in StillAdam(.01), Later(.01), Cooled(GD(.1), Cosine(9)), Apart((("*", GD(.1)),)), Fixed(GD(.5)), Alternating(), Scheduled(StillAdam(.01), Cosine(9)), Groups((("*", StillAdam(.1)),)):
+        assert not entrywise(rule) and torch.equal(train(problem, Descent(rule, MiniBatch(16)), 3, progress=False)[0].theta, problem.theta0), rule
+    class Doubled:
+        def update(self, state, blocks, grads, total, ops): return super().update(state, blocks, {n: g * 2 for n, g in grads.items()}, total, ops)
+    class DoubledGD(Doubled, GD): pass
+    assert not DoubledGD.over and same(train(problem, Descent(DoubledGD(.1)), 3, progress=False)[0], train(problem, Descent(GD(.2)), 3, progress=False)[0])
 
 
 def test_what_others_hold_is_not_written_over(problem, few):

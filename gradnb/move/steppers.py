@@ -26,6 +26,10 @@ class InBlocks(State):
 
     def __iter__(self): return iter((*self[:4], self.grad, *self[5:]))
 
+    def __reduce__(self): return State, (*self,)      # copied and stored as any other
+
+    def __repr__(self): return repr(State(*self))
+
 class Spare(State):
     "A state that nobody else holds: its θ, and the state of its rule, may be written over, and its gradient may be in blocks."
 

@@ -9,7 +9,7 @@ __all__ = ['GroupsState', 'Groups', 'groups']
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
-from .inplace import over
+from .inplace import entrywise, over
 from ...ground.roles import KINDS, RULES, Rule
 
 # %% ../../../nbs/06_move/02_rules/12_groups.ipynb #groups
@@ -33,6 +33,9 @@ class Groups(Rule):
             while hasattr(inner, "schedule"): inner = inner.rule
             if type(inner).refresh is not Rule.refresh and not getattr(inner, "partial", False):
                 raise ValueError(f"{type(inner).__name__} looks at the whole network, so it cannot move a part of it; let it move all, or give this group another rule.")
+
+    @property
+    def apart(self): return all(entrywise(rule) for _, rule in self.rules) and "entries"
 
     def init(self, blocks, roles):
         fits = lambda n, word: roles.get(n) == word or fnmatchcase(n, word)

@@ -15,7 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward
 from torch import Tensor
 from ...ground.registry import unknown
-from ...ground.roles import Rule
+from ...ground.roles import Rule, own
 
 # %% ../../../nbs/06_move/02_rules/01_inplace.ipynb #inplace
 def scaling(multiply):    # torch._foreach_mul, or in place
@@ -35,10 +35,10 @@ class InPlace(Rule):
 
     def __init_subclass__(cls, **more):
         super().__init_subclass__(**more)
-        own = vars(cls)
-        if "step" in own: cls.move = None            # who writes a step of their own is asked for that
-        if "step" in own or "move" in own or "update" in own and "apart" not in own: cls.over = cls.leap = None
-        elif "update" in own: cls.over, cls.leap = InPlace.over, InPlace.leap
+        said = own(cls, InPlace)
+        if "step" in said: cls.move = None
+        if "step" in said or "move" in said or "update" in said and "apart" not in said: cls.over = cls.leap = None
+        elif "update" in said: cls.over, cls.leap = InPlace.over, InPlace.leap
 
     def tally(self, state, blocks: dict[str, Tensor], grads: dict[str, Tensor]) -> tuple:
         "What must be known of all blocks before any of them moves, each entry a sum over blocks."
@@ -128,8 +128,7 @@ def over(
 
 def entrywise(rule: Rule) -> bool:
     "Does every entry move by itself? Then to the same bits wherever a block lies in memory, of which sums on a GPU may depend."
-    inside = [*filter(None, [getattr(rule, "rule", None)]), *(r for _, r in getattr(rule, "rules", ()))]
-    return all(map(entrywise, inside)) if inside else getattr(rule, "apart", None) == "entries"
+    return bool(getattr(rule, "over", None)) and getattr(rule, "apart", None) == "entries"
 
 # %% ../../../nbs/06_move/02_rules/01_inplace.ipynb #choice
 def check_choice(

@@ -9,7 +9,7 @@ __all__ = ['Piecewise', 'Cosine', 'ScheduledState', 'Scheduled']
 from dataclasses import dataclass, replace
 from math import cos, inf, pi
 from typing import Any, NamedTuple
-from .inplace import over
+from .inplace import entrywise, over
 from ...ground.roles import KINDS, Rule, check_range, kind
 
 # %% ../../../nbs/06_move/02_rules/07_schedule.ipynb #schedules
@@ -70,6 +70,9 @@ class Scheduled(Rule):
     def unclipped(self) -> "Scheduled":
         "This rule without a clip for which the rule inside has an `unclipped`."
         return replace(self, rule=self.rule.unclipped()) if hasattr(self.rule, "unclipped") else self
+
+    @property
+    def apart(self): return entrywise(self.rule) and "entries"
 
     def init(self, blocks, roles): return ScheduledState(0, self.rule.init(blocks, roles))
 

@@ -9,7 +9,7 @@ __all__ = ['UnitState', 'PerSharpness']
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 import torch
-from .inplace import over
+from .inplace import entrywise, over
 from ...ground.roles import KINDS, Rule, check_range
 from ...linalg.krylov import lanczos
 from ...linalg.basis import first_directions
@@ -34,6 +34,9 @@ class PerSharpness(Rule):
         "The rule inside, with the learning rate that it has in this run; before the first step, in units of 1."
         unit = state.unit or 1.
         return self.rule.faster(unit) if hasattr(self.rule, "faster") else replace(self.rule, lr=self.rule.lr * unit)
+
+    @property
+    def apart(self): return entrywise(self.rule) and "entries"
 
     def init(self, blocks, roles): return UnitState(0., self.rule.init(blocks, roles))
 
