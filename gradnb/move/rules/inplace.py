@@ -148,4 +148,4 @@ def refuse_complex(
     if rule.takes_complex: return
     for n, b in blocks.items():
         if b.is_complex() or roles.get(n) == "complex":
-            raise TypeError(f"{type(rule).__name__} has no meaning for complex parameters, and {n!r} is one; give it a rule of its own: Groups(((\"complex\", Adam(0.001)), (\"*\", …))).")
+            raise TypeError(f"{type(rule).__name__} has no meaning for complex parameters, and {n!r} is one; give it a rule of its own: Groups(((\"complex\", Adam(0.001)), (\"*\", …))); or, in a loop of torch, an optimizer of its own.")
