@@ -249,6 +249,15 @@ def test_complex_outputs_may_differ_in_their_last_bits():
     Problem(Loose(), lambda out, y: (out.abs() - y).square().sum(1), Dataset(*given, *given, None, "phases"))
 
 
+def test_complex_inputs_are_of_the_problems_precision_as_real_ones_are():
+    net, x, y = nn.Linear(3, 2, dtype=torch.complex64), phases[1], phases[1].flip(1)
+    x = torch.cat([x, x[:, :1]], 1)
+    losses = [Problem(double(nn.Linear(3, 2, dtype=torch.complex64)) if wide else net, distance, (x, y)) for wide in (False, True)]
+    theta, truth = losses[0].theta0, (F.linear(x, net.weight, net.bias) - y).abs().square().sum(1).mean()
+    torch.testing.assert_close(losses[0].loss(theta), truth.detach())
+    torch.testing.assert_close(losses[1].loss(theta.double()), truth.detach().double(), rtol=1e-5, atol=0)
+
+
 def test_shards_are_real():
     with pytest.raises(TypeError, match="'first.weight' is torch.complex64, and shards are real"): Shard('first.weight', Operator().first.weight)
 

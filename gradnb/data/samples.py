@@ -61,7 +61,7 @@ class Examples:
         read: Callable,            # (tuple of numbers) → batch
         where: Tensor,             # the numbers (n,) int64
         whole: bool = False,       # are whole batches numbered? They are read one at a time
-        to: tuple = (None, None),  # device and floating dtype
+        to: tuple = (None, None),  # device and floating dtype, whose complex one complex numbers get
     ):
         self.read, self.where, self.whole, self._to = read, where, whole, to
 
@@ -91,7 +91,7 @@ class Examples:
     def batch(self):
         "What was read, in containers of its own."
         device, dtype = self._to
-        return mapped(lambda t: t.to(device, dtype if t.is_floating_point() else None), self._held)
+        return mapped(lambda t: t.to(device, dtype if t.is_floating_point() else dtype and dtype.to_complex() if t.is_complex() else None), self._held)
 
     @property
     def device(self) -> torch.device: return torch.device(self._to[0] or next((t.device for t in tensors(self._held)), "cpu"))
