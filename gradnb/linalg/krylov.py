@@ -12,7 +12,7 @@ from math import inf, pi, sqrt
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .basis import Basis, Eigs, Sketch, apply, combine, entries, grown, inner, open_pairs, orthonormalise, start_rows, strip
+from .basis import Basis, Eigs, Sketch, apply, chunks, combine, entries, grown, inner, open_pairs, orthonormalise, start_rows, strip
 from ..ground.parts import length
 from ..ground.shared import full_precision
 from ..ground.streams import Stream
@@ -215,44 +215,86 @@ def _scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tup
         if (rest > allowed).any() and ceiling <= max(theta[k - 1], top) + allowed: return error, 0
         before, q = [q], w.div_(left.to(w))
 
-_STEEP = .95  # how near to the ceiling the largest value of a sketch may lie
+_STEEP = .97  # how near to the ceiling the largest value of a sketch may lie
 
-def _bend(B: Basis, c: Tensor) -> tuple[Callable[[Tensor], None], Tensor]:
-    "N = (1 − Â/c)^(−1/2) on vectors outside of the rows, in place, where Â is the sketch there, and its largest value."
+def _around(B: Basis) -> tuple[Tensor, Tensor]:
+    "The sketch outside of the rows: its values (u,) and its vectors U, as multiples (u, v) of V − V Qᵀ Q."
     G = B.G - B.C @ B.C.T
     d, E = torch.linalg.eigh(G)
     E = (E[:, d > 1e-3] / d[d > 1e-3].sqrt()).T
     values, Z = torch.linalg.eigh((E @ G) * B.sketch.values @ (E @ G).T)
-    E, n = Z.T @ E, (1 - (values / c).clamp(0, _STEEP)) ** -.5 - 1
-    def bend(w):
-        y = E.T @ (n[:, None] * (E @ inner(B.V, [w])))
-        combine(y.T, B.V, w[None], add=1)
-        combine(-y.T @ B.C, B.Q, w[None], add=1)
-    return bend, values.max() if len(values) else c - c
+    return values, Z.T @ E
 
-def _scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, int]:
-    "As `_scan`, with what the sketch knows taken away."
-    a, eps, theta, q, before, T = B.m, torch.finfo(B.like.dtype).eps, B.ritz()[0], B.random(stream), [], B.T.new_zeros(0, 0)
+class _Bent:
+    "N = (1 − Â/c)^(−1/2) outside of the rows, where Â is the sketch there; and the first rows of a scan of Ã = c + N (A − c) N."
+    def __init__(self, B: Basis, c: Tensor, most: int):
+        self.B, (self.values, self.E), self.c, self.most = B, _around(B), c, most
+        self.slack = 1 - (self.values / c).clamp(0, _STEEP)                  # N⁻² on U
+        self.rows, self.parts, self.scale = [], [], B.p**.5 / 4              # in eight bits a number, of which the smallest are 1/500; their parts in U
+        self.T = self.slack.new_zeros(0, 0)                                  # Ã among all rows
+
+    def bend(self, w: Tensor) -> Tensor:
+        "Multiplies by N, in place. Returns what was there in U, (u, 1)."
+        part = self.E @ inner(self.B.V, [w])
+        y = ((self.slack ** -.5 - 1)[:, None] * part).T @ self.E
+        combine(y, self.B.V, w[None], add=1)
+        combine(-y @ self.B.C, self.B.Q, w[None], add=1)
+        return part
+
+    def keep(self, q: Tensor, part: Tensor):
+        if len(self.rows) >= self.most: return
+        row = torch.empty_like(q, dtype=torch.float8_e4m3fn)
+        for c in chunks(q): row[c] = (q[c] * self.scale).clamp_(-448, 448)   # its largest number
+        self.rows.append(row); self.parts.append(part)
+
+    def corrected(self) -> tuple[Tensor, Tensor]:
+        "Values (s,) and vectors, as multiples (s, u + n) of U and of the rows, of the sketch with what the scan showed of its error."
+        n, u = len(self.rows), len(self.values)
+        G, K = torch.eye(u + n, dtype=self.E.dtype), grown(torch.diag(self.values), n, n)
+        if n:
+            P = torch.cat(self.parts, 1)
+            G[:u, u:], G[u:, :u] = P, P.T
+            X = torch.cat([(self.slack.sqrt() - 1)[:, None] * P, G[u:, u:]])                         # N⁻¹ of the rows
+            believed = (self.values - self.c * (1 - self.slack)) / self.slack                        # Ã on U, if the sketch were right
+            K += X @ (self.T[:n, :n] - P.T * believed @ P) @ X.T
+        d, Z = torch.linalg.eigh(G)
+        d, Z = d[d > 1e-3].sqrt(), Z[:, d > 1e-3]
+        values, Y = torch.linalg.eigh((Z * d).T @ K @ (Z * d))
+        Y = (Z / d @ Y).T
+        return values, Y / torch.tensor([1.] * u + [self.scale] * n, dtype=Y.dtype)
+
+def _learned(B: Basis, k: int, sketch: Sketch, bent: _Bent) -> Sketch:
+    "What is known in the end, written over the sketch: the pairs of the rows, of which the first k are the answer, and of what is outside."
+    (theta, Y), (values, X) = B.ritz(), bent.corrected()
+    outside = X[:, :len(bent.values)] @ bent.E
+    Y = torch.cat([grown(Y, 0, len(B.V) + len(bent.rows)), torch.cat([-outside @ B.C, outside, X[:, len(bent.values):]], 1)])
+    values, order = torch.cat([theta, values.clamp_max(theta[k - 1])]).sort(descending=True, stable=True)
+    out = sketch.vectors.T[:len(values)]
+    return Sketch(values[:len(out)], combine(Y[order[:len(out)]], [*B.Q, *B.V, *bent.rows], out).T)
+
+def _scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, int, _Bent | None]:
+    "As `_scan`, with what the sketch knows taken away; and what it showed."
+    a, eps, theta, q, before = B.m, torch.finfo(B.like.dtype).eps, B.ritz()[0], B.random(stream), []
     F, known = _factor(B.outside(), 10 * eps * theta.abs().max()), torch.linalg.eigvalsh(B.T)[-k:]
-    c = theta[k - 1] + allowed - allowed * 2. ** torch.arange(-4, 40)
+    c = theta[k - 1] + allowed - allowed * 2. ** torch.arange(-4, 40, dtype=theta.dtype)
     c = next((x for x in c if (_rise(B.T, F, B.p, known, x) <= allowed).all()), c[-1])      # the lowest that will do
-    if c <= 0 or not orthonormalise(B.Q, q): return theta.new_full((k,), inf), 0
-    (bend, largest), q = _bend(B, c), q[0]
-    if largest + theta[k - 1] + allowed > 2 * c: return theta.new_full((k,), inf), 0       # so near to the next, few products more save many
+    if c <= 0 or not orthonormalise(B.Q, q): return theta.new_full((k,), inf), 0, None
+    bent, q = _Bent(B, c, min(8, int((B.most - 2.5 - 2 * a) * B.like.element_size()))), q[0]
+    if len(bent.values) and bent.values.max() + theta[k - 1] + allowed > 2 * c: return theta.new_full((k,), inf), 0, None   # so near to the next, few products more save many
     while True:
-        bend(w := q.clone())
+        bent.keep(q, bent.bend(w := q.clone()))
         Aw, = B._images(w[None])
-        strip(B.Q, w := Aw.sub_(w, alpha=float(c)))                          # Ã = c + N (A − c) N, outside of the rows
-        bend(w)
+        strip(B.Q, w := Aw.sub_(w, alpha=float(c)))                          # Ã outside of the rows
+        bent.bend(w)
         h, left, size = strip([*B.Q, q, *before], w.add_(q, alpha=float(c)))
-        T = grown(T, 1, 1)
+        bent.T = T = grown(bent.T, 1, 1)
         T[-1, -1] = h[a]
         if before: T[-1, -2] = T[-2, -1] = h[a + 1]
         last = left * (left > 4 * eps * size) * torch.eye(len(T), dtype=T.dtype)[:, -1:]
         top, ceiling = _ceiling(*torch.linalg.eigh(T), last, B.p - a)
         error = _rise(B.T, F, B.p, known, torch.maximum(ceiling, c))
-        if c + (top - c) * (1 - _STEEP) > theta[k - 1] + allowed: return error, len(T)
-        if top > c or (error <= allowed).all() or B.products >= budget or not last.any(): return error, 0
+        if c + (top - c) * (1 - _STEEP) > theta[k - 1] + allowed: return error, len(T), None
+        if top > c or (error <= allowed).all() or B.products >= budget or not last.any(): return error, 0, bent
         before, q = [q], w.div_(left.to(w))
 
 def _rounded(B: Basis, Y: Tensor, r: Tensor, allowed: Tensor) -> Tensor:
@@ -262,21 +304,21 @@ def _rounded(B: Basis, Y: Tensor, r: Tensor, allowed: Tensor) -> Tensor:
 def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, vectors: bool, keep: int, dtype: torch.dtype | None) -> tuple[Tensor, bool, Sketch | None]:
     "As `certify`, with few vectors at a time; and what was learned."
     sketch, eps, rough, room = None, torch.finfo(B.like.dtype).eps, 1., keep * (dtype or B.like.dtype).itemsize / B.like.element_size()    # room: of the sketch
-    bent = keep and B.most - room >= 2 * k + 4                               # bent vectors are one more
+    bend = keep and B.most - room >= 2 * k + 2.5                              # half a copy: what is widened for a moment
     while True:
         if keep and sketch is None: B.most -= room
         if keep: sketch = _updated(B, _joint(B), keep, dtype, sketch)
         theta, Y = B.ritz()
-        scale, x = theta.abs().max(), max(k, min(k + 3, int(B.most - 4 - bool(bent)) // 2))
+        scale, x = theta.abs().max(), max(k, min(k + 3, int(B.most - 4) // 2))
         allowed = max(tol, 10 * eps) * scale
         smooth = B.residuals(theta[:x], Y[:x]) <= (allowed * scale / 200).sqrt()
         B.rotate(Y[:x][smooth | (torch.arange(len(smooth)) < k)])            # a rough row would hide what couples to it
         if keep: B.recall(sketch)
         draw = stream / B.products
-        error, seen = (_scan_bent if bent else _scan)(B, k, allowed, draw, budget)
-        bent = bent and not seen and rough > .2
+        error, seen, bent = _scan_bent(B, k, allowed, draw, budget) if bend else (*_scan(B, k, allowed, draw, budget), None)
         done = bool((error <= allowed).all())
-        if done or B.products >= budget: return error, done, sketch
+        if done or B.products >= budget: return error, done, _learned(B, k, sketch, bent) if bent else sketch
+        bend, bent = bend and not seen and rough > .2, None
         if seen: B.add(B.random(draw))
         aim, rough = allowed if vectors else max(allowed, rough * (allowed * scale / 200).sqrt()), rough / 4
         while B.products < budget:
@@ -322,7 +364,7 @@ def _settle(B: Basis, k: int, guards: int, follow: int, tol: float, stream: Stre
 @full_precision()
 def lanczos(
     matvec: Callable[[Tensor], Tensor],  # A @ v for v (p,) or (p, j), A symmetric
-    start: Tensor,                       # (p,), or a block (p, j): old eigenvectors, a gradient; never taken for random
+    start: Tensor | Callable[[], Tensor],    # (p,), or a block (p, j): old eigenvectors, a gradient; never taken for random; or what makes one that the search may use up
     k: int = 1,                          # how many of the largest (algebraic) eigenpairs
     tol: float = 1e-3,                   # error to reach, relative to max |λ|; not below 10 roundings
     max_matvecs: int | None = None,      # budget of products; 200 + 20 k unless told
@@ -337,10 +379,11 @@ def lanczos(
     """The k largest eigenpairs by thick-restart Lanczos (Wu & Simon 2000), warm from any block and sketch.
 
     Without a bound on memory it holds one vector a product, warm up to two; with one it looks for what was not seen in three vectors, and the
-    sketch of a float32 search is k + 4 pairs in bfloat16. Raises ValueError where the memory is too small.
+    sketch of a float32 search is up to k + 6 pairs in bfloat16. Raises ValueError where the memory is too small.
     """
     check_given("lanczos", matvec, "product")
-    rows = start_rows(start, k)
+    made = callable(start)
+    rows = start_rows(start() if made else start, k)
     j, p = len(rows), entries(rows)
     follow, guards = max(j, k + (j < k)), 0 if check else max(j - k, 0)
     budget, least = 200 + 20 * k if max_matvecs is None else max_matvecs, max(24, 16 + 2 * follow)
@@ -349,17 +392,17 @@ def lanczos(
         raise ValueError(f"memory = {copies:g} copies cannot follow k = {k} pairs: a product takes 3, the start one and the search at least {2 * k + 2}; give {2 * k + 6} or more.")
     if lean:
         half = torch.bfloat16 if rows.dtype == torch.float32 else None
-        keep = min(keep, k + 4, max(k, int(copies - 2 * k - 6) // (1 if half else 2)))         # of the old sketch and of the new
+        keep = min(keep, k + 6, max(k, int(copies - 2 * k - 7 + made) // (1 if half else 2)))         # of the old sketch and of the new
         if sketch is not None:                                               # as much of it as fits
-            column = sketch.vectors.element_size() / start.element_size()
+            column = sketch.vectors.element_size() / rows.element_size()
             sketch = Sketch(*(x[..., :n] for x in sketch[:2])) if (n := int((copies - 2 * k - 6) / 2 / column)) else None
             held = sketch.vectors.shape[1] * column if sketch else 0
     size = min(p, basis if basis is not None else max(least + 16, min(budget + j, 2**26 // p)) if check else least)
     if size < min(p, follow + 2):
         raise ValueError(f"basis = {basis} is too small to follow {follow} pairs; give at least {follow + 2}.")
     if budget < k: raise ValueError(f"max_matvecs = {budget} cannot give k = {k} pairs; each takes a product.")
-    B = Basis(matvec, rows, size, copies - held - 4, sketch)
-    if not B.add(rows.clone()): B.add_random(stream)
+    B = Basis(matvec, rows, size, copies - held - 4 + made, sketch)
+    if not B.add(rows if made else rows.clone()): B.add_random(stream)
     done, new = _settle(B, k, guards, follow, tol, stream, budget, vectors, keep), None
     error = torch.full((k,), inf if B.m < p else 0, dtype=torch.float64)
     if check and B.m < p and (done or B.products < budget and not lean):

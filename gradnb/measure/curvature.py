@@ -22,15 +22,16 @@ from ..ground.streams import Stream
 
 # %% ../../nbs/07_measure/02_curvature.ipynb #end
 def _one_end(point, k, warm, stream, which, check, **options):
-    (along, noise), sketch, scale = first_directions(point.grad, stream), None, None
-    if warm is None: start = along + noise
-    elif isinstance(warm, Tensor): start = warm if check else torch.column_stack([warm, along + noise])
-    else:
+    sketch = scale = None
+    if not (warm is None or isinstance(warm, Tensor)):
         known, scale = in_unit(warm[0], room=300)
-        sketch = Sketch(known, warm[1].T.contiguous().T)         # strides decide roundings, and a resumed run has others
-        start = sketch.vectors[:, :k].to(point.theta.dtype, copy=True)
-        start[:, -1] += 0.3 * unit(sketch.vectors[:, k:].sum(1, dtype=point.theta.dtype)) + 0.3 * along + 0.1 * noise
-    del along, noise
+        sketch = Sketch(known, warm[1].T.contiguous().T)    # strides decide roundings, and a resumed run has others
+    def start():
+        along, noise = first_directions(point.grad, stream)
+        if sketch is None: return along + noise if warm is None else warm.clone() if check else torch.column_stack([warm, along + noise])
+        first = sketch.vectors[:, :k].to(point.theta.dtype, copy=True)
+        first[:, -1] += .03 * unit(sketch.vectors[:, k:].sum(1, dtype=point.theta.dtype)) + .03 * along + .01 * noise
+        return first
     sign = 1 if which == "largest" else -1
     product = InUnit(lambda v: point.hvp(v) if sign == 1 else -point.hvp(v), scale)      # squares of float64 lengths would leave their range
     eigs = lanczos(product, start, k, stream=stream / "lanczos", sketch=sketch, keep=k + 8, check=check, **options)
@@ -48,7 +49,7 @@ def _in_parts(problem, k, warm, stream, which, tol, memory, **options):
     if size: start += grad / size
     if isinstance(warm, Sketch):
         sketch, first = warm, warm.vectors[:, :k].to(grad.dtype, copy=True)
-        first[:, -1] += .3 * start
+        first[:, -1] += .03 * start
         start = first
     elif warm is not None: start = warm
     problem.error()                                    # of nobody's search so far
