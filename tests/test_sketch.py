@@ -113,6 +113,24 @@ def test_a_sketch_of_other_strides_gives_the_same_bits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_a_search_for_the_unseen_saw_is_kept(dtype, monkeypatch):
+    "The true eigenvectors past the first are in the sketch after a few looks for one, and looks are shorter; without the rows of the scans neither."
+    def looks():
+        sketch, paid = None, []
+        for i, A in zip(range(5), drifting()):
+            start = draw(P, seed=9 + i, dtype=dtype) if sketch is None else sketch.vectors[:, 0].to(dtype) + .001 * draw(P, seed=9 + i, dtype=dtype)
+            e = lanczos(A.to(dtype).__matmul__, start, sketch=sketch, keep=9, memory=18)
+            assert 0 <= torch.linalg.eigvalsh(A)[-1] - e.values[0] + 1e-4 <= e.errors[0] + 2e-4
+            sketch, paid = e.sketch, [*paid, e.matvecs]
+        held = torch.linalg.qr(sketch.vectors.double())[0].T @ torch.linalg.eigh(A)[1].flip(1)[:, :6]
+        return held.norm(dim=0).min(), sum(paid[1:])
+    held, paid = looks()
+    monkeypatch.setattr("gradnb.linalg.krylov._Bent.keep", lambda *a: None)
+    less, more = looks()
+    assert held > .98 and less < .9 and paid < .8 * more, (held, less, paid, more)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("memory", [10, 15])
 def test_a_budget_of_memory_is_kept_and_the_bound_holds(memory, dtype, request):
     "What lives while a product is made is counted by the garbage collector; the rest of the budget is the product's."

@@ -278,9 +278,10 @@ def _scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -
     F, known = _factor(B.outside(), 10 * eps * theta.abs().max()), torch.linalg.eigvalsh(B.T)[-k:]
     c = theta[k - 1] + allowed - allowed * 2. ** torch.arange(-4, 40, dtype=theta.dtype)
     c = next((x for x in c if (_rise(B.T, F, B.p, known, x) <= allowed).all()), c[-1])      # the lowest that will do
-    if c <= 0 or not orthonormalise(B.Q, q): return theta.new_full((k,), inf), 0, None
+    nothing = theta.new_full((k,), inf), 0, None
+    if c <= 0 or not orthonormalise(B.Q, q): return nothing
     bent, q = _Bent(B, c, min(8, int((B.most - 2.5 - 2 * a) * B.like.element_size()))), q[0]
-    if len(bent.values) and bent.values.max() + theta[k - 1] + allowed > 2 * c: return theta.new_full((k,), inf), 0, None   # so near to the next, few products more save many
+    if (bent.values + theta[k - 1] + allowed > 2 * c).any(): return nothing       # so near to the next, few products more save many
     while True:
         bent.keep(q, bent.bend(w := q.clone()))
         Aw, = B._images(w[None])
@@ -301,9 +302,9 @@ def _rounded(B: Basis, Y: Tensor, r: Tensor, allowed: Tensor) -> Tensor:
     "Which of these residuals (c,) are rounding by more than half, in squares, and as large as an error may be?"
     return B.rounding(Y) > r.clamp_min(allowed) / 2**.5
 
-def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, vectors: bool, keep: int, dtype: torch.dtype | None) -> tuple[Tensor, bool, Sketch | None]:
+def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, vectors: bool, keep: int, dtype: torch.dtype) -> tuple[Tensor, bool, Sketch | None]:
     "As `certify`, with few vectors at a time; and what was learned."
-    sketch, eps, rough, room = None, torch.finfo(B.like.dtype).eps, 1., keep * (dtype or B.like.dtype).itemsize / B.like.element_size()    # room: of the sketch
+    sketch, eps, rough, room = None, torch.finfo(B.like.dtype).eps, 1., keep * dtype.itemsize / B.like.element_size()    # room: of the sketch
     bend = keep and B.most - room >= 2 * k + 2.5                              # half a copy: what is widened for a moment
     while True:
         if keep and sketch is None: B.most -= room
@@ -379,7 +380,7 @@ def lanczos(
     """The k largest eigenpairs by thick-restart Lanczos (Wu & Simon 2000), warm from any block and sketch.
 
     Without a bound on memory it holds one vector a product, warm up to two; with one it looks for what was not seen in three vectors, and the
-    sketch of a float32 search is up to k + 6 pairs in bfloat16. Raises ValueError where the memory is too small.
+    sketch is up to k + 6 pairs in half of the bytes, bfloat16 of a float32 search. Raises ValueError where the memory is too small.
     """
     check_given("lanczos", matvec, "product")
     made = callable(start)
@@ -391,8 +392,8 @@ def lanczos(
     if copies < 2 * k + 6:
         raise ValueError(f"memory = {copies:g} copies cannot follow k = {k} pairs: a product takes 3, the start one and the search at least {2 * k + 2}; give {2 * k + 6} or more.")
     if lean:
-        half = torch.bfloat16 if rows.dtype == torch.float32 else None
-        keep = min(keep, k + 6, max(k, int(copies - 2 * k - 7 + made) // (1 if half else 2)))         # of the old sketch and of the new
+        half = torch.bfloat16 if rows.dtype == torch.float32 else torch.float32
+        keep = min(keep, k + 6, max(k, int(copies - 2 * k - 7 + made)))         # of the old sketch and of the new
         if sketch is not None:                                               # as much of it as fits
             column = sketch.vectors.element_size() / rows.element_size()
             sketch = Sketch(*(x[..., :n] for x in sketch[:2])) if (n := int((copies - 2 * k - 6) / 2 / column)) else None

@@ -100,7 +100,7 @@ def sharpness(
 ) -> Eigs:                          # values (k,), the outermost first, vectors (p, k), residuals (k,), errors (k,), matvecs, converged
     """The k largest (algebraic, unless told) eigenvalues of the Hessian of the training loss.
 
-    At the edge of stability k = 1 costs some 20 products, and holds up to 16 copies of θ beside the problem and its graph: half as many more products at most where `memory` leaves it 10, and of
+    At the edge of stability k = 1 costs some 20 products, or 12 with the last look's sketch, and holds up to 16 copies of θ beside the problem and its graph: half as many more products at most where `memory` leaves it 10, and of
     a small θ about a copy a product (two, of blocks). Raises ValueError where θ or ∇L is not finite or the memory too small for a search, and MemoryError where it is not free.
     """
     if which not in WHICH: raise ValueError(f"which is {', '.join(map(repr, WHICH))}; got {which!r}.")
