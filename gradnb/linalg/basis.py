@@ -204,7 +204,7 @@ class Basis:
     "Orthonormal rows Q and R with A Q = M Q + F R, and T = Q A Qᵀ; a sketch V, with C = V Qᵀ and E = V Rᵀ."
     def __init__(self, matvec, like, limit, most=inf, sketch=None):
         self.matvec, self.p, self.width, self.like = matvec, entries(like), like.shape[1], like.new_empty(0)
-        self.limit, self.most, self.products = limit, most, 0
+        self.limit, self.most, self.products, self.scale = limit, most, 0, 0.      # scale: the largest |Ritz value| so far
         self.clear(sketch)
 
     def clear(self, sketch: Sketch | None = None):
@@ -289,6 +289,7 @@ class Basis:
     def ritz(self) -> tuple[Tensor, Tensor]:
         "All Ritz values (m,), descending, and the coefficients of their vectors (m, m), as rows."
         theta, Y = torch.linalg.eigh(self.T)
+        if self.m: self.scale = theta.abs().max().clamp_min(self.scale)
         return theta.flip(0), Y.T.flip(0)
 
     def residuals(self, theta: Tensor, Y: Tensor) -> Tensor:

@@ -310,9 +310,8 @@ def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, v
         if keep and sketch is None: B.most -= room
         if keep: sketch = _updated(B, _joint(B), keep, dtype, sketch)
         theta, Y = B.ritz()
-        scale, x = theta.abs().max(), max(k, min(k + 3, int(B.most - 4) // 2))
-        allowed = max(tol, 10 * eps) * scale
-        smooth = B.residuals(theta[:x], Y[:x]) <= (allowed * scale / 200).sqrt()
+        x, allowed = max(k, min(k + 3, int(B.most - 4) // 2)), max(tol, 10 * eps) * B.scale      # of all rows, though they go
+        smooth = B.residuals(theta[:x], Y[:x]) <= (allowed * B.scale / 200).sqrt()
         B.rotate(Y[:x][smooth | (torch.arange(len(smooth)) < k)])            # a rough row would hide what couples to it
         if keep: B.recall(sketch)
         draw = stream / B.products
@@ -321,7 +320,7 @@ def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, v
         if done or B.products >= budget: return error, done, _learned(B, k, sketch, bent) if bent else sketch
         bend, bent = bend and not seen and rough > .2, None
         if seen: B.add(B.random(draw))
-        aim, rough = allowed if vectors else max(allowed, rough * (allowed * scale / 200).sqrt()), rough / 4
+        aim, rough = allowed if vectors else max(allowed, rough * (allowed * B.scale / 200).sqrt()), rough / 4
         while B.products < budget:
             theta, Y = (x[:k] for x in B.ritz())
             r = B.residuals(theta, Y)
@@ -410,7 +409,7 @@ def lanczos(
         if lean: error, done, new = _certify_in_few(B, k, tol, stream, budget, vectors, keep, half)
         else: error, done = certify(B, k, tol, stream, budget, vectors, keep)
     theta, Y = (x[:k] for x in B.ritz())
-    r, allowed = B.residuals(theta, Y), max(tol, 10 * torch.finfo(rows.dtype).eps) * B.ritz()[0].abs().max()
+    r, allowed = B.residuals(theta, Y), max(tol, 10 * torch.finfo(rows.dtype).eps) * B.scale
     if keep and new is None: new = _updated(B, _joint(B), keep, half)
     found = B.eigs(theta, Y, r, error.clamp_min(allowed), done, new)
     if check and not found.converged and B.products < budget:
