@@ -161,6 +161,18 @@ def test_largest_in_absolute_value(lam, dtype, k):
     assert torch.equal(found.values, again.values)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_an_end_at_zero_is_found_in_few_vectors(k):
+    "The error is relative to the largest value that was met, though nothing of it is kept: of −A the largest is 0."
+    lam = torch.linspace(0, 1, 120)
+    hill = Quadratic(torch.diag(lam), theta0=draw(120, name="magnitude").float())
+    first = sharpness(hill, hill.theta0, k, which="magnitude", memory=100)
+    for eigs in (first, sharpness(hill, hill.theta0, k, which="magnitude", memory=100, warm=first.sketch)):
+        assert eigs.converged and ((eigs.values - lam.flip(0)[:k].double()).abs() <= eigs.errors).all() and (eigs.errors <= 2.1e-3).all(), eigs
+    cut = sharpness(hill, hill.theta0, k, which="magnitude", memory=100, max_matvecs=2 * k)
+    assert (cut.errors == float("inf")).all() and not cut.converged
+
+
 @pytest.mark.filterwarnings("ignore:the loss has kinks")
 @pytest.mark.parametrize("model, loss", SMOOTH[:3])
 def test_magnitudes_of_a_family_and_the_probe_of_that_name(model, loss):

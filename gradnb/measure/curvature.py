@@ -77,11 +77,11 @@ def _two_ends(point, k, warm, stream, max_matvecs, **options):
 
 # %% ../../nbs/07_measure/02_curvature.ipynb #sharpness
 WHICH = "largest", "smallest", "magnitude"
-FEW = 10**5    # parameters below which copies of them are cheap
+FEW = 10**5    # parameters from which on copies of them are counted
 
 def room(memory: float | None, k: int, warm, p: int) -> float | None:
     "Copies of θ that a search may hold; None: as many as it wants."
-    if memory is None: memory = max(12 + 4 * max(k, warm.shape[-1] if isinstance(warm, Tensor) and warm.ndim > 1 else 0), 100 if p < FEW else 0)
+    if memory is None and p >= FEW: memory = 12 + 4 * max(k, warm.shape[-1] if isinstance(warm, Tensor) and warm.ndim > 1 else 0)
     return None if memory == inf else memory
 
 def sharpness(
@@ -95,13 +95,13 @@ def sharpness(
     max_matvecs: int | None = None, # Hessian products allowed; None: the solver's default
     vectors: bool = False,          # hold the residuals against tol, for whoever needs the eigenvectors
     which: str = "largest",         # or "smallest": the negative end of the spectrum, and a sketch of −H; "magnitude": of both, and their sketches
-    memory: float | None = None,    # copies of θ that the search may hold at a time, 3 of them for a product; None: 12 + 4 k, and 100 at least below p = 10⁵; inf: as many as it wants
+    memory: float | None = None,    # copies of θ that the search may hold at a time, 3 of them for a product; None: 12 + 4 k from p = 10⁵ on; inf: as many as it wants
     check: bool = True,             # False: nobody looks for what the search has not seen, in half the products; errors are infinite
 ) -> Eigs:                          # values (k,), the outermost first, vectors (p, k), residuals (k,), errors (k,), matvecs, converged
     """The k largest (algebraic, unless told) eigenvalues of the Hessian of the training loss.
 
-    At the edge of stability k = 1 costs some 20 products, or 12 with the last look's sketch, and holds up to 16 copies of θ beside the problem and its graph: half as many more products at most where `memory` leaves it 10.
-    Raises ValueError where θ or ∇L is not finite or the memory too small for a search, and MemoryError where it is not free.
+    At the edge of stability k = 1 costs some 20 products, or 12 with the last look's sketch, and holds up to 16 copies of θ beside the problem and its graph: half as many more products at most where `memory` leaves it 10, and of
+    a small θ about a copy a product (two, of blocks). Raises ValueError where θ or ∇L is not finite or the memory too small for a search, and MemoryError where it is not free.
     """
     if which not in WHICH: raise ValueError(f"which is {', '.join(map(repr, WHICH))}; got {which!r}.")
     smooth = "the loss has kinks ({}); its Hessian is that of the smooth piece around θ."
