@@ -19,6 +19,11 @@ from ..ground.streams import Stream
 from ..ground.roles import check_given
 
 # %% ../../nbs/02_linalg/02_krylov.ipynb #recall
+def _whitened(G: Tensor) -> Tensor:
+    "E (u, m) with E G Eᵀ = 1, without what is hardly there."
+    d, E = torch.linalg.eigh(G)
+    return (E[:, d > 1e-3] / d[d > 1e-3].sqrt()).T
+
 class _Joint(NamedTuple):
     "The eigenpairs of A where it was multiplied, and of the sketch elsewhere. U: orthonormal rows, the part of V outside Q."
     values: Tensor    # (n,) descending
@@ -35,8 +40,7 @@ def _joint(B: Basis) -> _Joint:
     share = C.norm(dim=1).clamp_min(1e-3)                                  # ‖P vᵢ‖
     change = ((D - lam[:, None] * C) * C).sum(1) / share
     if len(lam): lam = lam + (change - 3 * change.abs().median()).clamp_min(0) / share
-    d, E = torch.linalg.eigh(G - C @ C.T)
-    E = (E[:, d > 1e-3] / d[d > 1e-3].sqrt()).T                            # U = E (V − C Q)
+    E = _whitened(G - C @ C.T)                                             # U = E (V − C Q)
     UAQ, VU = E @ (D - C @ K), (G - C @ C.T) @ E.T
     values, Z = torch.linalg.eigh(torch.cat([torch.cat([K, UAQ.T], 1), torch.cat([UAQ, VU.T * lam @ VU], 1)]))
     values, (inside, U) = values.flip(0), Z.T.flip(0).split([B.m, len(E)], 1)
@@ -220,8 +224,7 @@ _STEEP = .97  # how near to the ceiling the largest value of a sketch may lie
 def _around(B: Basis) -> tuple[Tensor, Tensor]:
     "The sketch outside of the rows: its values (u,) and its vectors U, as multiples (u, v) of V − V Qᵀ Q."
     G = B.G - B.C @ B.C.T
-    d, E = torch.linalg.eigh(G)
-    E = (E[:, d > 1e-3] / d[d > 1e-3].sqrt()).T
+    E = _whitened(G)
     values, Z = torch.linalg.eigh((E @ G) * B.sketch.values @ (E @ G).T)
     return values, Z.T @ E
 
@@ -230,7 +233,7 @@ class _Bent:
     def __init__(self, B: Basis, c: Tensor, most: int):
         self.B, (self.values, self.E), self.c, self.most = B, _around(B), c, most
         self.slack = 1 - (self.values / c).clamp(0, _STEEP)                  # N⁻² on U
-        self.rows, self.parts, self.scale = [], [], B.p**.5 / 4              # in eight bits a number, of which the smallest are 1/500; their parts in U
+        self.rows, self.scale, self.P = [], B.p**.5 / 4, self.E.new_zeros(len(self.E), 0)     # in eight bits a number, of which the smallest are 1/500; P: their parts in U
         self.T = self.slack.new_zeros(0, 0)                                  # Ã among all rows
 
     def bend(self, w: Tensor) -> Tensor:
@@ -245,23 +248,18 @@ class _Bent:
         if len(self.rows) >= self.most: return
         row = torch.empty_like(q, dtype=torch.float8_e4m3fn)
         for c in chunks(q): row[c] = (q[c] * self.scale).clamp_(-448, 448)   # its largest number
-        self.rows.append(row); self.parts.append(part)
+        self.rows, self.P = [*self.rows, row], torch.cat([self.P, part], 1)
 
     def corrected(self) -> tuple[Tensor, Tensor]:
         "Values (s,) and vectors, as multiples (s, u + n) of U and of the rows, of the sketch with what the scan showed of its error."
-        n, u = len(self.rows), len(self.values)
-        G, K = torch.eye(u + n, dtype=self.E.dtype), grown(torch.diag(self.values), n, n)
-        if n:
-            P = torch.cat(self.parts, 1)
-            G[:u, u:], G[u:, :u] = P, P.T
-            X = torch.cat([(self.slack.sqrt() - 1)[:, None] * P, G[u:, u:]])                         # N⁻¹ of the rows
-            believed = (self.values - self.c * (1 - self.slack)) / self.slack                        # Ã on U, if the sketch were right
-            K += X @ (self.T[:n, :n] - P.T * believed @ P) @ X.T
-        d, Z = torch.linalg.eigh(G)
-        d, Z = d[d > 1e-3].sqrt(), Z[:, d > 1e-3]
-        values, Y = torch.linalg.eigh((Z * d).T @ K @ (Z * d))
-        Y = (Z / d @ Y).T
-        return values, Y / torch.tensor([1.] * u + [self.scale] * n, dtype=Y.dtype)
+        (u, n), P, one = self.P.shape, self.P, torch.eye(len(self.rows), dtype=self.P.dtype)
+        X = torch.cat([(self.slack.sqrt() - 1)[:, None] * P, one])                                   # N⁻¹ of the rows
+        believed = (self.values - self.c * (1 - self.slack)) / self.slack                            # Ã on U, if the sketch were right
+        K = grown(torch.diag(self.values), n, n) + X @ (self.T[:n, :n] - P.T * believed @ P) @ X.T
+        G = torch.cat([torch.cat([torch.eye(u, dtype=P.dtype), P], 1), torch.cat([P.T, one], 1)])
+        E = _whitened(G)
+        values, Z = torch.linalg.eigh((E @ G) @ K @ (E @ G).T)
+        return values, Z.T @ E / torch.tensor([1.] * u + [self.scale] * n, dtype=P.dtype)
 
 def _learned(B: Basis, k: int, sketch: Sketch, bent: _Bent) -> Sketch:
     "What is known in the end, written over the sketch: the pairs of the rows, of which the first k are the answer, and of what is outside."
