@@ -673,10 +673,25 @@ class Aligned(nn.Module):
     def forward(self, x): return self.o(roi_align(self.conv(x), [x.new_tensor([[0., 0., 7., 7.]])] * len(x), 2).flatten(1))
 
 
+@torch.library.custom_op("gradnb_tests::kernel", mutates_args=())
+def kernel(x: torch.Tensor) -> torch.Tensor: return x * x
+
+@torch.library.custom_op("gradnb_tests::kernel_backward", mutates_args=())
+def kernel_backward(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor: return 2 * x * g
+
+kernel.register_autograd(lambda ctx, g: kernel_backward(*ctx.saved_tensors, g), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+class Kernel(Base):
+    "An operation of somebody's own, whose backward pass is another."
+    def block(self, h): return kernel(self.b(h))
+
+
 def test_operations_without_second_derivatives_are_named():
     words = torch.randint(5, (20, 6), generator=Stream(3).generator())
     for module, data, says in ((made(Pooled, mode="max"), Dataset(words, words[:, 0] % 3, words, words[:, 0] % 3, 3, words=5), "no second derivative of embedding_bag"),
-                               (made(BiasAlone), DIGITS, "add the bias to what it returns"), (made(Aligned), DIGITS, "no second derivative of roi_align")):
+                               (made(BiasAlone), DIGITS, "add the bias to what it returns"), (made(Aligned), DIGITS, "no second derivative of roi_align"),
+                               (made(Kernel), DIGITS, "no second derivative of gradnb_tests.kernel_backward, .* register_autograd")):
         problem = Problem(module, "ce", data)
         assert problem.grad_and_loss(problem.theta0)[0].isfinite().all()
         with pytest.raises(TypeError, match=says): problem.hvp(problem.theta0, problem.theta0)

@@ -245,6 +245,11 @@ def test_losses_that_people_have():
         return (bend + u).square().squeeze(1)
     agrees(Problem(field, residual, where), brute(field, lambda model: residual(model, where.tensors).mean()))
 
+    def steep(model, batch):                                           # u² + u′², the derivative forward
+        u, slope = torch.func.jvp(model, (batch[0],), (torch.ones_like(batch[0]),))
+        return (u.square() + slope.square()).squeeze(1)
+    agrees(Problem(field, steep, where), brute(field, lambda model: steep(model, where.tensors).mean()))
+
     value, grad, H = brute(NET, lambda model: F.cross_entropy(model(X), Y))
     theta = torch.cat([p.detach().reshape(-1) for p in NET.parameters()])
     agrees(Problem(NET, penalised, DATA["a list of unequal batches"]), (value + .01 * theta.square().sum(), grad + .02 * theta, H + .02 * torch.eye(len(theta), dtype=F64)))

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import warnings
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -609,18 +610,23 @@ def test_products_do_not_ask_for_grad_mode():
         assert torch.equal(point.curvature_grad(v, v), problem.curvature_grad(theta, v, v))
 
 
-@pytest.mark.parametrize("how", ["whole", "layer", "in place"])
-def test_compiled_modules_have_all_derivatives(how):
-    net = between(torch.tanh).double()
+@pytest.mark.parametrize("how", ["whole", "layer", "in place", "function", "loss"])
+def test_what_is_compiled_has_all_derivatives_and_is_not_compiled_again(how):
+    net, loss, made = between(torch.tanh).double(), "ce", []
     plain, compiled = Problem(net, "ce", load_dataset("digits-20")), deepcopy(net)
-    if how == "whole": compiled = torch.compile(compiled, backend="aot_eager")
-    elif how == "layer": compiled[1] = torch.compile(compiled[1], backend="aot_eager")
-    else: compiled.compile(backend="aot_eager")
-    problem, theta, v = Problem(compiled, "ce", load_dataset("digits-20")), plain.theta0, draw(plain.p)
+    backend = lambda graph, inputs: made.append(graph) or graph.forward
+    fast = partial(torch.compile, backend=backend)
+    if how == "whole": compiled = fast(compiled)
+    elif how == "layer": compiled[1] = fast(compiled[1])
+    elif how == "function": compiled[2].forward = fast(lambda x: x.tanh())
+    elif how == "loss": loss = fast(lambda out, y: F.cross_entropy(out, y, reduction="none"))
+    else: compiled.compile(backend=backend)
+    problem, theta, v = Problem(compiled, loss, load_dataset("digits-20")), plain.theta0, draw(plain.p)
     assert torch.equal(problem.theta0, theta)
     for q in (lambda p: p.hvp(theta, v), lambda p: p.at(theta).ggn(v), lambda p: p.example_grads(theta), lambda p: p.curvature_grad(theta, v, v),
               lambda p: next(p.layer_io(theta)).sq_norms(), lambda p: p.frozen().hvp(theta, v)):
         torch.testing.assert_close(q(problem), q(plain), rtol=1e-12, atol=1e-14)
+    assert not made
 
 
 class Mixed(torch.nn.Module):

@@ -135,7 +135,7 @@ def resolve_loss(
     if isinstance(loss, str): return LOSSES[loss]
     if isinstance(loss, type) or not callable(loss):
         raise TypeError(f"a loss is one of {', '.join(LOSSES)}, or a function (outputs, targets) → (b,); got {loss!r}.")
-    return loss
+    return getattr(loss, "_torchdynamo_orig_callable", loss)      # what is compiled is differentiated once
 
 # %% ../../nbs/04_models/01_losses.ipynb #accuracy
 @with_positions

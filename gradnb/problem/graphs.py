@@ -6,12 +6,14 @@
 __all__ = ['KINKS', 'saved_bytes', 'kinks_of', 'disagrees', 'Rounding', 'keeps_double', 'wrong_slopes']
 
 # %% ../../nbs/05_problem/06_graphs.ipynb #imports
+import re
 from collections.abc import Callable
 from math import hypot
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from ..data.samples import stored
+from ..ground.shared import eager
 from ..ground.streams import Stream
 from .modes import Mode
 from .modules import nodes, scattered
@@ -28,8 +30,8 @@ def saved_bytes(
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): kept = work()
     except RuntimeError as e:
-        if "saved tensor hooks" not in str(e): raise
-        seen.clear()                                             # torch.func in a forward pass forbids them: ask the operations
+        if not re.search("saved tensor hooks|storage", str(e)): raise
+        seen.clear()                                             # torch.func in a forward pass forbids them, or wraps what they would see: ask the operations
         with torch.enable_grad(): kept = work()
         for node in set().union(*(nodes(t) for t in tree_leaves(kept) if isinstance(t, Tensor))):
             for name in (n for n in dir(node) if n.startswith("_saved_") or n == "saved_tensors"):
@@ -86,6 +88,7 @@ def keeps_double(
         return not abs(two - 2 * one) > most * abs(two) + 1e-12 * abs(float(zero)) and not 0 == one == two
     return zero.dtype == torch.float64 and (straight(1e-5, 1e-3) or straight(1e-8, .05) and straight(1e-9, .05))
 
+@eager()
 def wrong_slopes(
     f: Callable[[dict[str, Tensor]], Tensor],    # blocks by name → (), the same for the same blocks
     blocks: dict[str, Tensor],                   # where, by name

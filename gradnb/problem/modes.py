@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 from ..ground.streams import Stream
-from ..ground.shared import alone, everywhere, full_precision
+from ..ground.shared import alone, eager, everywhere, full_precision
 
 # %% ../../nbs/05_problem/01_modes.ipynb #drawing
 @contextmanager
@@ -177,7 +177,7 @@ def is_twice() -> bool: return _Twice.depth > 0
 def twice_differentiable():
     "What is computed inside has second derivatives, and no product is rounded. Raises TypeError that names an operation without."
     try:
-        with alone(), sdpa_kernel(SDPBackend.MATH), full_precision():
+        with alone(), sdpa_kernel(SDPBackend.MATH), full_precision(), eager():
             _Twice.depth += 1
             try: yield
             finally: _Twice.depth -= 1
@@ -190,5 +190,7 @@ def twice_differentiable():
                             "bias=b)); add the bias to what it returns.") from e
         if found := re.search(r"(\w+) does not support 3rd\+ order derivatives", str(e)):
             raise TypeError(f"torch has no third derivatives of {found[1]}; take problem.frozen(), where BatchNorm has running statistics, or GroupNorm.") from e
-        if not (found := re.match(r"(?:the )?derivative for '?(?:aten::)?_?(\w+?)(?:_backward)?'? is not implemented|double backwards on (\w+) not supported", str(e))): raise
-        raise TypeError(f"torch has no second derivative of {found[1] or found[2]}, which this network uses; put another operation in its place.") from e
+        if not (found := re.match(r"(?:the )?derivative for '?(?:aten::)?_?(\w+?)(?:_backward)?'? is not implemented|double backwards on (\w+) not supported|"
+                              r"Trying to backward through (\S+?)(?:\.default)? but no autograd formula", str(e))): raise
+        raise TypeError(f"torch has no second derivative of {found[1] or found[2] or found[3]}, which this network uses; " +
+                        ("register_autograd gives it one." if found[3] else "put another operation in its place.")) from e

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointError
 from ..data.samples import alike
 from ..ground.streams import Stream
 from ..ground.layout import paired
-from ..ground.shared import alone, on_calls
+from ..ground.shared import alone, eager, on_calls
 from ..models.losses import lending
 from .modes import Defaults, Hush, Plain, Under, Unmixed, drawing, is_twice
 from .modules import cast, copied, leaves, nodes, places, refuse, scattered, training_flags
@@ -75,6 +75,7 @@ class Network:
         top = [path for path in odd if path.rpartition(".")[0] not in odd]
         return f"{word[first]} mode" + (f", {word[not first]} in {', '.join(top[:3])}{', …' * (len(top) > 3)}" if top else "")
 
+    @eager()
     @torch.no_grad()
     def _try_out(self, params, x):
         gen = (Stream() / "network").generator()
@@ -232,6 +233,7 @@ class Network:
         self.fresh = quick is None or apart(quick, sound)
 
     @alone
+    @eager()
     def _forward(self, module, params, x, buffers, hush=False):
         if (now := training_flags(module)) != self._flags.get(module, now):
             raise RuntimeError("somebody has called train() or eval() on problem.module, a copy whose mode was fixed when the problem was made; "

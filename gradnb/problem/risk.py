@@ -28,6 +28,7 @@ from .modes import Unmixed, drawing
 from .modules import cast, chosen, copied, hooked, leaves, one_device, refuse, refuse_inference, scattered, unwrapped
 from .network import Network
 from ..ground.roles import Batch
+from ..ground.shared import eager
 from ..ground.streams import Stream
 
 # %% ../../nbs/05_problem/10_risk.ipynb #risk
@@ -287,6 +288,7 @@ class Risk:
             x = next(ahead) if ahead else examples(self.dataset.x, where) if xs is None else xs[part]
             yield x, examples(self.dataset.y, where), weight, n, noise and noise / i
 
+    @eager()
     def piece(self, theta: Tensor | dict[str, Tensor], x: Tensor, y: Tensor, weight: Tensor | None, n: int, noise: Stream | None = None,
               buffers: dict[str, Tensor] | None = None) -> Tensor:
         "A chunk's share of the batch loss, differentiable in theta, flat or by name."
@@ -357,6 +359,7 @@ class Risk:
         grads, loss = self.grads_and_loss(theta, batch)
         return self.layout.join(grads.values()), loss
 
+    @eager()
     def grads_and_loss(self, theta: Tensor, batch=None) -> tuple[dict[str, Tensor], Tensor]:
         "`grad_and_loss` with the gradient in blocks by name, which spares the copy of them that a vector is."
         refuse_inference()
