@@ -74,6 +74,29 @@ def test_hugging_faces_trainer(kind, mixed, tmp_path):
             np.testing.assert_allclose(callback.watch.traces[name].values[0], plain.watch.traces[name].values[0], rtol=rtol)
 
 
+@pytest.mark.parametrize("how", ["smoothed", "function", "method"])
+def test_what_the_trainer_minimises_is_measured(how, tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+    class Tripled(Trainer):
+        def compute_loss(self, *args, **kwargs): return 3 * super().compute_loss(*args, **kwargs)
+    def words(model, batch, smoothing=0.):
+        logits, labels = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1], batch["labels"][:, 1:]
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing)
+    means = {"smoothed": lambda model, batch: words(model, batch, .5), "function": lambda model, batch: 3 * words(model, batch), "method": lambda model, batch: 3 * words(model, batch)}
+    found = []
+    for objective in (None, means[how]):
+        seed()
+        model, data = hugging("gpt2")
+        args = TrainingArguments(str(tmp_path), per_device_train_batch_size=8, max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no",
+                                 label_smoothing_factor=.5 if how == "smoothed" else 0)
+        callback = trainer_callback(objective, probes=["sharpness:every=2", "grad_norm:every=2"], strict=True)
+        extra = dict(compute_loss_func=lambda out, labels, **_: 3 * F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())) if how == "function" else {}
+        with contextlib.redirect_stdout(io.StringIO()): (Tripled if how == "method" else Trainer)(model, args, train_dataset=data, callbacks=[callback], **extra).train()
+        found.append([callback.watch.traces[name].values[0] for name in ("sharpness", "grad_norm")])
+    np.testing.assert_allclose(*found, rtol=1e-3)
+
+
 def test_lightning(tmp_path):
     lightning = pytest.importorskip("lightning")
     x, y = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
@@ -88,9 +111,14 @@ def test_lightning(tmp_path):
         def configure_optimizers(self):
             optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
             return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)]
-    def run(*callbacks):
+    class Manual(Classifier):
+        automatic_optimization = False
+        def training_step(self, batch, i):
+            optimizer, loss = self.optimizers(), super().training_step(batch, i)["loss"]
+            optimizer.zero_grad(), self.manual_backward(loss), optimizer.step()
+    def run(*callbacks, cls=Classifier):
         seed()
-        module = Classifier()
+        module = cls()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             lightning.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -98,8 +126,10 @@ def test_lightning(tmp_path):
         return bits(module)
     logger = lightning.pytorch.loggers.CSVLogger(tmp_path, "own")
     callback = lightning_callback(probes=["sharpness:every=2"], log=logger)
-    assert same(run(), run(callback))
-    assert list(callback.watch.traces["sharpness"].steps) == [0, 2, 4, 6, 8] and callback.watch.closed
+    told = lightning_callback(lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1]), probes=["sharpness:every=2"])
+    assert same(run(), run(callback)) and same(run(cls=Manual), run(told, cls=Manual))
+    for one in (callback, told): assert list(one.watch.traces["sharpness"].steps) == [0, 2, 4, 6, 8] and one.watch.closed
+    with pytest.raises(TypeError, match="takes the steps itself"): run(lightning_callback(probes=["sharpness"]), cls=Manual)
     logger.save()
     table = pd.read_csv(logger.log_dir + "/metrics.csv").dropna(subset=["sharpness"])
     np.testing.assert_allclose(table.set_index("step")["sharpness"], callback.watch.traces["sharpness"].values, rtol=1e-6)

@@ -6,23 +6,29 @@
 __all__ = ['trainer_callback', 'lightning_callback']
 
 # %% ../../nbs/12_integrations/01_callbacks.ipynb #imports
+import sys
 from collections.abc import Callable, Mapping
 from ..runs.foreign.watch import watch
 
 # %% ../../nbs/12_integrations/01_callbacks.ipynb #trainer
 def trainer_callback(
-    objective: Callable | None = None,    # (model, batch) → its loss; None: model(**batch).loss
+    objective: Callable | None = None,    # (model, batch) → its loss; None: the trainer's compute_loss
     data=None,                            # what is measured on; None: the trainer's training examples
     **options,                            # of gradnb.watch: probes, store, name, budget, …
 ):                                        # a transformers.TrainerCallback, whose .watch is there once training has begun
     "For transformers.Trainer(…, callbacks=[…]): measures at the optimizer's steps."
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
+    def calling():
+        frame = sys._getframe()
+        while frame and not isinstance(frame.f_locals.get("self"), Trainer): frame = frame.f_back
+        if frame is None: raise RuntimeError("no transformers.Trainer calls this callback; say what is minimised: trainer_callback(objective=lambda model, batch: model(**batch).loss).")
+        return frame.f_locals["self"].compute_loss
     class WatchCallback(TrainerCallback):
         watch = None
 
         def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **_):
             self.close()
-            ask = objective or (lambda model, batch: model(**batch).loss)
+            ask = objective or calling()
             self.watch = watch(model, ask, train_dataloader if data is None else data, optimizer=optimizer, start=state.global_step, **options).attach()
 
         def on_train_end(self, *_, **__): self.close()
@@ -48,6 +54,9 @@ def lightning_callback(
 
         def on_train_start(self, trainer, module):
             self.close()
+            if objective is None and not module.automatic_optimization:
+                raise TypeError(f"{type(module).__name__}.training_step takes the steps itself (automatic_optimization=False), so it is no loss of a batch; "
+                                "say what is minimised: lightning_callback(objective=lambda module, batch: …).")
             self.watch = watch(module, objective or own, trainer.train_dataloader if data is None else data,
                                optimizer=trainer.optimizers[optimizer], start=trainer.global_step, **options).attach()
 
