@@ -226,6 +226,16 @@ def test_embeddings_with_sparse_gradients_and_buffers_of_complex_numbers():
     torch.testing.assert_close(problem.loss(problem.theta0).double(), brute(dense, lambda model: F.cross_entropy(model(words), Y))[0], rtol=.02, atol=.02)
 
 
+def test_an_objective_that_clears_gradients_clears_none_of_ours():
+    "Of several batches the gradient was the last one's, where the same line as in the loop stands in the objective."
+    def clearing(model, batch):
+        model.zero_grad(set_to_none=False)
+        return F.cross_entropy(model(batch[0]), batch[1])
+    batches = DATA["a list of unequal batches"]
+    problem, plain = (Problem(NET, f, batches) for f in (clearing, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])))
+    torch.testing.assert_close(problem.grad_and_loss(problem.theta0), plain.grad_and_loss(plain.theta0), rtol=0, atol=0)
+
+
 def test_losses_that_people_have():
     pairs = TensorDataset(normal(12, 4), normal(12, 4))
     def contrastive(model, batch):

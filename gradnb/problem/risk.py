@@ -369,7 +369,10 @@ class Risk:
         if asked and asked.after is None and asked.problem is self and asked.theta is theta and asked.batch is batch:
             moving = {k: v.clone() for k, v in asked.buffers.items()}
         for chunk in self.chunks(batch):
+            sums = [b.grad for b in blocks.values()]
+            for b in blocks.values(): b.grad = None                            # an objective may call model.zero_grad()
             with torch.enable_grad(): loss = self.piece(blocks, *chunk, moving)
+            for b, total in zip(blocks.values(), sums): b.grad = total
             torch.autograd.backward(loss, inputs=list(blocks.values()))        # a block at a time, in the place of what the graph gives up
             value = value + loss.detach()
         if moving is not None: asked.after = moving
