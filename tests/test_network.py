@@ -505,6 +505,29 @@ def test_gradients_that_are_no_slopes_are_measured_and_their_curvature_is_refuse
         with pytest.raises(TypeError, match="is not the slope of the loss.*A Hessian is that of a loss"): look()
 
 
+class Eighth(torch.autograd.Function):
+    "Eight bits, and a backward pass that knows nothing of them."
+    @staticmethod
+    def forward(ctx, x): return (x * (448 / x.abs().max())).to(torch.float8_e4m3fn).float() * (x.abs().max() / 448)
+    @staticmethod
+    def backward(ctx, g): return g
+
+
+class Eighths(Base):
+    def __init__(self, moving): super().__init__(); self.moving = moving; self.b.weight.requires_grad_(moving)
+    def block(self, h): return F.linear(Eighth.apply(h) if self.moving else h, Eighth.apply(self.b.weight), self.b.bias)
+
+
+def test_stairs_of_eight_bits_have_no_curvature_and_weights_that_lie_still_on_them_are_no_stairs():
+    "In float32, where differences over short steps are rounding, and over longer ones as rough as the stairs."
+    with pytest.warns(UserWarning, match="'a.weight'.* is not the slope"): problem = Problem(made(Eighths, True).float(), "ce", DIGITS)
+    with pytest.raises(TypeError, match="is not the slope of the loss"): problem.hvp(problem.theta0, problem.theta0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        problem = Problem(made(Eighths, False).float(), "ce", DIGITS)
+    assert problem.hvp(problem.theta0, problem.theta0).isfinite().all()
+
+
 @pytest.mark.parametrize("hook, who", [
     (lambda n: n.a.weight.register_hook(lambda g: g * 0), "a.weight"), (lambda n: n.o.bias.register_post_accumulate_grad_hook(lambda p: 1 / 0), "o.bias"),
     (lambda n: n.b.register_full_backward_hook(lambda m, i, o: 1 / 0), "b"), (lambda n: n.register_full_backward_pre_hook(lambda m, g: 1 / 0), "the network")])

@@ -66,10 +66,16 @@ def disagrees(
     return False
 
 class Rounding(Mode):
-    "Has a function of torch given something differentiable in less than float64?"
+    "Has a function of torch given something differentiable in less than float64, and what did any give in eight bits?"
+    def __init__(self):
+        super().__init__()
+        self.eighths = []
+
     def call(self, func, args, kwargs):
         out = func(*args, **kwargs)
-        self.met = self.met or any(isinstance(t, Tensor) and t.requires_grad and t.dtype.to_real() != torch.float64 for t in tree_leaves(out))
+        given = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.met = self.met or any(t.requires_grad and t.dtype.to_real() != torch.float64 for t in given)
+        self.eighths += [t.detach().view(torch.uint8).clone() for t in given if t.is_floating_point() and t.dtype.itemsize == 1]
         return out
 
 @torch.no_grad()
@@ -95,7 +101,7 @@ def wrong_slopes(
 ) -> list[str]:                                  # names of blocks
     "Where the gradient of f is not its slope. Two evaluations of f along each of one or two directions, where all is well."
     free = {k: b.detach().requires_grad_() for k, b in blocks.items()}
-    with torch.enable_grad(): value = f(free)
+    with torch.enable_grad(), Rounding() as rounding: value = f(free)
     grads = torch.autograd.grad(value, list(free.values()), materialize_grads=True) if value.requires_grad else map(torch.zeros_like, free.values())
     gen, eps, along, share, still = (Stream() / "slopes").generator(), torch.finfo(value.dtype).eps, {}, {}, set()
     for (k, b), g in zip(free.items(), grads):
@@ -107,6 +113,9 @@ def wrong_slopes(
 
     @torch.no_grad()
     def off(names, beside=()):
+        if rounding.eighths:
+            with Rounding() as moved: f({k: b + along[k] if k in names else b for k, b in blocks.items()})
+            if len(moved.eighths) != len(rounding.eighths) or not all(map(torch.equal, moved.eighths, rounding.eighths)): return True
         scale = hypot(*(share[k] for k in {*names, *beside}))
         def difference(h):
             a, b = (f({k: b + h * s * along[k] if k in names else b for k, b in blocks.items()}) for s in (1, -1))
