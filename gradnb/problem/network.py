@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
-from ..data.samples import alike
+from ..data.samples import alike, tensors
 from ..ground.streams import Stream
 from ..ground.layout import paired
 from ..ground.shared import alone, eager, on_calls
@@ -38,6 +38,7 @@ class Network:
     dtype = None      # of tensors whose precision it does not say; None: torch's default
     others = ()       # trainable tensors besides its parameters on which an objective depends, such as a critic's
     derives = False   # does it take derivatives by torch.autograd itself, as a loss of forces does, or a penalty of gradients?
+    writes = False    # does it write into its inputs, if only what stands there, as masked_fill_ may? A kept graph would be lost
     even = False      # does it view pairs in its parameters as complex numbers, which must lie at even places?
     modal = True      # are its outputs in evaluation mode other ones?
     _draws_still = False    # and does it draw there?
@@ -98,6 +99,8 @@ class Network:
     def _try_once(self, run, params, x):
         "Outputs, buffers after the pass, and what drew in it. Raises TypeError where it returns no tensor, or writes over what it was given."
         given, versions, sources = x.clone(), [v._version for v in params.values()], set()
+        read = [t for t in tensors(getattr(x, "batch", x)) if not t.is_inference()]
+        marks = [t._version for t in read]
         def listen():
             with self._sources(sources): return run(self.loud)
         try: out, after, drew = self._unheard(listen)
@@ -117,6 +120,7 @@ class Network:
         if not (alike(x, given) if isinstance(x, Tensor) else x.equals(given)):
             if isinstance(x, Tensor): x.copy_(given)
             raise TypeError("a forward pass of this network writes over its inputs; make its first layer without inplace=True.")
+        self.writes = marks != [t._version for t in read]
         sources |= {m for m in self.loud.modules() if isinstance(m, _DropoutNd) and m.training and m.p > 0}
         self.noisy = bool(drew or sources)
         return out, after, sources
@@ -259,6 +263,7 @@ class Network:
     def _asked(self, module, x, hush):
         "The outputs; whoever else is called has copies of its buffers until then."
         ask = self._ask or (lambda module, x: module(x))
+        if self.writes: x = x.clone()
         if not (self.trying or self.met or hush): return ask(module, x)
         due = {Defaults: self.dtype, Plain: is_twice(), Unmixed: True, lending: True}
         on = {kind for kind, wanted in due.items() if (wanted if kind in self.met else self.trying)}
