@@ -247,6 +247,18 @@ def test_what_is_written_into_a_batch_though_it_stands_there_loses_no_graph():
     torch.testing.assert_close([first, point.hvp(v)], [plain.at().hvp(v)] * 2)
 
 
+class Pair:
+    def __init__(self, x, y): self.x, self.y = x, y
+
+torch.utils._pytree.register_pytree_node(Pair, lambda pair: ([pair.x, pair.y], None), lambda parts, _: Pair(*parts))
+
+
+def test_batches_of_a_class_that_torch_was_told_of():
+    own, plain = (lambda model, batch: F.cross_entropy(model(batch.x), batch.y)), lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])
+    problem, truth = Problem(NET, own, [Pair(X, Y)]), Problem(NET, plain, [(X, Y)])
+    torch.testing.assert_close(problem.grad_and_loss(problem.theta0), truth.grad_and_loss(truth.theta0))
+
+
 def test_losses_that_people_have():
     pairs = TensorDataset(normal(12, 4), normal(12, 4))
     def contrastive(model, batch):

@@ -13,6 +13,7 @@ from itertools import islice
 import warnings
 import torch
 from torch import Tensor
+from torch.utils._pytree import SUPPORTED_NODES, tree_map_only
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset, default_collate
 from ..ground.shared import everywhere
 from ..ground.streams import Stream
@@ -27,6 +28,7 @@ def mapped(
     if isinstance(batch, Mapping): return type(batch)({k: mapped(f, v) for k, v in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"): return type(batch)(*(mapped(f, v) for v in batch))
     if isinstance(batch, (list, tuple)): return type(batch)(mapped(f, v) for v in batch)
+    if type(batch) in SUPPORTED_NODES: return tree_map_only(Tensor, f, batch)
     return batch
 
 def tensors(batch) -> list[Tensor]:
