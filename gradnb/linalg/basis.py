@@ -77,7 +77,7 @@ def swept(
     v: Tensor,                 # (p,), in place
     h: Tensor | None = None,   # (m,), on the CPU
 ) -> Tensor:                   # (m + 1,), float64 on the CPU
-    "v − h Q, once through all rows: its parts in them and, last, its square, in the precision of v within a chunk and in float64 over chunks."
+    "v − h Q in place, once through all rows: its parts in them and, last, its square, in the precision of v within a chunk and in float64 over chunks."
     if isinstance(Q, Tensor):
         if h is not None: v -= h.to(v) @ Q
         return total(torch.cat([Q @ v, (v @ v)[None]])).cpu()
