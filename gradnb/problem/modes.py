@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['drawing', 'told', 'again', 'Mode', 'Hush', 'Unmixed', 'Defaults', 'Under', 'ctc_loss', 'embedding_bag',
-           'without_cudnn', 'Plain', 'is_twice', 'twice_differentiable']
+           'without_cudnn', 'gelu', 'Plain', 'is_twice', 'twice_differentiable']
 
 # %% ../../nbs/05_problem/01_modes.ipynb #imports
 import re
@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
+from math import pi
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
@@ -181,9 +183,40 @@ def without_cudnn(f: Callable) -> Callable:
         finally: torch._C._set_cudnn_enabled(before)
     return plain
 
+class _GeluSlope(torch.autograd.Function):
+    "The derivative of _Gelu."
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x): return torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate="tanh")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs); ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, v):
+        x, = ctx.saved_tensors
+        a, b, square = x.new_tensor((2 / pi) ** .5), .044715 * (2 / pi) ** .5, x * x
+        t, slope = torch.tanh(x * torch.add(a, square, alpha=b)), torch.add(a, square, alpha=3 * b)      # of u = a x + b x³
+        return v * (torch.add(a, square, alpha=6 * b) - x * t * slope * slope) * torch.addcmul(torch.ones_like(a), t, t, value=-1)
+
+    jvp = backward                        # a function of every entry by itself
+
+class _Gelu(_GeluSlope):
+    "x (1 + tanh(a x + b x³)) / 2 (Hendrycks & Gimpel 2016, Section 2), keeping x alone for any derivative."
+    @staticmethod
+    def forward(x): return F.gelu(x, approximate="tanh")
+
+    @staticmethod
+    def backward(ctx, v): return v * _GeluSlope.apply(*ctx.saved_tensors)
+
+    jvp = backward
+
+def gelu(input, approximate="none"): return _Gelu.apply(input) if approximate == "tanh" else F.gelu(input, approximate=approximate)
+
 class Plain(Mode):
-    "Inside, plain operations stand for those whose second derivatives torch has not, or has wrong."
-    _FOR = {torch._weight_norm: lambda v, g, dim=0: v * (g / torch.norm_except_dim(v, 2, dim)), F.hardsigmoid: lambda input, inplace=False: F.relu6(input + 3) / 6,
+    "Inside, plain operations stand for those whose second derivatives torch has not, has wrong, or takes many passes for."
+    _FOR = {F.gelu: gelu, torch._weight_norm: lambda v, g, dim=0: v * (g / torch.norm_except_dim(v, 2, dim)), F.hardsigmoid: lambda input, inplace=False: F.relu6(input + 3) / 6,
             F.embedding_bag: embedding_bag, F.ctc_loss: ctc_loss} | {f: without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)}
 
     def call(self, func, args, kwargs):
