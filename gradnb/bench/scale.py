@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ALIKE', 'Cost', 'network', 'seconds', 'cost', 'plain_adam', 'works', 'with_curvlinops', 'peers', 'size_rows',
-           'slope_rows', 'more_rows', 'rows']
+           'tracked_rows', 'slope_rows', 'more_rows', 'rows']
 
 # %% ../../nbs/10_bench/13_scale.ipynb #imports
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import islice
 from math import log
+from statistics import median
 from time import process_time
 from typing import NamedTuple
 import numpy as np
@@ -136,6 +137,28 @@ def size_rows(
             theirs = found and found[i] + hidden * (i == 0)
             yield Row.of(f"{ALIKE}, {about}, {kind}, against {name}", mine[i], theirs, None, unit, why or "cold, each to its tol of 1e-3"), "", None
 
+def tracked_rows(
+    problem: Problem,
+    looks: int = 4,       # at λ₁ along a run with Adam
+    every: int = 10,      # steps between them
+) -> Iterator[Row]:
+    "What a look costs that is warm from the last, and which share of it are no products."
+    gradients, products, paid, spent, last = [], [], [], [], None
+    for state in islice(trajectory(problem, Descent(Adam(1e-3))), every, every * looks + 1, every):
+        point = problem.at(state.theta)
+        gradients.append(seconds(lambda: problem.grad_and_loss(state.theta)))
+        point.hvp(point.grad)
+        products.append(seconds(lambda: point.hvp(point.grad)))
+        found = []
+        spent.append(seconds(lambda: found.append(sharpness(point, warm=last and last.sketch))))
+        last = found[0]
+        paid.append(last.matvecs)
+    warm, words = slice(1, None), problem.dataset.x.numel()
+    note = f"median of {looks - 1} looks, {every} steps of Adam apart ({min(paid[warm])}–{max(paid[warm])} products of {median(products) / median(gradients):.2f} gradients); {words:,} words"
+    name = f"tracked sharpness, p = {problem.p:,}, {words:,} words"
+    yield Row.of(f"{name}, time", median(s / g for s, g in zip(spent[warm], gradients[warm])), 10., 1., "gradients", note)
+    yield Row.of(f"{name}, beside products", median(s / (n * h) - 1 for s, n, h in zip(spent[warm], paid[warm], products[warm])), .2, 1., "of products", note)
+
 def slope_rows(
     found: dict[str, list[tuple[int, Cost]]],    # by measure: p (or n, or k), and what it cost there
     of: str = "p",
@@ -165,8 +188,9 @@ def more_rows(
 # %% ../../nbs/10_bench/13_scale.ipynb #rows
 def rows(
     sizes: tuple[tuple[int, int], ...] = ((64, 2), (160, 3), (320, 8)),    # widths and layers, in growing order
+    texts: tuple[int, ...] = (4, 64),    # that tracked looks are taken on
 ) -> Iterator[Row]:
-    "All rows of this bench, about a quarter of an hour of work and up to 6 GB of memory."
+    "All rows of this bench, about half an hour of work and up to 6 GB of memory."
     found = {}
     with one_thread():
         for width, layers in sizes:
@@ -174,5 +198,6 @@ def rows(
             for row, name, its in size_rows(problem):
                 if its: found.setdefault(name, []).append((problem.p, its))
                 yield row
+            for n in texts: yield from tracked_rows(network(width, layers, n))
         yield from more_rows(*sizes[0])
     if len(sizes) > 1: yield from slope_rows(found)
