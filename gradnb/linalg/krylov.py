@@ -130,21 +130,26 @@ def _below(theta: Tensor, x: Tensor) -> Tensor:
     "How far below x these lie, at least a rounding."
     return (x - theta).clamp_min(torch.finfo(theta.dtype).eps * theta.abs().max().clamp_min(torch.finfo(theta.dtype).tiny))
 
+def _beside(T: Tensor, F: Tensor, x: Tensor, less: Tensor | int = 0) -> Tensor:
+    "T, and the most that there may be outside of its rows, which couple to that by F: x, but x − less where F touches it."
+    return torch.cat([torch.cat([T, F], 1), torch.cat([F.T, x * torch.eye(F.shape[1], dtype=F.dtype) - less], 1)])
+
 def _rise(T: Tensor, F: Tensor, p: int, known: Tensor, x: Tensor, less: Tensor | int = 0) -> Tensor:
-    "How far the largest eigenvalues may lie above those of T, which are known, if outside of its rows, which couple to that by F, nothing exceeds x, and there x − less."
-    M = torch.cat([torch.cat([T, F], 1), torch.cat([F.T, x * torch.eye(F.shape[1], dtype=F.dtype) - less], 1)])
-    bounds = torch.cat([torch.linalg.eigvalsh(M), x.expand(min(len(known), max(p - len(T) - F.shape[1], 0)))]).sort().values      # and what F does not touch
+    "How far the largest eigenvalues may lie above those of T, which are known, if outside of its rows nothing exceeds x, and x − less where F touches it."
+    bounds = torch.cat([torch.linalg.eigvalsh(_beside(T, F, x, less)), x.expand(min(len(known), max(p - len(T) - F.shape[1], 0)))]).sort().values
     return (bounds[-len(known):] - known).flip(0).clamp_min(0)
 
-def _look(T: Tensor, F: Tensor, a: int, p: int, k: int, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The largest Ritz value and the ceiling of all but the first a rows; and how far the k largest eigenvalues may lie above their Ritz values,
-    if nothing outside of those exceeds the ceiling, or if the ceiling were as low as it can be of use."""
+def _look(T: Tensor, F: Tensor, a: int, p: int, k: int, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The largest Ritz value and the ceiling of all but the first a rows; how far the k largest eigenvalues may lie above their Ritz values,
+    if nothing outside of those exceeds the ceiling, or if the ceiling were as low as it can be of use; and the rows' combinations (k, m) that would."""
     theta, Y = torch.linalg.eigh(T[a:, a:])
     (top, ceiling), known, across = _ceiling(theta, Y, F[a:], p - a), torch.linalg.eigvalsh(T)[-k:], Y.T @ F[a:]
-    def rise(x):
+    def less(x):
         half = across / _below(theta, x).sqrt()[:, None]
-        return _rise(T, F, p, known, x, half.T @ half)
-    return top, ceiling, rise(ceiling), rise(torch.minimum(ceiling, top + allowed / 4))
+        return half.T @ half
+    low = torch.minimum(ceiling, top + allowed / 4)
+    loose = torch.linalg.eigh(_beside(T, F, low, less(low)))[1][:len(T), -k:].flip(1).T
+    return top, ceiling, *(_rise(T, F, p, known, x, less(x)) for x in (ceiling, low)), loose
 
 def _exhausted(B: Basis, a: int, k: int, allowed: Tensor, error: Tensor) -> bool:
     "Would most of these errors be left, and too large, if A turned the rows into nothing outside of their span? Asymmetry stays."
@@ -173,7 +178,7 @@ def certify(
         if a is None: top, ceiling, error, rest = unknown(theta)
         elif (B.m - a) % (1 + B.m // 24) == 0 or B.full or B.products >= budget:      # a look costs more in a large basis
             before = error
-            top, ceiling, error, rest = _look(B.T, _factor(B.outside(), 10 * eps * theta.abs().max()), a, p, k, allowed)
+            top, ceiling, error, rest, loose = _look(B.T, _factor(B.outside(), 10 * eps * theta.abs().max()), a, p, k, allowed)
             stalled = not (error < before).all()
         open = (rest > allowed) & (theta[:k] + rest > least)
         r = B.residuals(theta[:k], Y[:k])
@@ -189,7 +194,8 @@ def certify(
         rough = r > torch.maximum(allowed, (allowed * theta.abs().max() / 200).sqrt())
         if a is None or missed and not rough.any(): a, y, (top, ceiling, error, rest) = B.m, None, unknown(theta)     # of the next random row
         elif missed or open.any() and ceiling <= max(theta[k - 1], top) + allowed:
-            y = Y[int((r if missed else torch.where(open, rest, -1)).argmax())]
+            i = int((r if missed else torch.where(open, rest, -1)).argmax())
+            y = Y[i] if missed or rest[i] <= allowed else grown(loose[i, None], 0, B.m - loose.shape[1])[0]      # a pair next to it may be what is rough
         else:                                                          # the residual of (A − ceiling) y = b, as if it were to be solved
             ritz, Z = torch.linalg.eigh(B.T[a:, a:])
             y = torch.cat([Z.new_zeros(a), Z @ (Z[0] / _below(ritz, ceiling))])
@@ -211,7 +217,7 @@ def _scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tup
         G = grown(off - T[:a, a:] @ T[a:, :a], steps, steps)           # what is left of the images of X, and the last row's
         G[-1, -1], G[-1, :a] = left**2, B.F @ inner(B.R, [w])[:, 0]
         G[:a, -1] = G[-1, :a]
-        top, ceiling, *rises = _look(T, _factor(G, 10 * eps * theta.abs().max()), a, B.p, k, allowed)
+        top, ceiling, *rises, _ = _look(T, _factor(G, 10 * eps * theta.abs().max()), a, B.p, k, allowed)
         lift = torch.linalg.eigvalsh(T).flip(0)[:k] - theta[:k]              # of the pairs by rows that nobody keeps
         error, rest = (lift + r for r in rises)
         if top > theta[k - 1] + allowed: return error, steps
