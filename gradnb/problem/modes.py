@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from math import pi
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
