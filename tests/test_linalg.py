@@ -212,6 +212,15 @@ def test_huge_and_tiny_scales():
         e = lanczos((A * scale).__matmul__, randn(1, 50, dtype=torch.float32) * scale, 2)
         assert e.converged
         torch.testing.assert_close(e.values / scale, torch.tensor([100., 25], dtype=F64), atol=.1, rtol=0)
+    A, _ = symmetric(SPECTRA["decay"](50))
+    e = lanczos(lambda v: A @ v * 1e160, randn(1, 50), 2)         # squares that float64 does not hold
+    torch.testing.assert_close(e.values / 1e160, torch.tensor([100., 25], dtype=F64), atol=.1, rtol=0)
+
+
+@pytest.mark.parametrize("k", [1, 30])
+def test_a_matrix_of_zeros_has_eigenvalues(k):
+    e = lanczos(torch.zeros_like, randn(1, 100), k)
+    assert e.converged and not e.values.any() and not e.errors.any()
 
 
 # --- manners ----------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def certify(
         if a is None or missed and not rough.any(): a, y, (top, ceiling, error, rest) = B.m, None, unknown(theta)     # of the next random row
         elif missed or open.any() and ceiling <= max(theta[k - 1], top) + allowed:
             i = int((r if missed else torch.where(open, rest, -1)).argmax())
-            if not missed and rest[i] > allowed: i = int((B.residuals(theta, Y) * (Y[:, :loose.shape[1]] @ loose[i])).abs().argmax())
+            if not missed and allowed < rest[i] < inf: i = int((B.residuals(theta, Y) * (Y[:, :loose.shape[1]] @ loose[i])).abs().argmax())
             y = Y[i]
         else:                                                          # the residual of (A − ceiling) y = b, as if it were to be solved
             ritz, Z = torch.linalg.eigh(B.T[a:, a:])
