@@ -150,11 +150,11 @@ def ctc_loss(log_probs, targets, input_lengths, target_lengths, blank=0, reducti
     at, end = torch.arange(2 * targets.shape[1] + 1, device=log_probs.device), 2 * words[:, None]
     labels = torch.full((len(targets), len(at)), blank, device=log_probs.device)           # blanks around every letter
     labels[:, 1::2] = targets.to(labels).where(at[1::2] < end, blank)
-    skips = F.pad((labels[:, 2:] != labels[:, :-2]) & (labels[:, 2:] != blank), (2, 0))    # the blank between two letters may be left out
+    skips = F.pad((labels[:, 2:] != labels[:, :-2]) & (labels[:, 2:] != blank), (2, 0))[:, :len(at)]    # the blank between two letters may be left out
     each = log_probs.gather(2, labels.expand(len(log_probs), -1, -1))                      # (frames, b, places)
-    paths = each[0].where(at < 2, never)
-    for t in range(1, len(each)):
-        one, two = (F.pad(paths, (k, -k), value=never) for k in (1, 2))
+    paths = each.new_zeros(each.shape[1:]).where(at == 0, never)                           # before the first frame
+    for t in range(len(each)):
+        one, two = (F.pad(paths, (k, 0), value=never)[:, :len(at)] for k in (1, 2))
         paths = (each[t] + torch.stack([paths, one, two.where(skips, never)]).logsumexp(0)).where(t < frames[:, None], paths)
     loss = -paths.where((at <= end) & (at >= end - 1), never).logsumexp(1)
     loss = loss.where(loss < -never / 2, 0. if zero_infinity else torch.inf)
@@ -195,9 +195,10 @@ class _GeluSlope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, v):
         x, = ctx.saved_tensors
-        a, b, square = x.new_tensor((2 / pi) ** .5), .044715 * (2 / pi) ** .5, x * x
+        a, b, square = x.new_full((), (2 / pi) ** .5), .044715 * (2 / pi) ** .5, x * x
         t, slope = torch.tanh(x * torch.add(a, square, alpha=b)), torch.add(a, square, alpha=3 * b)      # of u = a x + b x³
-        return v * (torch.add(a, square, alpha=6 * b) - x * t * slope * slope) * torch.addcmul(torch.ones_like(a), t, t, value=-1)
+        bend = torch.addcmul(torch.ones_like(a), t, t, value=-1)                   # 0 for large x, where powers of that overflow
+        return v * torch.addcmul(bend * torch.add(a, square, alpha=6 * b), bend * slope * slope, x * t, value=-1)
 
     jvp = backward                        # a function of every entry by itself
 
@@ -211,7 +212,9 @@ class _Gelu(_GeluSlope):
 
     jvp = backward
 
-def gelu(input, approximate="none"): return _Gelu.apply(input) if approximate == "tanh" else F.gelu(input, approximate=approximate)
+def gelu(input, approximate="none"):
+    own = approximate == "tanh" and torch._C._functorch.peek_interpreter_stack() is None     # torch takes the jvp of a Function's jvp for zero
+    return _Gelu.apply(input) if own else F.gelu(input, approximate=approximate)
 
 class Plain(Mode):
     "Inside, plain operations stand for those whose second derivatives torch has not, has wrong, or takes many passes for."
