@@ -76,5 +76,6 @@ def wrong_jacobian(
 def own_functions(
     out: Tensor,         # with a graph
 ) -> tuple[str, ...]:    # their names
-    "The autograd functions in a graph that are not torch's."
-    return tuple(sorted({node.name().removesuffix("Backward") for node in nodes(out) if isinstance(node, BackwardCFunction)}))
+    "The autograd functions in a graph that are neither torch's nor ours."
+    others = [node for node in nodes(out) if isinstance(node, BackwardCFunction) and not node._forward_cls.__module__.startswith("gradnb.")]
+    return tuple(sorted({node.name().removesuffix("Backward") for node in others}))
