@@ -104,20 +104,21 @@ def full_precision():
 
 # %% ../../nbs/01_ground/15_shared.ipynb #eager
 class _Eager:
-    depth, held = 0, ExitStack()
+    inside, held = set(), ExitStack()    # threads
 
 @contextmanager
 def eager():
     "Inside, what torch.compile was put on runs as it was written."
-    if "torch._dynamo" not in sys.modules or get_eval_frame_callback(): yield; return      # nothing is compiled; or this is, and torch refuses
+    here = get_ident()
+    if here in _Eager.inside or "torch._dynamo" not in sys.modules or get_eval_frame_callback(): yield; return      # nothing is compiled; or this is, and torch refuses
     with alone():
-        if not _Eager.depth: _Eager.held.enter_context(torch.compiler.set_stance("force_eager"))
-        _Eager.depth += 1
+        if not _Eager.inside: _Eager.held.enter_context(torch.compiler.set_stance("force_eager"))
+        _Eager.inside.add(here)
     try: yield
     finally:
         with alone():
-            _Eager.depth -= 1
-            if not _Eager.depth: _Eager.held.close()
+            _Eager.inside.remove(here)
+            if not _Eager.inside: _Eager.held.close()
 
 # %% ../../nbs/01_ground/15_shared.ipynb #calls
 @contextmanager
