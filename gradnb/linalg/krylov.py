@@ -185,12 +185,12 @@ def certify(
         if vectors: open |= r > allowed
         if not open.any() and ((error <= allowed) | (theta[:k] + error <= least)).all(): return error, True
         if B.products >= budget: return error, False
+        missed = a is not None and top > max(theta[k - 1] + allowed, least)   # a pair of the k came from outside: are there more?
+        if stalled and not missed and p > min(budget, B.limit) and _exhausted(B, a, k, allowed, error): return error, False
         if B.full:                                                     # the best stays, and chance begins anew
             if keep: B.recall(_updated(B, _joint(B), keep))
             B.rotate(Y[:k + (B.limit - k) // 3])
             a = None
-        missed = a is not None and top > max(theta[k - 1] + allowed, least)   # a pair of the k came from outside: are there more?
-        if stalled and not missed and p > min(budget, B.limit) and _exhausted(B, a, k, allowed, error): return error, False
         rough = r > torch.maximum(allowed, (allowed * theta.abs().max() / 200).sqrt())
         if a is None or missed and not rough.any(): a, y, (top, ceiling, error, rest) = B.m, None, unknown(theta)     # of the next random row
         elif missed or open.any() and ceiling <= max(theta[k - 1], top) + allowed:
