@@ -194,9 +194,9 @@ def certify(
         rough = r > torch.maximum(allowed, (allowed * theta.abs().max() / 200).sqrt())
         if a is None or missed and not rough.any(): a, y, (top, ceiling, error, rest) = B.m, None, unknown(theta)     # of the next random row
         elif missed or open.any() and ceiling <= max(theta[k - 1], top) + allowed:
-            i = int((r if missed else torch.where(open, rest, -1)).argmax())
-            if not missed and allowed < rest[i] < inf: i = int((B.residuals(theta, Y) * (Y[:, :loose.shape[1]] @ loose[i])).abs().argmax())
-            y = Y[i]
+            high = open & (rest > allowed) & (rest < inf)
+            if missed or not high.any(): y = Y[int(torch.where(open | missed, r, -1).argmax())]
+            else: y = Y[int((B.residuals(theta, Y) * (Y[:, :loose.shape[1]] @ loose[high].T).norm(dim=1)).argmax())]
         else:                                                          # the residual of (A − ceiling) y = b, as if it were to be solved
             ritz, Z = torch.linalg.eigh(B.T[a:, a:])
             y = torch.cat([Z.new_zeros(a), Z @ (Z[0] / _below(ritz, ceiling))])
