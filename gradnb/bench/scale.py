@@ -143,21 +143,19 @@ def tracked_rows(
     every: int = 10,      # steps between them
 ) -> Iterator[Row]:
     "What a look costs that is warm from the last, and which share of it are no products."
-    gradients, products, paid, spent, last = [], [], [], [], None
+    whole, beside, products, price, sketch = [], [], [], [], None
     for state in islice(trajectory(problem, Descent(Adam(1e-3))), every, every * looks + 1, every):
-        point = problem.at(state.theta)
-        gradients.append(seconds(lambda: problem.grad_and_loss(state.theta)))
-        point.hvp(point.grad)
-        products.append(seconds(lambda: point.hvp(point.grad)))
-        found = []
-        spent.append(seconds(lambda: found.append(sharpness(point, warm=last and last.sketch))))
-        last = found[0]
-        paid.append(last.matvecs)
+        point, found = problem.at(state.theta), []
+        gradient = seconds(lambda: problem.grad_and_loss(state.theta))
+        first, product = (seconds(lambda: point.hvp(point.grad)) for _ in range(2))      # the first makes the graph
+        search = seconds(lambda: found.append(sharpness(point, warm=sketch)))
+        n, sketch = found[0].matvecs, found[0].sketch
+        for kept, new in ((whole, (first - product + search) / gradient), (beside, search / (n * product) - 1), (products, n), (price, product / gradient)): kept.append(new)
     warm, words = slice(1, None), problem.dataset.x.numel()
-    note = f"median of {looks - 1} looks, {every} steps of Adam apart ({min(paid[warm])}–{max(paid[warm])} products of {median(products) / median(gradients):.2f} gradients); {words:,} words"
+    note = f"median of {looks - 1} looks, {every} steps of Adam apart ({min(products[warm])}–{max(products[warm])} products of {median(price):.2f} gradients); {words:,} words"
     name = f"tracked sharpness, p = {problem.p:,}, {words:,} words"
-    yield Row.of(f"{name}, time", median(s / g for s, g in zip(spent[warm], gradients[warm])), 10., 1., "gradients", note)
-    yield Row.of(f"{name}, beside products", median(s / (n * h) - 1 for s, n, h in zip(spent[warm], paid[warm], products[warm])), .2, 1., "of products", note)
+    yield Row.of(f"{name}, time", median(whole[warm]), 10., 1., "gradients", note)
+    yield Row.of(f"{name}, beside products", median(beside[warm]), .2, 1., "of products", note)
 
 def slope_rows(
     found: dict[str, list[tuple[int, Cost]]],    # by measure: p (or n, or k), and what it cost there

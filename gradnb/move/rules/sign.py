@@ -60,7 +60,7 @@ class Lion(Signs):
     def __post_init__(self):
         for name, high in (("lr", float("inf")), ("beta1", 1), ("beta2", 1), ("weight_decay", float("inf"))): check_range(self, name, 0, high)
 
-    apart = "entries"
+    apart, entries = "entries", 2 ** 17     # w, g, m and the mean stepped along stay in a cache
 
     def update(self, state, blocks, grads, total, ops):
         w, g, m = columns(blocks, blocks, grads, state.exp_avg)
