@@ -141,15 +141,14 @@ def _rise(T: Tensor, F: Tensor, p: int, known: Tensor, x: Tensor, less: Tensor |
 
 def _look(T: Tensor, F: Tensor, a: int, p: int, k: int, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The largest Ritz value and the ceiling of all but the first a rows; how far the k largest eigenvalues may lie above their Ritz values,
-    if nothing outside of those exceeds the ceiling, or if the ceiling were as low as it can be of use; and the rows' combinations (k, m) that would."""
+    if nothing outside of those exceeds the ceiling, or if the ceiling were as low as it can be of use; and the matrix whose eigenvalues say the last."""
     theta, Y = torch.linalg.eigh(T[a:, a:])
     (top, ceiling), known, across = _ceiling(theta, Y, F[a:], p - a), torch.linalg.eigvalsh(T)[-k:], Y.T @ F[a:]
     def less(x):
         half = across / _below(theta, x).sqrt()[:, None]
         return half.T @ half
     low = torch.minimum(ceiling, top + allowed / 4)
-    loose = torch.linalg.eigh(_beside(T, F, low, less(low)))[1][:len(T), -k:].flip(1).T
-    return top, ceiling, *(_rise(T, F, p, known, x, less(x)) for x in (ceiling, low)), loose
+    return top, ceiling, *(_rise(T, F, p, known, x, less(x)) for x in (ceiling, low)), _beside(T, F, low, less(low))
 
 def _exhausted(B: Basis, a: int, k: int, allowed: Tensor, error: Tensor) -> bool:
     "Would most of these errors be left, and too large, if A turned the rows into nothing outside of their span? Asymmetry stays."
@@ -178,7 +177,7 @@ def certify(
         if a is None: top, ceiling, error, rest = unknown(theta)
         elif (B.m - a) % (1 + B.m // 24) == 0 or B.full or B.products >= budget:      # a look costs more in a large basis
             before = error
-            top, ceiling, error, rest, loose = _look(B.T, _factor(B.outside(), 10 * eps * theta.abs().max()), a, p, k, allowed)
+            m, (top, ceiling, error, rest, M) = B.m, _look(B.T, _factor(B.outside(), 10 * eps * theta.abs().max()), a, p, k, allowed)
             stalled = not (error < before).all()
         open = (rest > allowed) & (theta[:k] + rest > least)
         r = B.residuals(theta[:k], Y[:k])
@@ -196,7 +195,9 @@ def certify(
         elif missed or open.any() and ceiling <= max(theta[k - 1], top) + allowed:
             high = open & (rest > allowed) & (rest < inf)
             if missed or not high.any(): y = Y[int(torch.where(open | missed, r, -1).argmax())]
-            else: y = Y[int((B.residuals(theta, Y) * (Y[:, :loose.shape[1]] @ loose[high].T).norm(dim=1)).argmax())]
+            else:
+                loose = torch.linalg.eigh(M)[1][:m, -k:].flip(1)[:, high]
+                y = Y[int((B.residuals(theta, Y) * (Y[:, :m] @ loose).norm(dim=1)).argmax())]
         else:                                                          # the residual of (A − ceiling) y = b, as if it were to be solved
             ritz, Z = torch.linalg.eigh(B.T[a:, a:])
             y = torch.cat([Z.new_zeros(a), Z @ (Z[0] / _below(ritz, ceiling))])
