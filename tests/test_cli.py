@@ -110,6 +110,7 @@ def test_verify_says_what_is_damaged(tmp_path, capsys):
     ("runs show nothing", "no run hash"),
     ("figures no_such_figure", "no figure"),
     ("figures -p no_such_parameter=3", "no_such_parameter"),
+    ("figures --jobs 0", "jobs=0"),
     ("bench no_such_bench", "no bench"),
 ])
 def test_a_wrong_word_is_one_line(words, says, tmp_path):
@@ -123,6 +124,13 @@ def test_a_wrong_word_is_one_line(words, says, tmp_path):
 def test_what_is_refused_leaves_no_run(words, says, tmp_path, capsys):
     assert main(["train", *["--lr", "0.1"] * ("agd" not in words), "--store", str(tmp_path / "runs"), *words.split()]) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_says_a_warning_once_and_on_a_line_of_its_own(tmp_path, capsys):
+    line = f"sweep --dataset digits-50 --model fc-relu:width=4 --loss mse --rule gd --lr 0.1 --steps 2 --probe sharpness:every=1 --axis seed=0..1 --engine here --store {tmp_path}"
+    assert main(line.split()) == 0
+    said = [row for row in capsys.readouterr().err.replace("\r", "\n").splitlines() if "has kinks" in row]
+    assert len(said) == 1 and said[0].startswith("gradnb: the loss has kinks"), said
 
 
 @pytest.mark.parametrize("words", ["", "train", "runs", "runs list", "runs show", "runs frame", "figures", "claims", "new-figure", "bench", "names"])

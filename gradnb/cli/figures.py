@@ -49,7 +49,7 @@ def figures(args) -> int:
     params = dict(p.split("=", 1) for p in args.param)
     wanted = dict(names=args.names or None, out=args.out, size=args.size, params=params, store=args.store, folder=args.folder)
     if args.dry_run: print(as_text(dry_run(**wanted))); return 0
-    results = run_figures(**wanted, device=args.device, engine=args.engine, jobs=args.jobs or cpus(), force=args.force,
+    results = run_figures(**wanted, device=args.device, engine=args.engine, jobs=cpus() if args.jobs is None else args.jobs, force=args.force,
                           only_changed=args.only_changed)
     return 0 if all(r.ok for r in results) else 1
 
