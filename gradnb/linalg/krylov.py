@@ -327,6 +327,7 @@ def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, v
         bend, bent = bend and not seen and rough > .2, None
         if seen: B.add(B.random(draw))
         aim, rough = allowed if vectors else max(allowed, rough * (allowed * B.scale / 200).sqrt()), rough / 4
+        if not seen: aim = min(aim, B.residuals(*(x[:k] for x in B.ritz())).max() / 2)     # what is known couples too much to what may be outside
         while B.products < budget:
             theta, Y = (x[:k] for x in B.ritz())
             r = B.residuals(theta, Y)
