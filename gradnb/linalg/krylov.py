@@ -7,7 +7,7 @@ __all__ = ['RISK', 'FIRST', 'certify', 'lanczos', 'lanczos_bound']
 
 # %% ../../nbs/02_linalg/02_krylov.ipynb #imports
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import inf, pi, sqrt
 from typing import NamedTuple
 import torch
@@ -204,28 +204,45 @@ def certify(
         if y is None or not B.grow(y): B.add_random(stream)
 
 # %% ../../nbs/02_linalg/02_krylov.ipynb #scan
-def _scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, int]:
-    "Errors (k,) of the pairs in a basis, from three vectors; and, where something larger shows, after how many products it does."
-    a, eps, q, before = B.m, torch.finfo(B.like.dtype).eps, B.random(stream), []
-    if not orthonormalise(B.Q, q): return allowed.expand(k), 0
-    theta, off, T, steps, q = B.ritz()[0], B.outside(), B.T, 0, q[0]
+def _walk(B: Basis, stream: Stream, image: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    "Goes row by row outside of a basis, from a random one on. Of each what is left of its image; the image's parts in the basis, in itself and in the row before; how long it is now, and was."
+    q, before = B.random(stream), []
+    if not orthonormalise(B.Q, q): return
+    q = q[0]
     while True:
-        w, = B._images(q[None])
-        h, left, size = strip([*B.Q, q, *before], w)
-        steps, T = steps + 1, grown(T, 1, 1)
+        h, left, size = strip([*B.Q, q, *before], w := image(q))
+        yield w, h, left, size
+        before, q = [q], w.div_(left.to(w))
+
+def _again(s: Tensor, B: Basis, stream: Stream, image: Callable[[Tensor], Tensor]) -> Tensor:    # (1, p)
+    "A combination of a walk's rows, which it takes once more."
+    first, *s = s.tolist()
+    orthonormalise(B.Q, x := B.random(stream))
+    x *= first
+    for a, (w, _, left, _) in zip(s, _walk(B, stream, image)): x[0].add_(w, alpha=a / float(left))
+    return x
+
+def _scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, Tensor | None]:
+    "Errors (k,) of the pairs in a basis, from three vectors; and, where something larger shows, its direction (1, p)."
+    a, eps, theta, off, T, error = B.m, torch.finfo(B.like.dtype).eps, B.ritz()[0], B.outside(), B.T, allowed.expand(k)
+    walk = B, stream, lambda q: B._images(q[None])[0]
+    for steps, (w, h, left, size) in enumerate(_walk(*walk), 1):
+        T = grown(T, 1, 1)
         T[:a, -1] = T[-1, :a] = h[:a]
         T[-1, -1] = h[a]
-        if before: T[-1, -2] = T[-2, -1] = h[a + 1]
+        if steps > 1: T[-1, -2] = T[-2, -1] = h[a + 1]
         G = grown(off - T[:a, a:] @ T[a:, :a], steps, steps)           # what is left of the images of X, and the last row's
         G[-1, -1], G[-1, :a] = left**2, B.F @ inner(B.R, [w])[:, 0]
         G[:a, -1] = G[-1, :a]
         top, ceiling, *rises, _ = _look(T, _factor(G, 10 * eps * theta.abs().max()), a, B.p, k, allowed)
         lift = torch.linalg.eigvalsh(T).flip(0)[:k] - theta[:k]              # of the pairs by rows that nobody keeps
         error, rest = (lift + r for r in rises)
-        if top > theta[k - 1] + allowed: return error, steps
-        if (error <= allowed).all() or B.products >= budget or left <= 4 * eps * size: return error, 0
-        if (rest > allowed).any() and ceiling <= max(theta[k - 1], top) + allowed: return error, 0
-        before, q = [q], w.div_(left.to(w))
+        if top > theta[k - 1] + allowed:
+            s = torch.linalg.eigh(T)[1][a:, -k:]
+            return error, _again(s[:, s.norm(dim=0).argmax()], *walk)
+        if (error <= allowed).all() or B.products >= budget or left <= 4 * eps * size: break
+        if (rest > allowed).any() and ceiling <= max(theta[k - 1], top) + allowed: break
+    return error, None
 
 _STEEP = .97  # how near to the ceiling the largest value of a sketch may lie
 
@@ -251,6 +268,14 @@ class _Bent:
         combine(y, self.B.V, w[None], add=1)
         combine(-y @ self.B.C, self.B.Q, w[None], add=1)
         return part
+
+    def image(self, q: Tensor) -> Tensor:
+        "Ã q outside of the rows of the basis."
+        self.keep(q, self.bend(w := q.clone()))
+        Aw, = self.B._images(w[None])
+        strip(self.B.Q, w := Aw.sub_(w, alpha=float(self.c)))
+        self.bend(w)
+        return w.add_(q, alpha=float(self.c))
 
     def keep(self, q: Tensor, part: Tensor):
         if len(self.rows) >= self.most: return
@@ -278,31 +303,29 @@ def _learned(B: Basis, k: int, sketch: Sketch, bent: _Bent) -> Sketch:
     out = sketch.vectors.T[:len(values)]
     return Sketch(values[:len(out)], combine(Y[order[:len(out)]], [*B.Q, *B.V, *bent.rows], out).T)
 
-def _scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, int, _Bent | None]:
+def _scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, Tensor | None, _Bent | None]:
     "As `_scan`, with what the sketch knows taken away; and what it showed."
-    a, eps, theta, q, before = B.m, torch.finfo(B.like.dtype).eps, B.ritz()[0], B.random(stream), []
+    a, eps, theta = B.m, torch.finfo(B.like.dtype).eps, B.ritz()[0]
     F, known = _factor(B.outside(), 10 * eps * theta.abs().max()), torch.linalg.eigvalsh(B.T)[-k:]
     c = theta[k - 1] + allowed - allowed * 2. ** torch.arange(-4, 40, dtype=theta.dtype)
     c = next((x for x in c if (_rise(B.T, F, B.p, known, x) <= allowed).all()), c[-1])      # the lowest that will do
-    nothing = theta.new_full((k,), inf), 0, None
-    if c <= 0 or not orthonormalise(B.Q, q): return nothing
-    bent, q = _Bent(B, c, min(8, int((B.most - 2.5 - 2 * a) * B.like.element_size()))), q[0]
-    if (bent.values + theta[k - 1] + allowed > 2 * c).any(): return nothing       # so near to the next, few products more save many
-    while True:
-        bent.keep(q, bent.bend(w := q.clone()))
-        Aw, = B._images(w[None])
-        strip(B.Q, w := Aw.sub_(w, alpha=float(c)))                          # Ã outside of the rows
-        bent.bend(w)
-        h, left, size = strip([*B.Q, q, *before], w.add_(q, alpha=float(c)))
+    error = theta.new_full((k,), inf)
+    if c <= 0: return error, None, None
+    bent = _Bent(B, c, min(8, int((B.most - 2.5 - 2 * a) * B.like.element_size())))
+    if (bent.values + theta[k - 1] + allowed > 2 * c).any(): return error, None, None       # so near to the next, few products more save many
+    for _, h, left, size in _walk(B, stream, bent.image):
         bent.T = T = grown(bent.T, 1, 1)
         T[-1, -1] = h[a]
-        if before: T[-1, -2] = T[-2, -1] = h[a + 1]
+        if len(T) > 1: T[-1, -2] = T[-2, -1] = h[a + 1]
         last = left * (left > 4 * eps * size) * torch.eye(len(T), dtype=T.dtype)[:, -1:]
         top, ceiling = _ceiling(*torch.linalg.eigh(T), last, B.p - a)
         error = _rise(B.T, F, B.p, known, torch.maximum(ceiling, c))
-        if c + (top - c) * (1 - _STEEP) > theta[k - 1] + allowed: return error, len(T), None
-        if top > c or (error <= allowed).all() or B.products >= budget or not last.any(): return error, 0, bent
-        before, q = [q], w.div_(left.to(w))
+        if c + (top - c) * (1 - _STEEP) > theta[k - 1] + allowed:
+            bent.rows, bent.most = [], 0
+            bent.bend((x := _again(torch.linalg.eigh(T)[1][:, -1], B, stream, bent.image))[0])
+            return error, x, None
+        if top > c or (error <= allowed).all() or B.products >= budget or not last.any(): return error, None, bent
+    return error, None, None
 
 def _rounded(B: Basis, Y: Tensor, r: Tensor, allowed: Tensor) -> Tensor:
     "Which of these residuals (c,) are rounding by more than half, in squares, and as large as an error may be?"
@@ -321,24 +344,23 @@ def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, v
         B.rotate(Y[:x][smooth | (torch.arange(len(smooth)) < k)])            # a rough row would hide what couples to it
         if keep: B.recall(sketch)
         draw = stream / B.products
-        error, seen, bent = _scan_bent(B, k, allowed, draw, budget) if bend else (*_scan(B, k, allowed, draw, budget), None)
+        error, found, bent = _scan_bent(B, k, allowed, draw, budget) if bend else (*_scan(B, k, allowed, draw, budget), None)
         done = bool((error <= allowed).all())
         if done or B.products >= budget: return error, done, _learned(B, k, sketch, bent) if bent else sketch
-        bend, bent = bend and not seen and rough > .2, None
-        if seen: B.add(B.random(draw))
+        bend, bent = bend and found is None and rough > .2, None
         aim, rough = allowed if vectors else max(allowed, rough * (allowed * B.scale / 200).sqrt()), rough / 4
-        if not seen: aim = min(aim, B.residuals(*(x[:k] for x in B.ritz())).max() / 2)     # what is known couples too much to what may be outside
+        if found is None: aim = min(aim, B.residuals(*(x[:k] for x in B.ritz())).max() / 2)     # what is known couples too much to what may be outside
+        else: B.add(found)
         while B.products < budget:
             theta, Y = (x[:k] for x in B.ritz())
             r = B.residuals(theta, Y)
-            if not seen and not (r > aim).any(): break
-            if not seen and _rounded(B, Y, r, allowed)[r.argmax()]: return error, False, sketch
-            y = torch.eye(B.m, dtype=Y.dtype)[-1] if seen else Y[int(r.argmax())]
+            if not (r > aim).any(): break
+            if _rounded(B, Y, r, allowed)[r.argmax()]: return error, False, sketch
+            y = Y[int(r.argmax())]
             if B.full:
                 best = B.ritz()[1][:max(k, (B.m + 1) // 3)]
                 B.rotate(best)
-                y = torch.eye(B.m, dtype=Y.dtype)[-1] if seen else best @ y
-            seen = max(seen - 1, 0)
+                y = best @ y
             if not B.grow(y): break
 
 # %% ../../nbs/02_linalg/02_krylov.ipynb #lanczos
