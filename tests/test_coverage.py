@@ -117,7 +117,7 @@ def search(kind: str, largest=300):
         start = normal(stream / "start", len(values)) * values.abs()
         if pick("adversary", 0, 1) < .5: start[:pick_int(stream)] = 0                   # no share of the top
         if pick("dtype", 0, 1) < .5: start = start.float()
-        return Search(values.to(start.dtype), start, int(pick("k", 1, 10.999)), 10 ** pick("tol", -8, -2))
+        return Search(values.to(start.dtype), start, int(pick("k", 1, 10.999)), 10 ** pick("tol", -8, -1))
     return draw
 
 def pick_int(stream): return int(uniform(stream / "cut", 1, low=1, high=6))

@@ -112,6 +112,19 @@ def test_a_sketch_of_other_strides_gives_the_same_bits():
     assert torch.equal(a.vectors, b.vectors) and torch.equal(a.sketch.vectors, b.sketch.vectors)
 
 
+@pytest.mark.parametrize("tol", [.001, .01, .1])
+def test_a_cluster_as_wide_as_the_tolerance_does_not_stop_a_search_in_little_memory(tol):
+    for seed in range(8):
+        bulk, cluster = .2 * draw(288, seed=seed).abs(), 1 - tol * torch.rand(12, generator=torch.Generator().manual_seed(seed)).double()
+        values, sketch = torch.cat([cluster, bulk]), None
+        for look in range(3):
+            values = values * (1 + tol / 3 * draw(300, seed=seed + 100 * look))
+            start = draw(300, seed=seed) if sketch is None else sketch.vectors[:, 0].double() + .01 * draw(300, seed=seed)
+            e = lanczos(lambda v: values * v, start, tol=tol, sketch=sketch, keep=9, memory=16)
+            sketch = e.sketch
+            assert e.converged and 0 <= values.max() - e.values[0] <= e.errors[0] <= 1.001 * tol * e.values[0], (seed, look, e)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_a_search_for_the_unseen_saw_is_kept(dtype, monkeypatch):
     "The true eigenvectors past the first are in the sketch after a few looks for one, and looks are shorter; without the rows of the scans neither."
