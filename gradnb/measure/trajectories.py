@@ -61,7 +61,7 @@ def first_crossing(
     errors: float | np.ndarray = 0.,       # of the values: residuals
 ) -> Estimate | None:                      # a step; None: it is not reached
     "The step at which a curve first reaches a threshold."
-    values, threshold, errors = (v.numpy() for v in in_unit(*(torch.as_tensor(v, dtype=torch.float64) for v in (values, threshold, errors)))[:3])
+    values, threshold, errors = (v.numpy() for v in in_unit(*(torch.as_tensor(np.array(v, float)) for v in (values, threshold, errors)))[:3])
     steps, above = np.asarray(steps, float), values - threshold
     errors = np.broadcast_to(errors, above.shape)
     if steps.shape != above.shape: raise ValueError(f"{steps.shape} steps and {above.shape} values; give one value a step.")

@@ -46,5 +46,5 @@ def stored_spectrum(
 ) -> Spectrum:
     "What the probe saw."
     draws = int(trace.columns["draws"][i])
-    nodes, weights = (torch.as_tensor(trace.columns[c][i]).reshape(draws, -1) for c in ("nodes", "weights"))
+    nodes, weights = (torch.tensor(trace.columns[c][i]).reshape(draws, -1) for c in ("nodes", "weights"))
     return Spectrum(nodes, weights * draws, p, nodes.numel())
