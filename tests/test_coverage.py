@@ -24,7 +24,7 @@ import gradnb
 from gradnb import Quadratic, Stream, sharpness
 from gradnb.ground.estimate import Estimate
 from gradnb.linalg import Eigs, hutchinson, lanczos, lobpcg, power_iteration
-from gradnb.linalg.krylov import lanczos_bound
+from gradnb.linalg.unseen import lanczos_bound
 from gradnb.linalg.spectra import spectrum, xtrace
 from gradnb.linalg.trace import frobenius
 from gradnb.measure.noise.batchsize import cabs, critical_batch, inner_product_test, norm_test, orthogonality_test
@@ -394,7 +394,7 @@ CLAIMS += [Claim(f"measure: critical_batch, {what} of {c} and 50, noise {noise},
 COUNTED = {      # what states an error → the claims that count it
     "ground.estimate.Estimate.mean": "mean of 5", "ground.estimate.Estimate.student": "mean of 5", "ground.estimate.skewed_student": "tail_index, mohammadi",
     "linalg.krylov.lanczos": "eigenvalues, cold", "linalg.krylov.certify": "eigenvalues, cold", "linalg.basis.Basis.eigs": "eigenvalues, cold",
-    "linalg.basis.open_pairs": "eigenvalues, cold", "linalg.iterations.lobpcg": "eigenvalues, lobpcg", "linalg.iterations.power_iteration": "largest magnitude", "linalg.krylov.lanczos_bound": "bound alone",
+    "linalg.basis.open_pairs": "eigenvalues, cold", "linalg.iterations.lobpcg": "eigenvalues, lobpcg", "linalg.iterations.power_iteration": "largest magnitude", "linalg.unseen.lanczos_bound": "bound alone",
     "linalg.spectra.xtrace": "xtrace", "linalg.spectra.Spectrum.trace": "‖A‖², spectrum", "linalg.spectra.Spectrum.density": "density at a place",
     "linalg.trace.hutchinson": "hutchinson", "linalg.trace.frobenius": "‖A‖_F, frobenius", "measure.curvature.sharpness": "eigenvalues, sharpness", "measure.tail.sketch.TailSketch.tail_index": "tail_index, mohammadi",
     "measure.thresholds.metrics.preconditioned_sharpness": "eigenvalues, sharpness", "measure.noise.batchsize.radius": "inner_product_test",

@@ -7,8 +7,9 @@ from hypothesis import given, settings, strategies as st
 from scipy.sparse.linalg import LinearOperator, eigsh
 from gradnb.ground.estimate import Estimate
 from gradnb.linalg import Eigs, hutchinson, lanczos, lobpcg, power_iteration
-from gradnb.linalg.basis import Basis, orthonormalise
-from gradnb.linalg.krylov import lanczos_bound
+from gradnb.linalg.basis import Basis
+from gradnb.linalg.vectors import orthonormalise
+from gradnb.linalg.unseen import lanczos_bound
 from gradnb.linalg.spectra import spectrum
 from gradnb.ground.streams import Stream
 

@@ -23,7 +23,7 @@ ROOMS = {
     "ground": Room("The words that all others use: where randomness comes from, how sure a number is, what a name means, who does what.",
                    (), ("01_streams", "03_estimate", "08_roles")),
     "linalg": Room("What can be said of a matrix that one can only multiply by, and how sure it is.",
-                   _GROUND, ("02_krylov", "04_trace", "05_spectra")),
+                   _GROUND, ("06_krylov", "08_trace", "09_spectra")),
     "data": Room("What is learned from.", _GROUND, ("01_dataset", "08_variations")),
     "models": Room("What learns: architectures of the source studies, first weights, losses.",
                    (*_GROUND, "data"), ("03_build", "05_fc", "01_losses")),

@@ -17,8 +17,8 @@ from ...ground.registry import unknown
 from ...ground.roles import check_number
 from ...ground.streams import Stream
 from ...linalg import Sketch
-from ...linalg.basis import chunks, combine, inner
-from ...linalg.krylov import lanczos_bound
+from ...linalg.vectors import chunks, combine, inner
+from ...linalg.unseen import lanczos_bound
 from ..curvature import sharpness
 from ...problem import Point
 
