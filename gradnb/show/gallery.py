@@ -75,7 +75,7 @@ def card(
     tone = "fails" if fails else "holds" if any(c.judged for c in claims) else ""
     files = " ".join(f'<a href="{at}/{at}.{kind}">{word}</a>' for kind, word in KINDS.items()) + f' <a href="{at}/made.json">JSON</a>'
     settings = ", ".join(f"{k} = {v}" for k, v in made["params"].items())
-    reasons = "".join(f"<li>{escape(c.text)}: {escape(measurement(c.measured))}, expected {escape(interval(c.expected))}. {escape(c.note or 'No reason is given.')}</li>" for c in fails)
+    reasons = "".join(f"<li>{escape(c.text)}: {escape(measurement(c.measured))}, expected {escape(interval(c.expected))}; {escape(c.note or 'no reason is given')}</li>" for c in fails)
     about = dict(settings=settings, runs=f"{len(made['runs'])}, seeds {', '.join(map(str, made['seeds']))}", computed=f"{made['seconds']:,.0f} s on {', '.join(made['devices'])}",
                  versions=", ".join(f"{k} {v}" for k, v in made["versions"].items()), drawn=made["drawn"])
     return f"""<article data-name="{escape(name)}" data-studies="{escape('|'.join(study(claims)))}" data-fails="{len(fails)}" data-seconds="{made['seconds']}" data-drawn="{escape(made['drawn'])}">
@@ -90,7 +90,7 @@ def row(name: str, c: Claim) -> str:
     said = status(c)
     note, cells = f"<br><small>{escape(c.note)}</small>" * bool(c.note), [interval(c.expected), measurement(c.measured), c.source]
     return (f'<tr data-name="{escape(name)}" data-studies="{escape("|".join(study([c])))}" data-said="{said}" data-fails="{int(said == "fails")}">'
-            f'<td class="{said}" title="{said}">{MARKS[said]}</td><td><a href="{quote(name)}/{quote(name)}.html">{escape(name)}</a></td>'
+            f'<td class="{said}" title="{said}">{MARKS[said]}</td><td><a href="{quote(name)}/{quote(name)}.html">{escape(name).replace("_", "_<wbr>")}</a></td>'
             f'<td>{escape(c.text)}{note}</td>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>')
 
 def options(values: Iterable[str]) -> str:
