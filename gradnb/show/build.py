@@ -148,12 +148,14 @@ def draw_all(
         futures = [pool.submit(draw, plan, store, timeout, fork) for plan in plans]
         try:
             for future in as_completed(futures): tell(future.result())
-        except BaseException:
+        except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(f.done() for f in futures):
                 stop_kernels()
                 time.sleep(.05)
-            raise
+            if not isinstance(e, KeyboardInterrupt): raise
+            ready = sum(not f.cancelled() and f.result().ok for f in futures)
+            raise KeyboardInterrupt(f"interrupted with {ready} of {len(plans)} figures drawn; the same call goes on") from None
 
 # %% ../../nbs/09_show/06_build.ipynb #run
 def plan_figures(
