@@ -75,7 +75,7 @@ def _rounded(B: Basis, Y: Tensor, r: Tensor, allowed: Tensor) -> Tensor:
 def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, vectors: bool, keep: int, dtype: torch.dtype) -> tuple[Tensor, bool, Sketch | None]:
     "As `certify`, with few vectors at a time; and what was learned."
     sketch, eps, rough, room = None, torch.finfo(B.like.dtype).eps, 1., keep * dtype.itemsize / B.like.element_size()    # room: of the sketch
-    bend = keep and B.most - room >= 2 * k + 2.5                              # half a copy: what is widened for a moment
+    bend = keep and B.most - room >= 2 * k + 3.5                              # half a copy is widened for a moment, and one is what was found
     while True:
         if keep and sketch is None: B.most -= room
         if keep: sketch = updated(B, joined(B), keep, dtype, sketch)
@@ -91,7 +91,7 @@ def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, v
         bend, bent = bend and found is None and rough > .2, None
         aim, rough = allowed if vectors else max(allowed, rough * (allowed * B.scale / 200).sqrt()), rough / 4
         if found is None: aim = min(aim, B.residuals(*(x[:k] for x in B.ritz())).max() / 2)     # what is known couples too much to what may be outside
-        else: B.add(found)
+        else: B.add(found())
         while B.products < budget:
             theta, Y = (x[:k] for x in B.ritz())
             r = B.residuals(theta, Y)

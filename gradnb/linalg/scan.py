@@ -35,8 +35,8 @@ def _again(s: Tensor, B: Basis, stream: Stream, image: Callable[[Tensor], Tensor
     for a, (w, _, left, _) in zip(s, _walk(B, stream, image)): x[0].add_(w, alpha=a / float(left))
     return x
 
-def scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, Tensor | None]:
-    "Errors (k,) of the pairs in a basis, from three vectors; and, where something larger shows, its direction (1, p)."
+def scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, Callable[[], Tensor] | None]:
+    "Errors (k,) of the pairs in a basis, from three vectors; and, where something larger shows, what gives its direction (1, p)."
     a, eps, theta, off, T, error = B.m, torch.finfo(B.like.dtype).eps, B.ritz()[0], B.outside(), B.T, allowed.expand(k)
     walk = B, stream, lambda q: B._images(q[None])[0]
     for steps, (w, h, left, size) in enumerate(_walk(*walk), 1):
@@ -52,7 +52,7 @@ def scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tupl
         error, rest = (lift + r for r in rises)
         if top > theta[k - 1] + allowed:
             s = torch.linalg.eigh(T)[1][a:, -k:]
-            return error, _again(s[:, s.norm(dim=0).argmax()], *walk)
+            return error, lambda: _again(s[:, s.norm(dim=0).argmax()], *walk)     # not yet: a walk's rows are held here
         if (error <= allowed).all() or B.products >= budget or left <= 4 * eps * size: break
         if (rest > allowed).any() and ceiling <= max(theta[k - 1], top) + allowed: break
     return error, None
@@ -96,6 +96,12 @@ class _Bent:
         for c in chunks(q): row[c] = (q[c] * self.scale).clamp_(-448, 448)   # its largest number
         self.rows, self.P = [*self.rows, row], torch.cat([self.P, part], 1)
 
+    def again(self, s: Tensor, stream: Stream) -> Tensor:    # (1, p)
+        "A combination of the scan's rows, bent back."
+        self.rows, self.most = [], 0
+        self.bend((x := _again(s, self.B, stream, self.image))[0])
+        return x
+
     def corrected(self) -> tuple[Tensor, Tensor]:
         "Values (s,) and vectors, as multiples (s, u + n) of U and of the rows, of the sketch with what the scan showed of its error."
         (u, n), P, one = self.P.shape, self.P, torch.eye(len(self.rows), dtype=self.P.dtype)
@@ -116,7 +122,7 @@ def learned(B: Basis, k: int, sketch: Sketch, bent: _Bent) -> Sketch:
     out = sketch.vectors.T[:len(values)]
     return Sketch(values[:len(out)], combine(Y[order[:len(out)]], [*B.Q, *B.V, *bent.rows], out).T)
 
-def scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, Tensor | None, _Bent | None]:
+def scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, Callable[[], Tensor] | None, _Bent | None]:
     "As `scan`, with what the sketch knows taken away; and what it showed."
     a, eps, theta = B.m, torch.finfo(B.like.dtype).eps, B.ritz()[0]
     F, known = factor(B.outside(), 10 * eps * theta.abs().max()), torch.linalg.eigvalsh(B.T)[-k:]
@@ -134,8 +140,6 @@ def scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) ->
         top, ceiling = ceiling_of(*torch.linalg.eigh(T), last, B.p - a)
         error = rise(B.T, F, B.p, known, torch.maximum(ceiling, c))
         if c + (top - c) * (1 - _STEEP) > theta[k - 1] + allowed:
-            bent.rows, bent.most = [], 0
-            bent.bend((x := _again(torch.linalg.eigh(T)[1][:, -1], B, stream, bent.image))[0])
-            return error, x, None
+            return error, lambda: bent.again(torch.linalg.eigh(T)[1][:, -1], stream), None
         if top > c or (error <= allowed).all() or B.products >= budget or not last.any(): return error, None, bent
     return error, None, None
