@@ -50,11 +50,11 @@ def scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tupl
         top, ceiling, *rises, _ = look(T, factor(G, 10 * eps * theta.abs().max()), a, B.p, k, allowed)
         lift = torch.linalg.eigvalsh(T).flip(0)[:k] - theta[:k]              # of the pairs by rows that nobody keeps
         error, rest = (lift + r for r in rises)
-        if top > theta[k - 1] + allowed:
+        low = (rest > allowed).any() and ceiling <= max(theta[k - 1], top) + allowed       # and a bound is loose all the same
+        if top > theta[k - 1] + (allowed / 2 if low else allowed):
             s = torch.linalg.eigh(T)[1][a:, -k:]
             return error, lambda: _again(s[:, s.norm(dim=0).argmax()], *walk)     # not yet: a walk's rows are held here
-        if (error <= allowed).all() or B.products >= budget or left <= 4 * eps * size: break
-        if (rest > allowed).any() and ceiling <= max(theta[k - 1], top) + allowed: break
+        if low or (error <= allowed).all() or B.products >= budget or left <= 4 * eps * size: break
     return error, None
 
 _STEEP = .97  # how near to the ceiling the largest value of a sketch may lie
