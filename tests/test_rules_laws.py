@@ -5,6 +5,7 @@ import signal
 from collections import deque
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, pairwise, product
 
 import numpy as np
@@ -141,7 +142,7 @@ ALL = [*OURS, Groups((("matrix", Muon(.02)), ("*", Adam(.01)))), GD(.1), Momentu
 
 def by_one(monkeypatch):
     from gradnb.move.rules import inplace
-    monkeypatch.setattr(inplace.pieces, "__defaults__", (200,))       # entries that one call may take: every block is a piece
+    monkeypatch.setattr(inplace.pieces, "__defaults__", (False,))       # every block is a piece
 
 
 @pytest.fixture
@@ -293,6 +294,69 @@ def test_a_run_holds_its_parameters_two_moments_and_a_gradient():
     assert held(LAMB(1e-3)) < 5.1                               # a rule that sums over blocks: the gradient once in blocks as it comes, once in a vector
     state = next(trajectory(problem, Descent(Adam(1e-3))))
     assert peak_bytes(lambda: Descent(Adam(1e-3)).step(problem, state)) / problem.theta0.nbytes < 3.15     # the next θ and moments, and what one block needs
+
+
+KERNELS = [Adam(.01), Momentum(.1), Momentum(.1, nesterov=True)]
+
+
+def walked(rule, dtype=torch.float32, threads=1, steps=3, lay=lambda t: t, alone=False):
+    "Where a rule goes with blocks of odd sizes, in one call or alone, and its state."
+    gen = torch.Generator().manual_seed(0)
+    draw = lambda: {str(s): torch.randn(s, generator=gen, dtype=dtype) for s in ((3,), (7, 5), (1, 40), (301, 217))}
+    blocks, grads, before = draw(), [draw() for _ in range(steps)], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = []
+        for some in [[n] for n in blocks] if alone else [list(blocks)]:
+            w = {n: lay(blocks[n]) for n in some}
+            state = rule.init(w, {})
+            for g in grads: w, state = rule.step(state, w, {n: lay(g[n]) for n in some})
+            out += [*w.values(), *(t for field in state if isinstance(field, dict) for t in field.values())]
+        return sorted(out, key=lambda t: (t.shape, t.sum().item()))
+    finally: torch.set_num_threads(before)
+
+
+def turned(t): return t.t().clone(memory_format=torch.contiguous_format).t() if t.ndim > 1 else t
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rule", KERNELS, ids=repr)
+def test_a_kernel_gives_a_block_the_same_bits_in_any_call_threads_and_place(rule, dtype):
+    truth = walked(rule, dtype)
+    moved = lambda t: torch.cat([t.new_zeros(5), t.flatten()])[5:].view(t.shape)     # begins where no register does
+    for other in dict(alone=True), dict(threads=2), dict(threads=3), dict(lay=moved):
+        assert all(map(torch.equal, walked(rule, dtype, **other), truth)), other
+
+
+@pytest.mark.parametrize("rule", KERNELS, ids=repr)
+def test_a_kernel_takes_the_step_of_the_passes(rule, monkeypatch):
+    "Wherever the entries lie in memory, and whatever it was asked for."
+    truth, close = walked(rule, torch.float64), partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    close(walked(rule, torch.float64, lay=turned), truth)                              # a view turned in memory
+    close(walked(rule, torch.float64, lay=lambda t: torch.stack([t, t], -1)[..., 0]), truth)     # one with holes
+    w, g = turned(truth[-1]), truth[-1].sin()
+    (one, kept), (other, held) = (rule.step(rule.init({"w": b}, {}), {"w": b}, {"w": d}) for b, d in ((w, g), (w.contiguous(), turned(g))))
+    close(one["w"], other["w"])
+    close(rule.step(held, one, {"w": g})[0]["w"], rule.step(kept, one, {"w": g})[0]["w"])       # a state that lies otherwise than its block
+    import gradnb.move.rules.adam
+    import gradnb.move.rules.momentum
+    for module in gradnb.move.rules.adam, gradnb.move.rules.momentum: monkeypatch.setattr(module, "fused", lambda *_, **__: None)
+    close(walked(rule, torch.float64), truth)
+
+
+@pytest.mark.parametrize("rule", [*KERNELS, Momentum(.1, 0.)], ids=repr)
+def test_a_derivative_is_taken_of_every_step(rule):
+    "A kernel would lose it without a word."
+    gen = torch.Generator().manual_seed(0)
+    w, g, d = torch.randn(3, 40, generator=gen, dtype=torch.float64)
+    def end(g):
+        blocks, state = {"w": w}, rule.init({"w": w}, {})
+        for k in range(3): blocks, state = rule.step(state, blocks, {"w": g + g**2 * k})
+        return blocks["w"].square().sum()
+    slope = (end(g + 1e-6 * d) - end(g - 1e-6 * d)) / 2e-6
+    asked = g.clone().requires_grad_()
+    for found in torch.autograd.grad(end(asked), asked)[0] @ d, torch.func.grad(end)(g) @ d, torch.func.jvp(end, (g,), (d,))[1]:
+        torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-8)
 
 
 def test_words():

