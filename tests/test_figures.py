@@ -456,7 +456,7 @@ DAILY = "keskar_protocol", "gradient_flow", "lamb_anatomy", "what_was_published"
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in DAILY)) for n in find_figures()])
 def test_shipped_figures_are_fit_for_print(name, monkeypatch):
-    "The figure of a smoke test, as its notebook leaves it; no warning stands on its page, but that a smoke test has too few draws for an index."
+    "The figure of a smoke test, as its notebook leaves it; nothing warns, but training, of its loss, and where a smoke test has too few draws for an index."
     monkeypatch.setattr("IPython.display.display", lambda *a: None)
     space = {"__name__": "__main__"}
     torch.set_warn_always(True)
@@ -466,7 +466,7 @@ def test_shipped_figures_are_fit_for_print(name, monkeypatch):
         for cell in nbformat.read(find_figures()[name], as_version=4).cells:
             if cell.cell_type == "code": exec(compile(cell.source, cell.id, "exec"), space)
             if cell.id == "figure": break
-    assert [str(w.message) for w in said if "no tail index" not in str(w.message)] == []
+    assert [text for w in said if not re.match("the loss |these draws have no tail index", text := str(w.message))] == []
     assert faults(space["fig"]) == []
     plt.close("all")
 
