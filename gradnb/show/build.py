@@ -34,7 +34,7 @@ from ..runs import Run, Spec, Store
 from ..runs.spec import check_specs, usable
 from ..runs.run import is_done
 from ..runs.writing import full_disk
-from ..runs.sweeps.many import sweep
+from ..runs.sweeps.many import as_engine, sweep
 from .claims import Claim, claims_table, load_claims
 from .figures import beside, cells_of, execute, explain, figure_specs, find_figures, heading, set_parameters, stop_kernels, warm_kernels, writable
 from .gallery import KINDS, verdict, write_gallery
@@ -224,7 +224,7 @@ def run_figures(
     "Make figures. Raises ValueError on an unknown figure or parameter; a figure that fails says so in its result."
     check_number("run_figures", "jobs", jobs, 1, whole=True)
     usable(device)
-    store, out = Store(store), Path(out)
+    engine, store, out = as_engine(engine), Store(store), Path(out)
     plans, results = plan_figures(names, out, size, params or {}, store, folder)
     order = [*dict.fromkeys(names or find_figures(folder))]
     if only_changed: plans = [plan for plan in plans if plan.about()]
