@@ -344,9 +344,9 @@ def test_a_kernel_takes_the_step_of_the_passes(rule, monkeypatch):
     close(walked(rule, torch.float64), truth)
 
 
-@pytest.mark.parametrize("rule", [*KERNELS, Momentum(.1, 0.)], ids=repr)
+@pytest.mark.parametrize("rule", [*KERNELS, Momentum(.1, 0.), RMSProp(.01), AdEMAMix(.01), ScheduleFreeAdamW(.01)], ids=repr)
 def test_a_derivative_is_taken_of_every_step(rule):
-    "A kernel would lose it without a word."
+    "A kernel, or what is written over a root, would lose it without a word."
     gen = torch.Generator().manual_seed(0)
     w, g, d = torch.randn(3, 40, generator=gen, dtype=torch.float64)
     def end(g):

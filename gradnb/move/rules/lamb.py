@@ -102,8 +102,7 @@ class LAMB(InPlace):
         first = 1 - self.beta1 ** k if self.bias_correction != "none" else 1.
         root = (1 - self.beta2 ** k) ** .5 if self.bias_correction == "both" else 1.
         scale = root / first if self.bias_correction == "both" else 1.        # u = scale · m / (√v + ε·root) saves a pass
-        u = torch._foreach_sqrt(v)
-        torch._foreach_add_(u, self.eps * root)
+        u = ops.add(torch._foreach_sqrt(v), self.eps * root)
         for a in u:                                        # where v is zero in half precision; a root that is not is four times as large
             if a.dtype == torch.float16: a.clamp_(min=torch.finfo(a.dtype).tiny)
         if u[0].is_cpu: u = [into(a, torch.div, b, a) for a, b in zip(u, m)]     # no foreach does that in one pass

@@ -88,8 +88,7 @@ class Prodigy(InPlace):
         for piece in pieces(InPlace, fields[0]):
             w, m, v = (field[piece] for field in fields)
             if self.weight_decay: torch._foreach_mul_(w, 1 - rate * self.weight_decay)
-            root = torch._foreach_sqrt(v)
-            torch._foreach_add_(root, [eps] * len(root))      # one tensor for all would be read as a number
+            root = ops.add(torch._foreach_sqrt(v), [eps] * len(v))      # one tensor for all would be read as a number
             if type(rate) is not float: torch._foreach_div_(root, -rate)
             torch._foreach_addcdiv_(w, m, root, value=-rate if type(rate) is float else 1.)
             del root                                          # or the next piece's is made beside it, in memory that is fresh

@@ -39,7 +39,6 @@ class RMSProp(InPlace):
         w, g, nu = columns(blocks, blocks, grads, state.square_avg)
         nu = ops.mul(nu, self.beta2)
         torch._foreach_addcmul_(nu, g, g, 1 - self.beta2)
-        root = torch._foreach_sqrt(nu)
-        torch._foreach_add_(root, self.eps)
+        root = ops.add(torch._foreach_sqrt(nu), self.eps)
         torch._foreach_addcdiv_(w, g, root, -self.lr)
         return RMSPropState(dict(zip(blocks, nu)))

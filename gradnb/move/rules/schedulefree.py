@@ -118,6 +118,6 @@ class ScheduleFreeAdamW(ScheduleFree):
         torch._foreach_addcmul_(v, g, g, 1 - self.beta2)
         root = torch._foreach_div(v, 1 - self.beta2 ** pace.step)
         torch._foreach_sqrt_(root)
-        torch._foreach_add_(root, self.eps)
+        root = ops.add(root, self.eps)
         z = self.go(y, z, torch._foreach_div(g, root), pace, ops)
         return ScheduleFreeAdamState(pace.step, pace.weight_sum, pace.lr_max, dict(zip(blocks, z)), dict(zip(blocks, v)))
