@@ -125,6 +125,25 @@ def test_a_cluster_as_wide_as_the_tolerance_does_not_stop_a_search_in_little_mem
             assert e.converged and 0 <= values.max() - e.values[0] <= e.errors[0] <= 1.001 * tol * e.values[0], (seed, look, e)
 
 
+@pytest.mark.parametrize("keep", [0, 9])
+def test_little_memory_keeps_to_its_budget_of_products(keep):
+    "Wherever it ends: beside the second eigenvector, inside the scan that finds the first, or while that is put together."
+    second = torch.eye(P, dtype=torch.float64)[1]
+    for n in range(1, 40):
+        e = lanczos(lambda v: EDGE * v, second, memory=16, keep=keep, max_matvecs=n)
+        assert e.matvecs <= n and EDGE[0] <= e.values[0] + e.errors[0], (n, e)
+        if e.converged: return
+    assert False, e
+
+
+@pytest.mark.parametrize("value", [0., 1e-9])
+@pytest.mark.parametrize("p", [2, P])
+def test_a_start_that_says_nothing_of_the_scale_does_not_set_it(value, p):
+    values = torch.cat([EDGE[:p - 1], torch.tensor([value]).double()]).float()
+    e = lanczos(lambda v: values * v, torch.eye(p)[-1], memory=16, keep=9)
+    assert e.converged and abs(e.values[0] - EDGE[0]) <= e.errors[0] <= .0011 * EDGE[0], e
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_a_search_for_the_unseen_saw_is_kept(dtype, monkeypatch):
     "The true eigenvectors past the first are in the sketch after a few looks for one, and looks are shorter; without the rows of the scans neither."

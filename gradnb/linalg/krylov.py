@@ -76,6 +76,7 @@ def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, v
     "As `certify`, with few vectors at a time; and what was learned."
     sketch, eps, rough, room = None, torch.finfo(B.like.dtype).eps, 1., keep * dtype.itemsize / B.like.element_size()    # room: of the sketch
     bend = keep and B.most - room >= 2 * k + 3.5                              # half a copy is widened for a moment, and one is what was found
+    error = torch.full((k,), inf, dtype=torch.float64)
     while True:
         if keep and sketch is None: B.most -= room
         if keep: sketch = updated(B, joined(B), keep, dtype, sketch)
@@ -84,14 +85,16 @@ def _certify_in_few(B: Basis, k: int, tol: float, stream: Stream, budget: int, v
         smooth = B.residuals(theta[:x], Y[:x]) <= (allowed * B.scale / 200).sqrt()
         B.rotate(Y[:x][smooth | (torch.arange(len(smooth)) < k)])            # a rough row would hide what couples to it
         if keep: B.recall(sketch)
+        if B.products >= budget: return error, False, sketch                 # of lower values, so true all the more
         draw = stream / B.products
         error, found, bent = scan_bent(B, k, allowed, draw, budget) if bend else (*scan(B, k, allowed, draw, budget), None)
         done = bool((error <= allowed).all())
         if done or B.products >= budget: return error, done, learned(B, k, sketch, bent) if bent else sketch
         bend, bent = bend and found is None and rough > .2, None
+        if found is not None: B.add(found())
+        r, allowed = B.residuals(*(x[:k] for x in B.ritz())), max(tol, 10 * eps) * B.scale      # what was found may be far larger
         aim, rough = allowed if vectors else max(allowed, rough * (allowed * B.scale / 200).sqrt()), rough / 4
-        if found is None: aim = min(aim, B.residuals(*(x[:k] for x in B.ritz())).max() / 2)     # what is known couples too much to what may be outside
-        else: B.add(found())
+        if found is None: aim = min(aim, r.max() / 2)                                            # what is known couples too much to what may be outside
         while B.products < budget:
             theta, Y = (x[:k] for x in B.ritz())
             r = B.residuals(theta, Y)

@@ -27,12 +27,12 @@ def _walk(B: Basis, stream: Stream, image: Callable[[Tensor], Tensor]) -> Iterat
         yield w, h, left, size
         before, q = [q], w.div_(left.to(w))
 
-def _again(s: Tensor, B: Basis, stream: Stream, image: Callable[[Tensor], Tensor]) -> Tensor:    # (1, p)
-    "A combination of a walk's rows, which it takes once more."
+def _again(s: Tensor, B: Basis, stream: Stream, image: Callable[[Tensor], Tensor], budget: int) -> Tensor:    # (1, p)
+    "A combination of a walk's rows, which it takes once more, as far as the budget leaves a product for what it makes."
     first, *s = s.tolist()
     orthonormalise(B.Q, x := B.random(stream))
     x *= first
-    for a, (w, _, left, _) in zip(s, _walk(B, stream, image)): x[0].add_(w, alpha=a / float(left))
+    for a, (w, _, left, _) in zip(s[:max(budget - 1 - B.products, 0)], _walk(B, stream, image)): x[0].add_(w, alpha=a / float(left))
     return x
 
 def scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tuple[Tensor, Callable[[], Tensor] | None]:
@@ -53,7 +53,7 @@ def scan(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) -> tupl
         low = (rest > allowed).any() and ceiling <= max(theta[k - 1], top) + allowed       # and a bound is loose all the same
         if top > theta[k - 1] + (allowed / 2 if low else allowed):
             s = torch.linalg.eigh(T)[1][a:, -k:]
-            return error, lambda: _again(s[:, s.norm(dim=0).argmax()], *walk)     # not yet: a walk's rows are held here
+            return error, lambda: _again(s[:, s.norm(dim=0).argmax()], *walk, budget)     # not yet: a walk's rows are held here
         if low or (error <= allowed).all() or B.products >= budget or left <= 4 * eps * size: break
     return error, None
 
@@ -96,10 +96,10 @@ class _Bent:
         for c in chunks(q): row[c] = (q[c] * self.scale).clamp_(-448, 448)   # its largest number
         self.rows, self.P = [*self.rows, row], torch.cat([self.P, part], 1)
 
-    def again(self, s: Tensor, stream: Stream) -> Tensor:    # (1, p)
+    def again(self, s: Tensor, stream: Stream, budget: int) -> Tensor:    # (1, p)
         "A combination of the scan's rows, bent back."
         self.rows, self.most = [], 0
-        self.bend((x := _again(s, self.B, stream, self.image))[0])
+        self.bend((x := _again(s, self.B, stream, self.image, budget))[0])
         return x
 
     def corrected(self) -> tuple[Tensor, Tensor]:
@@ -140,6 +140,6 @@ def scan_bent(B: Basis, k: int, allowed: Tensor, stream: Stream, budget: int) ->
         top, ceiling = ceiling_of(*torch.linalg.eigh(T), last, B.p - a)
         error = rise(B.T, F, B.p, known, torch.maximum(ceiling, c))
         if c + (top - c) * (1 - _STEEP) > theta[k - 1] + allowed:
-            return error, lambda: bent.again(torch.linalg.eigh(T)[1][:, -1], stream), None
+            return error, lambda: bent.again(torch.linalg.eigh(T)[1][:, -1], stream, budget), None
         if top > c or (error <= allowed).all() or B.products >= budget or not last.any(): return error, None, bent
     return error, None, None
