@@ -1037,7 +1037,7 @@ def test_the_gallery_needs_nobody(tmp_path, browser):
     page.goto(at.as_uri())
     shown = lambda: page.locator("article:not([hidden]) h2").all_text_contents()
     assert shown() == ["One", "Two"] and "1 of 2 claims hold" in page.locator("header").inner_text()
-    assert page.locator("article li").all_text_contents() == ["one is two: 1, expected 2. it is not"]
+    assert page.locator("article li").all_text_contents() == ["one is two: 1, expected 2; it is not"]
     page.get_by_label("Order").select_option("longest first")
     assert shown() == ["Two", "One"]
     page.get_by_label("Study").select_option("Cohen et al. 2021")

@@ -96,7 +96,7 @@ class Descent:
 
     def step(self, problem, state: State) -> State:
         "The state at k + 1."
-        if (grad := state[4] if isinstance(state[4], dict) else state.grad) is None: raise RuntimeError(f"the state at step {state.step} has no gradient; call prepare first.")
+        if (grad := state.grad) is None: raise RuntimeError(f"the state at step {state.step} has no gradient; call prepare first.")
         layout, grads = problem.layout, grad if isinstance(grad, dict) else problem.layout.blocks(grad)
         if isinstance(state, Spare):
             theta = state.theta
@@ -129,6 +129,6 @@ def trajectory(
     check_given("trajectory", problem, "problem")
     if state is None: state = stepper.init(problem, problem.check(problem.theta0 if theta is None else theta).detach().clone())
     while True:
-        state = stepper.prepare(problem, unseen(stepper, state), Stream(seed) / "train" / state.step)
+        state = stepper.prepare(problem, state, Stream(seed) / "train" / state.step)
         yield state
         state = stepper.step(problem, state)
