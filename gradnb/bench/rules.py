@@ -78,6 +78,7 @@ def shampoo_po(p, every: int, **more):
 
 PAIRS = {    # what is compared → parameters, our optimizer, theirs
     "GD, torch foreach": (whole, lambda p: optim.GD(p, .01), lambda p: torch.optim.SGD(p, .01, foreach=True)),
+    "GD, torch fused": (whole, lambda p: optim.GD(p, .01), lambda p: torch.optim.SGD(p, .01, fused=True)),
     "GD, torch one by one": (whole, lambda p: optim.GD(p, .01), lambda p: torch.optim.SGD(p, .01, foreach=False)),
     "Momentum, torch foreach": (whole, lambda p: optim.Momentum(p, .01), lambda p: torch.optim.SGD(p, .01, momentum=.9, foreach=True)),
     "Momentum, torch fused": (whole, lambda p: optim.Momentum(p, .01), lambda p: torch.optim.SGD(p, .01, momentum=.9, fused=True)),

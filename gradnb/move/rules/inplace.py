@@ -118,11 +118,12 @@ def fused(
     if not hasattr(torch, name) or w[0].device.type not in ("cpu", "cuda") or type(w[0]) not in (Tensor, Parameter) or len({*map(attrgetter("dtype"), every)}) > 1: return None
     if forward._current_level >= 0 or torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), every)): return None
     state = [*map(ops.own, state)]
+    laid = state
     if not all(map(Tensor.is_contiguous, w)):       # the kernel takes entries as they lie in memory
         order = [sorted(range(t.ndim), key=t.stride, reverse=True) for t in w]
         w, g, *laid = ([*map(Tensor.permute, ts, order)] for ts in (w, g, *state))
-    else: laid = state
-    if not all(map(Tensor.is_contiguous, [*w, *chain(*laid)])): return None
+        if not all(map(Tensor.is_contiguous, w)): return None
+    if not all(map(Tensor.is_contiguous, chain(*laid))): return None
     getattr(torch, name)(w, [*map(Tensor.contiguous, g)], *laid, **hyper)
     return state
 
