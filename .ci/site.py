@@ -293,7 +293,7 @@ def bare(path):
 
 GALLERY = """# Gallery
 
-Each figure is a notebook that draws runs and checks what a paper claims of them. `gradnb figures` makes them all, and `figures/index.html` shows them with their claims.
+Each figure is a notebook that draws runs and checks what a paper claims of them; a verdict is undecided where the measured interval lies neither wholly inside nor wholly outside the expected one. `gradnb figures` makes them all, and `figures/index.html` shows them with their claims.
 
 {made}
 

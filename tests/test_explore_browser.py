@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from gradnb.bench.explore import CANVAS, CHROMIUM, FIVE, chromium, in_kernel, jupyterlab, latencies, open_notebook
+from gradnb.ground.estimate import Estimate
 from gradnb.show.claims import claim, save_claims
 from gradnb.show.explorers.canvas import STATIC
 from gradnb.show.explorers.drawing import y_limits
@@ -1022,7 +1023,7 @@ def test_lab_explorers_by_hand(notebook, name):
 def test_the_gallery_needs_nobody(tmp_path, browser):
     "From disk and without a network: figures are found, chosen by study, and ordered; every link leads to a file."
     made = dict(title="One", question="Does it?", params={}, runs={}, seeds=[0], seconds=1.0, devices=["cpu"], versions={}, drawn="2026-01-01")
-    claims = {"one": [claim("one is two", "Cohen et al. 2021, §3", (2, 2), 1.0, note="it is not")], "two": [claim("two is two", "Faghri et al. 2020", (2, 2), 2.0)]}
+    claims = {"one": [claim("one is two", "Cohen et al. 2021, §3", (2, 2), 1.0, note="it is not")], "two": [claim("two is two", "Faghri et al. 2020", (2, 2), 2.0), claim("few", "Faghri et al. 2020", (1, 3), Estimate(2.0, 1.0, 0.0, 4.0))]}
     for seconds, name in enumerate(claims):
         (tmp_path / name).mkdir()
         for kind in ("png", "svg", "ipynb", "html"): (tmp_path / name / f"{name}.{kind}").touch()
@@ -1036,7 +1037,7 @@ def test_the_gallery_needs_nobody(tmp_path, browser):
     page.on("request", lambda r: asked.append(r.url))
     page.goto(at.as_uri())
     shown = lambda: page.locator("article:not([hidden]) h2").all_text_contents()
-    assert shown() == ["One", "Two"] and "1 of 2 claims hold" in page.locator("header").inner_text()
+    assert shown() == ["One", "Two"] and "2 of 3 claims hold (1 undecided)" in page.locator("header").inner_text()
     assert page.locator("article li").all_text_contents() == ["one is two: 1, expected 2; it is not"]
     page.get_by_label("Order").select_option("longest first")
     assert shown() == ["Two", "One"]
@@ -1050,11 +1051,13 @@ def test_the_gallery_needs_nobody(tmp_path, browser):
     assert all((tmp_path / link).exists() for link in links())
     page.get_by_role("link", name="Claims", exact=True).click()
     rows = lambda: [row.split("\t")[:2] for row in page.locator("tbody tr:not([hidden])").all_inner_texts()]
-    assert rows() == [["✗", "one"], ["✓", "two"]] and all((tmp_path / link).exists() for link in links())
+    assert rows() == [["✗", "one"], ["✓", "two"], ["✓?", "two"]] and page.get_by_text("undecided (?)").is_visible() and all((tmp_path / link).exists() for link in links())
     page.get_by_label("Verdict").select_option("fails")
     assert rows() == [["✗", "one"]]
-    page.get_by_label("Verdict").select_option("all")
+    for word, marks in (("undecided", ["✓?"]), ("holds", ["✓", "✓?"]), ("all", ["✗", "✓", "✓?"])):
+        page.get_by_label("Verdict").select_option(word)
+        assert [mark for mark, _ in rows()] == marks
     page.get_by_label("Study").select_option("Faghri et al. 2020")
-    assert rows() == [["✓", "two"]]
+    assert rows() == [["✓", "two"], ["✓?", "two"]]
     assert asked and all(url.startswith("file:") for url in asked)
     context.close()

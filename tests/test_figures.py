@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,9 +22,10 @@ from nbformat import v4
 
 from gradnb.models import MODELS
 from gradnb.show import build, figures
-from gradnb.show.claims import batch_means, claim, claims_table, load_claims, save_claims
+from gradnb.show.claims import batch_means, claim, claims_table, load_claims, mark, save_claims, status
 from gradnb.ground.estimate import Estimate
 from gradnb.show.build import dry_run, run_figures
+from gradnb.show.gallery import verdict
 from gradnb.show.figures import as_declared, figure_specs, find_figures, set_parameters
 from gradnb.show.plots.traces import STYLE, label_end, palette, plot_sharpness, plot_trace, save_figure, style
 from gradnb.runs import Lock, Spec, Store
@@ -489,6 +491,33 @@ def test_claims_hold_by_their_interval_alone_and_survive_a_file(tmp_path, value,
     assert [f.name for f in tmp_path.iterdir()] == ["c.json"]
 
 
+@pytest.mark.parametrize("value, low, high, expected, said", [
+    (1.5, 1., 2., (1., 2.), "holds"), (1.5, .9, 1.6, (1., 2.), "holds undecided"), (1.5, 1.4, 2.1, (1., 2.), "holds undecided"), (1.5, .9, 2.1, (1., 2.), "holds undecided"),
+    (.5, .1, .9, (1., 2.), "fails"), (.5, .1, 1., (1., 2.), "fails undecided"), (.5, .1, 3., (1., 2.), "fails undecided"), (3., 2.1, 4., (1., 2.), "fails"), (3., 2., 4., (1., 2.), "fails undecided"),
+    (5., 3., 9., (3., math.inf), "holds"), (5., 2.9, 9., (3., math.inf), "holds undecided"), (2., 1., 2.9, (3., math.inf), "fails"), (2., 1., 3., (3., math.inf), "fails undecided"),
+    (5., 3., math.inf, (3., math.inf), "holds"), (5., 3., math.nan, (3., math.inf), "holds"), (5., 3., math.inf, (3., 1e300), "holds undecided"), (-5., -math.inf, 3., (-math.inf, 3.), "holds"),
+    (2., math.nan, 2.9, (3., math.inf), "fails"), (2., math.nan, 2.9, (-1e300, 1.), "fails undecided"), (math.inf, 3., math.inf, (0., 2.), "fails"), (math.inf, 1., math.inf, (0., 2.), "fails undecided"),
+    (math.nan, math.nan, math.nan, (0., 1.), "fails undecided"), (math.inf, math.inf, math.inf, (0., 1.), "fails undecided"), (math.nan, math.nan, math.nan, (-math.inf, math.inf), "fails undecided"),
+    (2., 2., 2., (2., 2.), "holds"), (2., 2., 2., (0., 1.), "fails"), (2., math.nan, math.nan, (-math.inf, math.inf), "holds"), (1.5, 3., 4., (1., 2.), "holds undecided"),
+])
+def test_an_interval_that_reaches_over_an_end_decides_nothing(tmp_path, value, low, high, expected, said):
+    "In memory, and as read from a file, which keeps no sign of what is not finite; what is not judged is not undecided."
+    made = claim("x", "y", expected, Estimate(value, 1., low, high))
+    save_claims([made], tmp_path / "c.json")
+    for one in (made, *load_claims(tmp_path / "c.json")): assert " ".join(status(one)) == said and one.decided is ("undecided" not in said)
+    assert mark(made) == said.replace("holds", "✓").replace("fails", "✗").replace(" undecided", "?")
+    assert ("undecided" in claims_table([made])) == ("undecided" in said) == ("undecided" in verdict([made]))
+    smoke = replace(made, judged=False)
+    assert status(smoke) == ("open",) and mark(smoke) == "–" and not smoke.decided
+
+
+def test_undecided_verdicts_are_counted():
+    undecided = [claim("x", "y", (0, high), Estimate(1., 1., -1., 3.)) for high in (2, 2, .5)]
+    sure = [claim("x", "y", (0, high), 1.) for high in (1, .5)]
+    assert verdict(sure) == "1 of 2 claims hold" and verdict(undecided[:2]) == "2 of 2 claims hold (2 undecided)"
+    assert verdict(sure + undecided) == "3 of 5 claims hold (2 undecided), 2 fail (1 undecided)" and verdict(undecided[2:]) == "0 of 1 claims hold, 1 fail (1 undecided)"
+
+
 @pytest.mark.parametrize("text", ["{}1", "3", "[3]", '{"schema": 9, "claims": []}', '{"schema": "2", "claims": []}', '{"schema": 2, "claims": {}}', '{"schema": true, "claims": []}', '[{"text": "x"}]', '{"a": 1}', "null",
                                   '[{"text":"x","source":"y","expected":[0,1],"measured":{"value":0},"holds":true}]'])
 def test_a_file_that_holds_no_claims(tmp_path, text):
@@ -513,18 +542,22 @@ def test_claims_are_listed(tmp_path, drawn, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in "ab": write(tmp_path / "mine", name)
     run_figures(["a"], "figures", store=tmp_path / "runs", folder="mine", progress=False)
-    save_claims([claim("two is one", "Nobody 1900", (1, 1), 2.), *load_claims("figures/a/claims.json")], "figures/a/claims.json")
+    save_claims([claim("two is one", "Nobody 1900", (1, 1), 2.), claim("few", "Nobody 1900", (1, 3), Estimate(2., 1., 0., 4.)), *load_claims("figures/a/claims.json")], "figures/a/claims.json")
     def say(*words):
         assert main(["claims", *words]) == 0
         return capsys.readouterr().out
-    head, fails, holds, _, waiting = say("--folder", "mine").splitlines()
-    assert waiting == "not made yet: b" and holds.startswith("holds  a ") and "one is positive [Peano 1889]" in holds
-    assert all(re.search(what, fails) for what in ("^fails  a ", " 1 +2 ", r"\d s", r" 20\d\d-\d\d-\d\d \d\d:\d\d ", r"two is one \[Nobody 1900\]"))
+    head, fails, unsure, holds, _, waiting = say("--folder", "mine").splitlines()
+    assert waiting == "not made yet: b" and re.match("holds +a ", holds) and "one is positive [Peano 1889]" in holds
+    assert all(re.search(what, fails) for what in ("^fails +a ", " 1 +2 ", r"\d s", r" 20\d\d-\d\d-\d\d \d\d:\d\d ", r"two is one \[Nobody 1900\]"))
+    assert unsure.startswith("holds, undecided  a ") and "few" in say("--status", "holds") and len({line.index(" a ") for line in (fails, unsure, holds)}) == 1
+    assert [line[:17] for line in say("--status", "undecided", "a").splitlines()[1:]] == ["holds, undecided "]
+    few, = json.loads(say("--json", "--status", "undecided"))["claims"]
+    assert few["text"] == "few" and few["decided"] is False and few["holds"] is True
     assert "two" not in say("--status", "holds") and "two" in say("a") and "spectrum" in say() and len(say("b", "--folder", "mine").splitlines()) == 3
     (tmp_path / "all.json").write_text(say("--json", "--status", "fails"))
     assert [c.text for c in load_claims(tmp_path / "all.json")] == ["two is one"]
     row, = json.loads((tmp_path / "all.json").read_text())["claims"]
-    assert row["figure"] == "a" and row["seconds"] > 0 and row["drawn"][:2] == "20" and row["size"] == "default"
+    assert row["figure"] == "a" and row["seconds"] > 0 and row["drawn"][:2] == "20" and row["size"] == "default" and row["decided"] is True
     assert main(["claims", "c"]) == 2 and "no figure 'c'" in capsys.readouterr().err
     assert main(["claims", "--folder", "nowhere"]) == 2 and "nowhere" in capsys.readouterr().err
     assert main(["figures", "--folder", "mine", "--list"]) == 0 and capsys.readouterr().out == "a\nb\n"

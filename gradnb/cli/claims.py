@@ -12,11 +12,11 @@ from .figures import add_places
 def add_claims(commands):
     "gradnb claims"
     p = commands.add_parser("claims", help="list the claims of all figures made, and what became of them",
-        description="A line for every claim: whether it holds, fails, or is open (not judged, as in a smoke test), its figure, the interval expected and the "
-                    "value measured, the seconds that the figure and its runs took, when it was drawn (UTC), the claim, and its source.")
+        description="A line for every claim: whether it holds, fails, or is open (not judged, as in a smoke test), and whether that is undecided (the interval "
+                    "measured lies neither wholly inside nor wholly outside the one expected), its figure, the interval expected and the value measured, the seconds that the figure and its runs took, when it was drawn (UTC), the claim, and its source.")
     p.add_argument("names", nargs="*", metavar="NAME", help="of these figures only")
     add_places(p)
-    p.add_argument("--status", choices=("holds", "fails", "open"), help="only these")
+    p.add_argument("--status", choices=("holds", "fails", "open", "undecided"), help="only these; what is undecided holds or fails as well")
     p.add_argument("--json", action="store_true", help="as JSON, in the schema of claims.json")
     p.set_defaults(go=claims)
 
@@ -24,18 +24,18 @@ def claims(args) -> int:
     from pathlib import Path
     from gradnb.ground.display import printed
     from gradnb.ground.registry import unknown
-    from gradnb.show.claims import aligned, as_json, interval, measurement
+    from gradnb.show.claims import aligned, as_json, interval, measurement, status
     from gradnb.show.figures import find_figures
-    from gradnb.show.gallery import all_rows, figures_in, status
+    from gradnb.show.gallery import all_rows, figures_in
     known, made = find_figures(args.folder), figures_in(Path(args.out))
     for name in args.names:
         if name not in known and name not in made: raise unknown("figure", name, known)
     chosen = args.names or [*(known if args.folder else dict.fromkeys([*known, *made]))]
-    kept = {name: (about, [c for c in some if args.status in (None, status(c))]) for name, (about, some) in made.items() if name in chosen}
+    kept = {name: (about, [c for c in some if args.status in (None, *status(c))]) for name, (about, some) in made.items() if name in chosen}
     if args.json:
         print(as_json(all_rows(kept)), end="")
         return 0
-    rows = [(status(c), name, interval(c.expected), measurement(c.measured), f"{about['seconds']:,.0f} s", about["drawn"][:16], f"{c.text} [{c.source}]")
+    rows = [(", ".join(status(c)), name, interval(c.expected), measurement(c.measured), f"{about['seconds']:,.0f} s", about["drawn"][:16], f"{c.text} [{c.source}]")
             for name, (about, some) in kept.items() for c in some]
     print(printed(aligned([("", "figure", "expected", "measured", "took", "drawn", "claim [source]"), *rows]), lines=True))
     if waiting := [name for name in chosen if name not in made]: print(f"\nnot made yet: {', '.join(waiting)}")
