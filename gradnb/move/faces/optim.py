@@ -13,10 +13,12 @@ import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields
-from operator import itemgetter
+from itertools import compress
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
+from torch._C import _group_tensors_by_device_and_dtype
 from ...ground.layout import Layout, real, role_of
 from ...ground.registry import unknown
 from ...ground.roles import Rule
@@ -147,11 +149,11 @@ class Face(torch.optim.Optimizer):
             with torch.enable_grad(): loss = closure()
         work = [call for i in range(len(self.param_groups)) for call in self._calls(i)]
         found = [call.rule.gather(call.state, call.blocks, call.grads, OVER) if hasattr(call.rule, "gather") else (call.state, ()) for call in work]
-        work, tallies = [call._replace(state=state) for call, (state, _) in zip(work, found)], [tally for _, tally in found if tally]
+        tallies = [tally for _, tally in found if tally]
         totals = {d: tuple(sum(t.to(d) if isinstance(t, Tensor) else t for t in column) for column in zip(*tallies))
                   for d in {call.device for call in work}}
-        for call in work:
-            keep(call.held, call.blocks, advance(call.rule, call.state, call.blocks, call.grads, totals[call.device]))
+        for call, (state, _) in zip(work, found):
+            keep(call.held, call.blocks, advance(call.rule, state, call.blocks, call.grads, totals[call.device]))
         return loss
 
     @contextmanager
@@ -175,12 +177,11 @@ class Face(torch.optim.Optimizer):
     def _calls(self, i):
         group, rule = self.param_groups[i], self._rule(self.param_groups[i])
         like, sign = state_like(rule), torch._foreach_neg if group["maximize"] else list
-        params, grads = group["params"], [p.grad for p in group["params"]]
-        names = [j for j, g in zip(group.get("param_names") or range(len(params)), grads) if g is not None]
-        if len(names) < len(params): params, grads = ([t for t, g in zip(of, grads) if g is not None] for of in (params, grads))
-        if sparse := [j for j, g in zip(names, grads) if g.is_sparse]: raise TypeError(f"{type(self).__name__} takes dense gradients, but that of {sparse[0]!r} is sparse.")
-        held = [self.state[p] for p in params] if like else params
-        for j, p, h in zip(names, params, held) if like else ():
+        names, params, grads = group.get("param_names") or range(len(group["params"])), group["params"], [p.grad for p in group["params"]]
+        if not all(there := [g is not None for g in grads]): names, params, grads = ([*compress(of, there)] for of in (names, params, grads))
+        if any(sparse := [*map(attrgetter("is_sparse"), grads)]): raise TypeError(f"{type(self).__name__} takes dense gradients, but that of {names[sparse.index(True)]!r} is sparse.")
+        held = [*map(self.state.__getitem__, params)] if like else params
+        for j, p, h in zip(names, params, held) if like and not all(held) else ():
             if not h: keep([h], [j], rule.init({j: real(p)}, {j: role(group, p)}))
         for device, *fields in self._alike(names, params, grads, held, like):
             for piece in pieces(rule, fields[1], group["foreach"]):
@@ -191,7 +192,7 @@ class Face(torch.optim.Optimizer):
         "What can be worked on together: of one device and dtype, and with the same numbers in their states."
         counts = [k for k, v in zip(like._fields, like) if isinstance(v, (int, float))] if like else []
         numbers = [*map(itemgetter(*counts), held)] if counts else []
-        for (device, dtype), (_, order) in self._group_tensors_by_device_and_dtype([params], with_indices=True).items() if params else ():
+        for (device, dtype), (_, order) in _group_tensors_by_device_and_dtype([params], True).items() if params else ():
             together = {}
             for k in order if counts else (): together.setdefault(numbers[k], []).append(k)
             for some in together.values() if counts else [order]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf
 import torch
 from ...ground.roles import check_range, kind
-from .inplace import InPlace, columns
+from .inplace import InPlace, columns, fused
 
 # %% ../../../nbs/06_move/02_rules/02_gd.ipynb #gd
 @kind
@@ -26,5 +26,6 @@ class GD(InPlace):
     apart = "entries"
 
     def update(self, state, blocks, grads, total, ops):
-        torch._foreach_add_(*columns(blocks, blocks, grads), alpha=-self.lr)
+        w, g = columns(blocks, blocks, grads)
+        if not fused("_fused_sgd_", ops, w, g, [], lr=self.lr, momentum=0., nesterov=False, dampening=0., weight_decay=0., maximize=False, is_first_step=False): torch._foreach_add_(w, g, alpha=-self.lr)
         return state

@@ -114,17 +114,16 @@ def fused(
     **hyper,                       # what else the kernel is told
 ) -> list[list[Tensor]] | None:    # the next state; None: nothing was done
     "All passes of an update at once, by a kernel of torch's that knows no derivative; each block to the same bits in whatever call and in however many threads."
-    every = [*w, *g, *chain(*state)]
+    every = [*chain(w, g, *state)]
     if not hasattr(torch, name) or w[0].device.type not in ("cpu", "cuda") or type(w[0]) not in (Tensor, Parameter) or len({*map(attrgetter("dtype"), every)}) > 1: return None
     if forward._current_level >= 0 or torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), every)): return None
-    state = [*map(ops.own, state)]
-    laid = state
-    if not all(map(Tensor.is_contiguous, w)):       # the kernel takes entries as they lie in memory
+    state = laid = [*map(ops.own, state)]
+    if not all(map(Tensor.is_contiguous, every)):       # the kernel takes entries as they lie in memory
         order = [sorted(range(t.ndim), key=t.stride, reverse=True) for t in w]
         w, g, *laid = ([*map(Tensor.permute, ts, order)] for ts in (w, g, *state))
-        if not all(map(Tensor.is_contiguous, w)): return None
-    if not all(map(Tensor.is_contiguous, chain(*laid))): return None
-    getattr(torch, name)(w, [*map(Tensor.contiguous, g)], *laid, **hyper)
+        if not all(map(Tensor.is_contiguous, chain(w, *laid))): return None
+        g = [*map(Tensor.contiguous, g)]
+    getattr(torch, name)(w, g, *laid, **hyper)
     return state
 
 def watched(t) -> bool:
