@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from gradnb import (GD, LAMB, Adam, AutomaticGradientDescent, CentralFlow, Descent, FromTorch, GradientFlow, Groups, MiniBatch, Momentum, ScheduleFreeSGD,
@@ -60,9 +60,15 @@ INDEXES = "aten::index", "aten::index_put", "aten::index_put_"
 LOOKS = []                                                         # operations that wait for the device
 
 
+def nested(f, x):
+    "With f(x) for every x in lists and tuples: all that an operation takes, in a tenth of the time of a `tree_map`."
+    return [nested(f, y) for y in x] if isinstance(x, list) else tuple([nested(f, y) for y in x]) if isinstance(x, tuple) else f(x)
+
+
 def compute(func, args, kwargs):
     "An operation on the CPU, whose tensors must be on one device; as on a GPU, a number () or an index may come from the CPU."
-    name, tensors = func._schema.name, [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    name, tensors = func.name().split(".")[0], []
+    nested(lambda t: tensors.append(t) if isinstance(t, torch.Tensor) else None, (args, *kwargs.values()))
     there = [t for t in tensors if isinstance(t, There)]
     strange = [t for t in tensors if t.ndim and not isinstance(t, There) and not (name in INDEXES and t.dtype in (torch.int64, torch.bool))]
     if there and strange and name not in MOVES: raise RuntimeError(f"{func} of tensors on two devices, {[(tuple(t.shape), str(t.device)) for t in tensors]}")
@@ -73,8 +79,8 @@ def compute(func, args, kwargs):
         if isinstance(x, There): return x.inner
         return torch.device(HERE) if isinstance(x, torch.device) and away(x) else x
     def wrap(x): return own.get(id(x)) if id(x) in own else There(x) if result_there and isinstance(x, torch.Tensor) else x
-    with _disable_current_modes(): out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
-    return args[0] if name == "aten::copy_" else tree_map(wrap, out)
+    with _disable_current_modes(): out = func(*nested(unwrap, args), **{k: nested(unwrap, x) for k, x in kwargs.items()})
+    return args[0] if name == "aten::copy_" else nested(wrap, out)
 
 
 class Factories(TorchDispatchMode):
