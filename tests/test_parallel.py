@@ -460,7 +460,7 @@ HELD = textwrap.dedent("""
 
     with together():
         torch.manual_seed(0)
-        net, x = nn.Sequential(*[m for _ in range(12) for m in (nn.Linear(120, 120), nn.Tanh())]), torch.randn(4, 120)
+        net, x = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(170, 170), nn.Tanh())]), torch.randn(4, 170) / 4
         for layer in net[::2]: fully_shard(layer)
         fully_shard(net)
         p, held, calls = sum(v.numel() for v in net.parameters()), [], []
