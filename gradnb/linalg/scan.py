@@ -74,21 +74,23 @@ class _Bent:
         self.rows, self.scale, self.P = [], B.p**.5 / 4, self.E.new_zeros(len(self.E), 0)     # in eight bits a number, of which the smallest are 1/500; P: their parts in U
         self.T = self.slack.new_zeros(0, 0)                                  # Ã among all rows
 
-    def bend(self, w: Tensor) -> Tensor:
-        "Multiplies by N, in place. Returns what was there in U, (u, 1)."
-        part = self.E @ inner(self.B.V, [w])
-        y = ((self.slack ** -.5 - 1)[:, None] * part).T @ self.E
-        combine(y, self.B.V, w[None], add=1)
-        combine(-y @ self.B.C, self.B.Q, w[None], add=1)
+    def pull(self, part: Tensor) -> Tensor:
+        "What N adds where this (u, 1) is in U, as multiples (1, v) of V − V Qᵀ Q."
+        return ((self.slack ** -.5 - 1)[:, None] * part).T @ self.E
+
+    def bend(self, q: Tensor) -> Tensor:
+        "Multiplies what is outside of the rows by N, in place. Returns what was there in U, (u, 1)."
+        y = self.pull(part := self.E @ inner(self.B.V, [q]))
+        combine(torch.cat([y, -y @ self.B.C], 1), [*self.B.V, *self.B.Q], q[None], add=1)
         return part
 
     def image(self, q: Tensor) -> Tensor:
-        "Ã q outside of the rows of the basis."
+        "Ã q, but for what of it is in the rows."
         self.keep(q, self.bend(w := q.clone()))
         Aw, = self.B._images(w[None])
-        strip(self.B.Q, w := Aw.sub_(w, alpha=float(self.c)))
-        self.bend(w)
-        return w.add_(q, alpha=float(self.c))
+        h, c = inner([*self.B.V, *self.B.Q], [Aw.sub_(w, alpha=float(self.c))]), self.c.view(1, 1)
+        y = self.pull(self.E @ (h[:len(self.B.V)] - self.B.C @ h[len(self.B.V):]))
+        return combine(torch.cat([y, c], 1), [*self.B.V, q], Aw[None], add=1)[0]
 
     def keep(self, q: Tensor, part: Tensor):
         if len(self.rows) >= self.most: return

@@ -46,8 +46,8 @@ def ahead(
     i: int,                   # of which pair
 ) -> Tensor:                  # (1, p)
     "Where the search for eigenpair i goes on: its predicted vector, as far as it is not in the basis, but for old vectors' parts in it."
-    R = combine(joint.inside[i, None] @ B.F, B.R, B.like.new_zeros(1, B.width))
-    return combine(joint.ahead[i, None] * joint.values[i], B.V, R, add=1)
+    y = torch.cat([joint.inside[i] @ B.F, joint.ahead[i] * joint.values[i]])
+    return combine(y[None], [*B.R, *B.V], B.like.new_zeros(1, B.width), add=1)
 
 def updated(
     B: Basis,

@@ -14,9 +14,9 @@ from ..ground.parts import total
 # %% ../../nbs/02_linalg/01_vectors.ipynb #chunks
 Rows = Tensor | list[Tensor]     # (m, p), or m of (p,), which come and go one by one
 
-def chunks(row: Tensor) -> Iterator[slice]:
+def chunks(row: Tensor, width: int = 2**16) -> Iterator[slice]:
     "Slices of columns: on a CPU small enough for its cache, on a GPU large enough to fill it."
-    width = 2**15 if row.device.type == "cpu" else 2**20
+    if row.device.type != "cpu": width = 2**20
     return (slice(i, i + width) for i in range(0, row.shape[-1], width))
 
 def wide(Q: Rows, c: slice) -> Tensor:
@@ -58,7 +58,7 @@ def inner(
     "Inner products of rows: multiplied and summed in float64, but for many numbers with one row, as `swept` has them."
     if not len(Q) or not len(W): return torch.zeros(len(Q), len(W), dtype=torch.float64)
     if len(W) == 1: return swept(*spared(Q, W[0]))[:-1, None]
-    return total(sum(wide(Q, c) @ wide(W, c).T for c in chunks(Q[0])).cpu() if Q[0].shape[-1] else torch.zeros(len(Q), len(W), dtype=torch.float64))
+    return total(sum(wide(Q, c) @ wide(W, c).T for c in chunks(Q[0], 2**15)).cpu() if Q[0].shape[-1] else torch.zeros(len(Q), len(W), dtype=torch.float64))
 
 def combine(
     Y: Tensor,    # (a, m) coefficients, float64
@@ -74,7 +74,7 @@ def combine(
             for a, q in zip(y, Q): out[0][c].add_(q[c], alpha=a)
         return out
     Y = Y.to(Q[0].device)
-    for c in chunks(Q[0]):
+    for c in chunks(Q[0], 2**15):
         x = torch.addmm(wide(out, c), Y, wide(Q, c), beta=add) if add else Y @ wide(Q, c)
         for row, new in zip(out, x): row[c] = new
     return out
