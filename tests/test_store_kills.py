@@ -14,9 +14,11 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from gradnb import PROBES, MiniBatch, Momentum, Probe, Run, Spec, Store
 from gradnb.bench.runs import Fault, struck
@@ -27,7 +29,7 @@ from gradnb.ground import files
 from gradnb.ground.traces import as_row
 
 POINTS = 240
-SPEC = Spec("digits-60", "fc-tanh:width=3", "mse", Momentum(0.02), 7, MiniBatch(10), ("sharpness:every=3", "kill test/λ"))
+SPEC = Spec("linear-60-16", "deeplinear:depth=1", "mse", Momentum(0.02), 7, MiniBatch(10), ("kill test/μ", "kill test/λ"))
 
 
 @PROBES.add("kill test/λ")
@@ -36,6 +38,16 @@ def pictures():
         view.memory["seen"] = view.memory.get("seen", 0) + 1
         return {"seen": view.memory["seen"], "norm": view.grad.norm(), "draws": view.grads(2), "quarter": view.grad[:4]}
     return Probe("kill test/λ", lambda step: step % 2 == 0, measure)
+
+
+@PROBES.add("kill test/μ")
+def warm():
+    "Columns, and a tensor that the next measurement begins with, as a sharpness keeps one, for a hundredth of its time."
+    def measure(view):
+        last = view.memory.get("last", torch.zeros(()))
+        view.memory["last"] = last = torch.cos(last + torch.randn(view.theta.shape, generator=view.stream.generator()) + view.grad)
+        return {"value": last[0], "low": last.min(), "high": last.max()}
+    return Probe("kill test/μ", lambda step: step % 3 == 0, measure)
 
 
 def train(root, interval=0.0):
@@ -188,6 +200,10 @@ def test_a_small_file_system(tmp_path, whole):
     finally: subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
+@cache
+def stores(file): return any(part in file for part in ("gradnb/runs/", "gradnb/ground/traces", "gradnb/ground/files", "gradnb/move/steppers"))
+
+
 class Interrupt:
     "Ctrl-C at the n-th line that gradnb's own code for training and storing executes."
     def __init__(self, at): self.at, self.count = at, 0
@@ -199,8 +215,7 @@ class Interrupt:
     def __exit__(self, *exc): sys.settrace(None)
 
     def trace(self, frame, event, arg):
-        if not any(part in frame.f_code.co_filename for part in ("gradnb/runs/", "gradnb/ground/traces", "gradnb/ground/files", "gradnb/move/steppers")):
-            return None
+        if not stores(frame.f_code.co_filename): return None
         if event == "line":
             self.count += 1
             if self.count == self.at: raise KeyboardInterrupt
