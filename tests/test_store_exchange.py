@@ -414,22 +414,26 @@ def test_the_index_says_what_the_files_say_and_may_be_lost(old, monkeypatch):
     assert not list(old.root.glob(".index*"))                    # few runs need none
     monkeypatch.setattr("gradnb.runs.store.FRESH", 1)
     def same(but=()):
-        for seen, right in zip(looks(), plain): pd.testing.assert_frame_equal(seen[~seen["run"].isin(but)].reset_index(drop=True), right[~right["run"].isin(but)][seen.columns].reset_index(drop=True), check_dtype=not but, check_categorical=not but)
+        for seen, right in zip(looks(), plain):
+            if seen.equals(right) and [*map(repr, seen.dtypes)] == [*map(repr, right.dtypes)]: continue       # quicker than pandas' own
+            pd.testing.assert_frame_equal(seen[~seen["run"].isin(but)].reset_index(drop=True), right[~right["run"].isin(but)][seen.columns].reset_index(drop=True), check_dtype=not but, check_categorical=not but)
     same()
     files = sorted(old.root.glob(".index*"))
     assert len(files) == 1 + len(names)
     with monkeypatch.context() as m:                             # nothing of a run that is done is read again
         m.setattr("gradnb.runs.store.Run", lambda path: Run(path) if path.name == BROKEN else pytest.fail(f"{path} is read again"))
         same()
-    for file in files:                                           # torn, tampered with, of nobody
-        whole = file.read_bytes()
-        for text in (whole[:-7], whole[:len(whole) // 2], whole.replace(b"0", b"1", 3), whole[:60] + b"7" + whole[61:], b"", b"\xff" * 99, b"{}"):
-            file.write_bytes(text)
+    for files in files[:1], files[1:]:                           # the lines of all looks; the traces, each of which is in one look
+        whole = {file: file.read_bytes() for file in files}
+        for harm in (lambda w: w[:-7], lambda w: w[:len(w) // 2], lambda w: w.replace(b"0", b"1", 3), lambda w: w[:60] + b"7" + w[61:], lambda w: b"",
+                     lambda w: b"\xff" * 99, lambda w: b"{}"):    # torn, tampered with, of nobody
+            for file, text in whole.items(): file.write_bytes(harm(text))
             same()
-        file.unlink()
-        file.mkdir()
+        for file in files:
+            file.unlink()
+            file.mkdir()
         same()
-        file.rmdir()
+        for file in files: file.rmdir()
     same()
     run = old.open("5037e2b0730c5bad")
     text = (run.path / "manifest.json").read_text()
