@@ -1,6 +1,7 @@
 """Thresholds, metrics and update maps against dense matrices on small networks, for every rule."""
 import itertools
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from math import ceil
 
@@ -114,12 +115,19 @@ def dense_map(problem, stepper, state):
     return torch.stack(columns, 1)
 
 
-@every_rule
-def test_products_with_the_update_map_are_those_of_its_dense_jacobian(rule):
-    if isinstance(rule, Shampoo): pytest.skip("its factors are singular here, where their eigenvalues have a kink at zero")
-    problem = problem_for(rule)
-    stepper, state = prepared(problem, rule)
-    step, J = UpdateMap(problem, stepper, state), dense_map(problem, stepper, state)
+@cache
+def dense(name):
+    "Where the rule of that name is after a few steps, and its Jacobian there."
+    problem = problem_for(RULES[name])
+    stepper, state = prepared(problem, RULES[name])
+    return problem, stepper, state, dense_map(problem, stepper, state)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_products_with_the_update_map_are_those_of_its_dense_jacobian(name):
+    if isinstance(rule := RULES[name], Shampoo): pytest.skip("its factors are singular here, where their eigenvalues have a kink at zero")
+    problem, stepper, state, J = dense(name)
+    step = UpdateMap(problem, stepper, state)
     v = torch.randn(problem.p, generator=Stream(5).generator(), dtype=DOUBLE)
     once = step(v, [torch.zeros_like(t) for t in step.x[2:]])
     twice = step(once[0], [t.view_as(x) for t, x in zip(once[1:], step.x[2:])])
@@ -132,10 +140,7 @@ def test_products_with_the_update_map_are_those_of_its_dense_jacobian(rule):
 
 @pytest.mark.parametrize("name", ["gd", "nesterov", "rmsprop", "adam", "lamb", "lars", "agd", "kfac", "torch-adamw"])
 def test_the_outermost_eigenvalues_are_those_of_the_dense_jacobian(name):
-    rule = RULES[name]
-    problem = problem_for(rule)
-    stepper, state = prepared(problem, rule)
-    J = dense_map(problem, stepper, state)
+    problem, stepper, state, J = dense(name)
     reached = torch.zeros(J.shape[0], dtype=torch.bool)          # what a disturbance of θ can move
     reached[:problem.p] = True
     for _ in range(4): reached |= (J[:, reached].abs() > 0).any(1)
