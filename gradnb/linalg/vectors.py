@@ -27,8 +27,8 @@ def wide(Q: Rows, c: slice) -> Tensor:
     return out
 
 def few(Q: Rows, v: Tensor) -> bool:
-    "Are these no more numbers than a chunk of 32 rows?"
-    return max(len(Q), 1) * len(v) <= 2**20
+    "Are these so few numbers that widening them costs nothing?"
+    return max(len(Q), 1) * len(v) <= 2**18
 
 def spared(Q: Rows, v: Tensor) -> tuple[Rows, Tensor]:
     "What is to be swept: in float64, where these are few, and the vector never in less than float32."
