@@ -127,6 +127,7 @@ here, there = (sweep(specs, sys.argv[1] + name, engine, progress=False) for name
 assert here.status.tolist() == there.status.tolist() == ["finished"] * 2, there.error.tolist()
 same = [[Store(sys.argv[1] + name).open(s).trace("gentle").values.tolist() for s in specs] for name in ("here", "pool")]
 assert same[0] == same[1] and len(same[0][0]) == 3
+assert "scipy.stats" not in sys.modules, "a second for each process that trains"
 """
 
 

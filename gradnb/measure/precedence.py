@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from math import nan
 from typing import NamedTuple
 import numpy as np
-from scipy.stats import binomtest
+import scipy
 from ..ground.estimate import Estimate
 from ..ground.roles import check_number
 from ..ground.streams import Stream
@@ -55,6 +55,6 @@ def precedence(
     if not events: return Precedence(Estimate(nan, nan, nan, nan), nan, 1., 0, 0)
     drawn = sum(gen.choice(h[1:], 9999) for h in hits)
     share = followed / events
-    low, high = binomtest(followed, events).proportion_ci(level)
+    low, high = scipy.stats.binomtest(followed, events).proportion_ci(level)
     return Precedence(Estimate(share, (share * (1 - share) / events)**.5, low, high), sum(h[1:].mean() for h in hits) / events,
                       (1 + int((drawn >= followed).sum())) / 10_000, events, followed)

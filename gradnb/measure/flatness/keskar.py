@@ -7,8 +7,8 @@ __all__ = ['COLUMNS', 'PROTOCOLS', 'keskar_box', 'lbfgsb', 'keskar_sharpness']
 
 # %% ../../../nbs/07_measure/05_flatness/03_keskar.ipynb #imports
 from math import inf, isfinite
+import scipy
 import torch
-from scipy.optimize import Bounds, minimize
 from .ball import Ascent, Ball, worst
 from .centre import MEASURES, Centre, Reading, check_count, check_positive
 
@@ -50,7 +50,7 @@ def lbfgsb(
         if isfinite(loss) and loss > best[1]: best[:] = u, loss, ball.promise(g) - (g @ u).item()
         return -loss, -torch.where(scale > 0, g.cpu() / scale, 0.).numpy()
     options = dict(maxiter=iterations) | (dict(ftol=0., gtol=0., maxfun=iterations) if strict else {})
-    minimize(falling, torch.zeros_like(scale).numpy(), jac=True, method="L-BFGS-B", bounds=Bounds(-side, side), options=options)
+    scipy.optimize.minimize(falling, torch.zeros_like(scale).numpy(), jac=True, method="L-BFGS-B", bounds=scipy.optimize.Bounds(-side, side), options=options)
     u, loss, gap = best
     return Ascent(u, loss, gap, 0 < loss - centre.loss and gap <= tol * (loss - centre.loss))     # without a rise it has seen nothing
 

@@ -11,8 +11,8 @@ from math import exp, sqrt
 from warnings import warn
 import numpy as np
 import pandas as pd
+import scipy        # its parts are read where they are asked for: a second that a run without them need not wait
 import torch
-from scipy.stats import binom, kstwobign
 from torch import Tensor
 from ...ground.estimate import Estimate, check_level, skewed_student
 from ...ground.roles import check_given
@@ -114,10 +114,10 @@ def asymmetry(
     "Sign tests of every coordinate, and of a single one whether both sides of zero have the same magnitudes (Kolmogorov–Smirnov)."
     x = x[:, None] if x.ndim == 1 else x
     up, n = (sum(side(rows).sum(0) for rows in x.split(max(1, CHUNK // x.shape[1]))).cpu().numpy() for side in (lambda r: r > 0, lambda r: r != 0))
-    found = [min(1., 2 * binom.cdf(np.minimum(up, n - up), n, .5).min() * len(n))]
+    found = [min(1., 2 * scipy.stats.binom.cdf(np.minimum(up, n - up), n, .5).min() * len(n))]
     if len(n) == 1 and 0 < up[0] < n[0]:
         a, b = (histogram(side).cumsum(0).double() for side in (x[x > 0], x[x < 0]))
-        found.append(kstwobign.sf((a / a[-1] - b / b[-1]).abs().max().item() * sqrt(a[-1] * b[-1] / (a[-1] + b[-1]))))
+        found.append(scipy.stats.kstwobign.sf((a / a[-1] - b / b[-1]).abs().max().item() * sqrt(a[-1] * b[-1] / (a[-1] + b[-1]))))
     return min(1., len(found) * min(found))
 
 def symmetric(

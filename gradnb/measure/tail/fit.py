@@ -14,9 +14,8 @@ from math import ceil, lgamma, log, pi, sqrt
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy.interpolate import CubicSpline
-from scipy.optimize import minimize, minimize_scalar
 from scipy.special import stdtr
 from torch import Tensor
 from ...ground.estimate import in_unit
@@ -46,7 +45,7 @@ def _student_sample(size, g, nu):      # Bailey (1994): a polar method
 @lru_cache(maxsize=8)
 def _stable_spline(alpha):             # of the log-density in asinh u, up to 10²¹; its error is below 10⁻⁶
     nodes = np.arange(0, 50, .02)
-    return CubicSpline(nodes, stable_logpdf(torch.from_numpy(np.sinh(nodes)), alpha).numpy())
+    return scipy.interpolate.CubicSpline(nodes, stable_logpdf(torch.from_numpy(np.sinh(nodes)), alpha).numpy())
 
 def _stable(u, alpha):
     return stable_logpdf(u, 2.) if alpha == 2 else torch.from_numpy(_stable_spline(alpha)(u.abs().asinh().numpy()))
@@ -168,9 +167,9 @@ def fit_law(
     bounds = np.log(list(law.shapes.values()))
     if len(bounds) == 0: z = np.empty(0)
     elif len(bounds) == 1:
-        z = minimize_scalar(loss, bounds=bounds[0], method="bounded", options={"xatol": 2e-4}).x
+        z = scipy.optimize.minimize_scalar(loss, bounds=bounds[0], method="bounded", options={"xatol": 2e-4}).x
         z = min((z, *bounds[0]), key=loss)
-    else: z = minimize(loss, np.log([3., .2]), method="Nelder-Mead", bounds=bounds, options={"xatol": 1e-3, "fatol": 1e-7}).x
+    else: z = scipy.optimize.minimize(loss, np.log([3., .2]), method="Nelder-Mead", bounds=bounds, options={"xatol": 1e-3, "fatol": 1e-7}).x
     value = -loss(z)
     return Fit(law, dict(zip(law.shapes, np.exp(np.atleast_1d(z)).tolist())), best["at"].exp(), value)
 

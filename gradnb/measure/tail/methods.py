@@ -13,8 +13,8 @@ from functools import lru_cache
 from math import copysign, inf, isfinite, log, pi, sqrt
 from typing import NamedTuple
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import brentq, minimize
 from scipy.special import stdtrit
 from torch import Tensor
 from ...ground.estimate import Estimate, check_level
@@ -183,7 +183,7 @@ def ecf_low(
 ) -> float:
     "The lower end of an interval by the errors that lower indices have."
     rest = lambda a: value - a - half * max(1., ecf_error(a) / ecf_error(min(value, 2.)))
-    return value - half if value <= ALPHA_MIN or rest(ALPHA_MIN) <= 0 else brentq(rest, ALPHA_MIN, value)
+    return value - half if value <= ALPHA_MIN or rest(ALPHA_MIN) <= 0 else scipy.optimize.brentq(rest, ALPHA_MIN, value)
 
 def ecf(record: Magnitudes, level: float) -> Estimate:
     "From the slope of the characteristic function; its error is no less than that of independent draws."
@@ -203,7 +203,7 @@ def fit_stable(
     start = min(max(mcculloch_index((h.quantile(.9)[0] / h.quantile(.5)[0]).log().item()), 0.6), 1.95)
     alphas, _, q75 = mcculloch_curve()
     at = np.array([start, log(h.quantile(.5)[0].item() / np.interp(start, alphas, q75))])
-    found = minimize(lambda v: -mean(*v), at, method="L-BFGS-B", bounds=[(ALPHA_MIN, 2), (None, None)], options=dict(ftol=1e-14, gtol=1e-8, eps=1e-7))
+    found = scipy.optimize.minimize(lambda v: -mean(*v), at, method="L-BFGS-B", bounds=[(ALPHA_MIN, 2), (None, None)], options=dict(ftol=1e-14, gtol=1e-8, eps=1e-7))
     return float(found.x[0]), float(np.exp(found.x[1]))
 
 def _occupied(h: Histograms) -> tuple[Tensor, Tensor]:
@@ -227,7 +227,7 @@ def mle(record: Magnitudes, level: float) -> Estimate:
         low, mid, high = means(a)
         bend = low - 2 * mid + high
         return sqrt(max(2 * n * (best - mid + (high - low)**2 / (8 * bend)), 0)) - t
-    edge = lambda end: end if beyond(end) < 0 else brentq(beyond, alpha, end, xtol=1e-4)
+    edge = lambda end: end if beyond(end) < 0 else scipy.optimize.brentq(beyond, alpha, end, xtol=1e-4)
     low, high = edge(ALPHA_MIN), edge(2.0)
     return Estimate(alpha, max(alpha - low, high - alpha) / student(level, record), low, high)
 

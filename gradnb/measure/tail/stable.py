@@ -11,9 +11,9 @@ from functools import lru_cache
 from math import asinh, ceil, gamma, pi, sin
 from typing import NamedTuple
 import numpy as np
+import scipy
 import torch
 from numpy.polynomial.chebyshev import chebvander
-from scipy.interpolate import CubicSpline
 from scipy.special import erfc
 from torch import Tensor
 
@@ -48,7 +48,7 @@ class StableTable(NamedTuple):
         x, z = _KNEE * np.sinh(w), np.cos(pi * np.arange(_NODES) / (_NODES - 1))
         alphas = ALPHA_MIN + (2 - ALPHA_MIN) * (z + 1) / 2
         density = np.stack([stable_density(x, a) for a in alphas])                        # (α, x)
-        inner = [CubicSpline(w, f * _KNEE * np.cosh(w)).antiderivative()(w) for f in density]
+        inner = [scipy.interpolate.CubicSpline(w, f * _KNEE * np.cosh(w)).antiderivative()(w) for f in density]
         tail = np.stack([tail_series(torch.tensor(x[-1]), a, 0).item() + (c[-1] - c) for a, c in zip(alphas, inner)])
         tail[0] = erfc(x / 2) / 2                                                         # α = 2, exactly
         grow = np.log1p(x**2) / 2

@@ -11,8 +11,8 @@ from math import log
 from statistics import NormalDist
 from typing import NamedTuple
 import pandas as pd
+import scipy
 import torch
-from scipy.stats import binomtest, kurtosis, shapiro
 from torch import Tensor
 from ...ground.estimate import Estimate, check_level
 from ...ground.streams import Stream
@@ -66,11 +66,11 @@ def gaussianity(
     rows = {}
     for name, seen in dict(projections=x @ way, coordinates=some).items():
         seen = seen / seen.abs().amax(0)
-        against = dict(shapiro=sum(shapiro(v).pvalue < .05 for v in seen.T.numpy()),
+        against = dict(shapiro=sum(scipy.stats.shapiro(v).pvalue < .05 for v in seen.T.numpy()),
                        anderson=(anderson_darling(seen) > ANDERSON_5).sum().item())
-        row = {"excess_kurtosis": torch.tensor(kurtosis(seen.numpy(), bias=False)).median().item()}
+        row = {"excess_kurtosis": torch.tensor(scipy.stats.kurtosis(seen.numpy(), bias=False)).median().item()}
         for test, k in against.items():
-            low, high = binomtest(int(k), seen.shape[1]).proportion_ci(method="wilson")
+            low, high = scipy.stats.binomtest(int(k), seen.shape[1]).proportion_ci(method="wilson")
             row |= {test: k / seen.shape[1], f"{test}_low": low, f"{test}_high": high}
         rows[name] = row
     return pd.DataFrame.from_dict(rows, "index").rename_axis("directions")
