@@ -33,11 +33,13 @@ def compare(specs, tmp_path, rtol):
     return a
 
 
-@pytest.mark.parametrize("estimator", [MiniBatch(10), MiniBatch(10, replace=True), FullBatch()])
-def test_together_is_alone_for_every_rule_and_seed(tmp_path, estimator):
+@pytest.mark.parametrize("estimator, rules", [(MiniBatch(10), RULES), (MiniBatch(10, replace=True), RULES[::4]), (FullBatch(), RULES[1::4]),
+    *(pytest.param(e, RULES, marks=pytest.mark.slow) for e in (MiniBatch(10, replace=True), FullBatch()))], ids=["every rule", "replace", "full", "replace, every rule", "full, every rule"])
+def test_together_is_alone_for_every_rule_and_seed(tmp_path, estimator, rules):
+    "A rule knows nothing of how its gradient was estimated: each rule with one estimator, some with the others."
     base = replace(SPEC, estimator=estimator)
-    specs = grid(base, rule=RULES) + grid(base, rule=RULES[:2], seed=[1, 2])
-    assert [len(s) for s in stacks(specs)] == [13]
+    specs = grid(base, rule=rules) + grid(base, rule=rules[:2], seed=[1, 2])
+    assert [len(s) for s in stacks(specs)] == [len(rules) + 4]
     compare(specs, tmp_path, 1e-9)
 
 
