@@ -100,8 +100,9 @@ def interval(expected: tuple[float, float]) -> str:
     return f"[{number(low)}, {number(high)}]" if low < high else number(low)
 
 def measurement(measured: Estimate) -> str:
-    "A value with its interval, or the bare value where that is exact."
+    "A value with its interval, or the bare value where that is exact; what is not finite is no number."
     value, _, low, high = measured
+    if not math.isfinite(value): return "no number"
     return number(value) if low == high else f"{number(value)} [{number(low)}, {number(high)}]"
 
 def claims_table(
