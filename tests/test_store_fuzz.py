@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from gradnb import PROBES, MiniBatch, Momentum, Probe, Run, Spec, Store
 from gradnb.bench.runs import DAMAGES, damaged
+import warm_probe  # noqa: F401
 
-SPEC = Spec("linear-60-16", "deeplinear:depth=1", "mse", Momentum(0.02), 12, MiniBatch(10), ("fuzz/μ", "fuzz/λ"))
+SPEC = Spec("linear-60-16", "deeplinear:depth=1", "mse", Momentum(0.02), 12, MiniBatch(10), ("warm/μ", "fuzz/λ"))
 WEATHER = {"fair": True}
 CHANGES = *DAMAGES, "swap", "gone"
 
@@ -25,16 +25,6 @@ def pictures():
         if view.step == 8 and not WEATHER["fair"]: raise KeyboardInterrupt
         return {"norm": view.grad.norm(), "draws": view.grads(2), "quarter": view.grad[:4]}
     return Probe("fuzz/λ", lambda step: step % 4 == 0, measure)
-
-
-@PROBES.add("fuzz/μ")
-def warm():
-    "Columns, and a tensor that the next measurement begins with, as a sharpness keeps one, for a hundredth of its time."
-    def measure(view):
-        last = view.memory.get("last", torch.zeros(()))
-        view.memory["last"] = last = torch.cos(last + torch.randn(view.theta.shape, generator=view.stream.generator()) + view.grad)
-        return {"value": last[0], "low": last.min(), "high": last.max()}
-    return Probe("fuzz/μ", lambda step: step % 3 == 0, measure)
 
 
 def train(root, spec=SPEC, **more):

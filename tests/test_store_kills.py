@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from gradnb import PROBES, MiniBatch, Momentum, Probe, Run, Spec, Store
 from gradnb.bench.runs import Fault, struck
@@ -27,9 +26,10 @@ from gradnb.runs.spec import MARKS
 from gradnb.runs.tracefiles import read_trace
 from gradnb.ground import files
 from gradnb.ground.traces import as_row
+import warm_probe  # noqa: F401
 
 POINTS = 240
-SPEC = Spec("linear-60-16", "deeplinear:depth=1", "mse", Momentum(0.02), 7, MiniBatch(10), ("kill test/μ", "kill test/λ"))
+SPEC = Spec("linear-60-16", "deeplinear:depth=1", "mse", Momentum(0.02), 7, MiniBatch(10), ("warm/μ", "kill test/λ"))
 
 
 @PROBES.add("kill test/λ")
@@ -38,16 +38,6 @@ def pictures():
         view.memory["seen"] = view.memory.get("seen", 0) + 1
         return {"seen": view.memory["seen"], "norm": view.grad.norm(), "draws": view.grads(2), "quarter": view.grad[:4]}
     return Probe("kill test/λ", lambda step: step % 2 == 0, measure)
-
-
-@PROBES.add("kill test/μ")
-def warm():
-    "Columns, and a tensor that the next measurement begins with, as a sharpness keeps one, for a hundredth of its time."
-    def measure(view):
-        last = view.memory.get("last", torch.zeros(()))
-        view.memory["last"] = last = torch.cos(last + torch.randn(view.theta.shape, generator=view.stream.generator()) + view.grad)
-        return {"value": last[0], "low": last.min(), "high": last.max()}
-    return Probe("kill test/μ", lambda step: step % 3 == 0, measure)
 
 
 def train(root, interval=0.0):
