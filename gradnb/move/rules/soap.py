@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ...ground.roles import check_range, kind
 from .inplace import InPlace, columns, refuse_complex
-from .shampoo import outers, packed, squares, turned, wide
+from .shampoo import gather, packed, squares, turned, wide
 
 # %% ../../../nbs/06_move/02_rules/19_soap.ipynb #basis
 def eigenbasis(
@@ -29,7 +29,7 @@ def followed(
     "One power iteration and a QR decomposition; columns in order of their Rayleigh quotients."
     AQ = A @ Q
     order = (Q * AQ).sum(0).argsort(descending=True)
-    return torch.linalg.qr(AQ[:, order]).Q, order
+    return torch.linalg.qr(AQ.index_select(1, order)).Q, order
 
 # %% ../../../nbs/06_move/02_rules/19_soap.ipynb #soap
 class SOAPState(NamedTuple):
@@ -37,8 +37,8 @@ class SOAPState(NamedTuple):
     step: int                     # gradients so far; the first moves nothing
     factors: dict[str, Tensor]    # L, R, … in one tensor a block
     bases: dict[str, Tensor]      # Q of each, likewise
-    exp_avg: dict[str, Tensor]    # M, in the coordinates of the block
-    exp_avg_sq: dict[str, Tensor] # V, in those of the bases
+    exp_avg: dict[str, Tensor]    # M, in the coordinates of the bases
+    exp_avg_sq: dict[str, Tensor] # V, likewise
 
 @kind
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ class SOAP(InPlace):
         w, g, F, Q, m, v = columns(blocks, blocks, grads, state.factors, state.bases, state.exp_avg, state.exp_avg_sq)
         if k: m, v = self.go(w, g, Q, m, v, k, ops)
         shapes, due = [self.sides(b) for b in g], k % self.every == 0
-        F = ops.lerp(F, [outers(b.reshape(b.shape or (1,)).to(wide(b)), dims) for b, dims in zip(g, shapes)], 1 - decay)
-        if due: Q = ops.mul(Q, 1.)
+        F = ops.own(F)
+        for f, b, dims in zip(F, g, shapes): gather(f, b.reshape(b.shape or (1,)).to(wide(b)), dims, decay, 1 - decay)
+        if due: Q, still = ops.own(Q), [self.turn(t, q, True) for t, q in zip(m, Q)]
         for dims, f, q, second in zip(shapes, F, Q, v) if due else ():
             for i, (A, basis) in enumerate(zip(squares(f, dims), squares(q, dims))):
                 if not dims[i]: continue
@@ -87,6 +88,7 @@ class SOAP(InPlace):
                 new, order = followed(A, basis)
                 basis.copy_(new)
                 second.copy_(second.index_select(i, order) if second.ndim else second)
+        if due: m = [self.turn(t, q) for t, q in zip(still, Q)]
         return SOAPState(k + 1, *(dict(zip(blocks, t)) for t in (F, Q, m, v)))
 
     def turn(self, t: Tensor, q: Tensor, back: bool = False) -> Tensor:
@@ -105,10 +107,10 @@ class SOAP(InPlace):
     def go(self, w, g, Q, m, v, k: int, ops):
         "A step of Adam in the bases; returns both moments."
         turn, there = self.turn, [self.turn(t, q) for t, q in zip(g, Q)]
-        m, v = ops.lerp(m, g, 1 - self.beta1), ops.lerp(v, torch._foreach_mul(there, there), 1 - self.beta2)
+        m, v = ops.lerp(m, there, 1 - self.beta1), ops.lerp(v, torch._foreach_mul(there, there), 1 - self.beta2)
         root = torch._foreach_sqrt(v)
         torch._foreach_add_(root, self.eps)
-        steps = [turn(turn(t, q) / r, q, True) for t, q, r in zip(m, Q, root)]
+        steps = [turn(t / r, q, True) for t, q, r in zip(m, Q, root)]
         torch._foreach_add_(w, steps, alpha=-self.rate(k))
         if self.weight_decay: torch._foreach_mul_(w, 1 - self.lr * self.weight_decay)
         return m, v
