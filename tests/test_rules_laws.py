@@ -24,6 +24,7 @@ from gradnb.measure.probes.view import every, probe
 from gradnb.runs.laws import check_rule, check_stepper, same, stored
 from gradnb.models import build_model
 from gradnb.problem import Problem
+from gradnb.ground.layout import real
 from gradnb.ground.roles import RULES, Passing, Rule, State, check_range
 from gradnb.ground.streams import Stream
 from gradnb.ground.trees import flatten, unflatten
@@ -296,7 +297,7 @@ def test_a_run_holds_its_parameters_two_moments_and_a_gradient():
     assert peak_bytes(lambda: Descent(Adam(1e-3)).step(problem, state)) / problem.theta0.nbytes < 3.15     # the next θ and moments, and what one block needs
 
 
-KERNELS = [Adam(.01), Momentum(.1), Momentum(.1, nesterov=True)]
+KERNELS = [GD(.1), Adam(.01), Momentum(.1), Momentum(.1, nesterov=True)]
 
 
 def walked(rule, dtype=torch.float32, threads=1, steps=3, lay=lambda t: t, alone=False):
@@ -338,9 +339,15 @@ def test_a_kernel_takes_the_step_of_the_passes(rule, monkeypatch):
     (one, kept), (other, held) = (rule.step(rule.init({"w": b}, {}), {"w": b}, {"w": d}) for b, d in ((w, g), (w.contiguous(), turned(g))))
     close(one["w"], other["w"])
     close(rule.step(held, one, {"w": g})[0]["w"], rule.step(kept, one, {"w": g})[0]["w"])       # a state that lies otherwise than its block
+    z, by = torch.complex(truth[-1], g), torch.tensor(1j, dtype=torch.complex128).conj().imag     # −1, as minus another
+    step = lambda w, g: rule.step(rule.init({"w": w}, {}), {"w": w}, {"w": g})[0]["w"]
+    close(real(step(z, z.sin().conj())), step(real(z), real(z.sin().conj())))                # a complex block moves as its pairs
+    close(step(truth[-1].sum(), by), step(truth[-1].sum(), by.clone()))
+    close(torch.compile(step, backend="aot_eager", fullgraph=True)(w, g), step(w, g))
     import gradnb.move.rules.adam
+    import gradnb.move.rules.gd
     import gradnb.move.rules.momentum
-    for module in gradnb.move.rules.adam, gradnb.move.rules.momentum: monkeypatch.setattr(module, "fused", lambda *_, **__: None)
+    for module in gradnb.move.rules.adam, gradnb.move.rules.gd, gradnb.move.rules.momentum: monkeypatch.setattr(module, "fused", lambda *_, **__: None)
     close(walked(rule, torch.float64), truth)
 
 

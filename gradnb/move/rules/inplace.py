@@ -17,6 +17,7 @@ import torch
 import torch.autograd.forward_ad as forward
 from torch import Tensor
 from torch.nn import Parameter
+from ...ground.layout import real
 from ...ground.registry import unknown
 from ...ground.roles import Rule, own
 
@@ -115,15 +116,17 @@ def fused(
 ) -> list[list[Tensor]] | None:    # the next state; None: nothing was done
     "All passes of an update at once, by a kernel of torch's that knows no derivative; each block to the same bits in whatever call and in however many threads."
     every = [*chain(w, g, *state)]
-    if not hasattr(torch, name) or w[0].device.type not in ("cpu", "cuda") or type(w[0]) not in (Tensor, Parameter) or len({*map(attrgetter("dtype"), every)}) > 1: return None
+    if not hasattr(torch, name) or torch.compiler.is_compiling() or w[0].device.type not in ("cpu", "cuda") or type(w[0]) not in (Tensor, Parameter) or len({*map(attrgetter("dtype"), every)}) > 1: return None
     if forward._current_level >= 0 or torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), every)): return None
-    state = laid = [*map(ops.own, state)]
-    if not all(map(Tensor.is_contiguous, every)):       # the kernel takes entries as they lie in memory
-        order = [sorted(range(t.ndim), key=t.stride, reverse=True) for t in w]
-        w, g, *laid = ([*map(Tensor.permute, ts, order)] for ts in (w, g, *state))
-        if not all(map(Tensor.is_contiguous, chain(w, *laid))): return None
-        g = [*map(Tensor.contiguous, g)]
-    getattr(torch, name)(w, g, *laid, **hyper)
+    state = [*map(ops.own, state)]
+    laid = [w, [*map(Tensor.resolve_neg, g)], *state]       # a gradient of one entry may come as minus that of another
+    if w[0].is_complex(): laid = [[*map(real, ts)] for ts in laid]
+    if not all(map(Tensor.is_contiguous, chain(*laid))):       # the kernel takes entries as they lie in memory
+        order = [sorted(range(t.ndim), key=t.stride, reverse=True) for t in laid[0]]
+        w, g, *rest = ([*map(Tensor.permute, ts, order)] for ts in laid)
+        if not all(map(Tensor.is_contiguous, chain(w, *rest))): return None
+        laid = [w, [*map(Tensor.contiguous, g)], *rest]
+    getattr(torch, name)(*laid, **hyper)
     return state
 
 def watched(t) -> bool:
