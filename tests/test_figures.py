@@ -22,7 +22,7 @@ from nbformat import v4
 
 from gradnb.models import MODELS
 from gradnb.show import build, figures
-from gradnb.show.claims import batch_means, claim, claims_table, load_claims, mark, save_claims, status
+from gradnb.show.claims import batch_means, claim, claims_table, load_claims, mark, measurement, save_claims, status
 from gradnb.ground.estimate import Estimate
 from gradnb.show.build import dry_run, run_figures
 from gradnb.show.gallery import verdict
@@ -504,7 +504,9 @@ def test_an_interval_that_reaches_over_an_end_decides_nothing(tmp_path, value, l
     "In memory, and as read from a file, which keeps no sign of what is not finite; what is not judged is not undecided."
     made = claim("x", "y", expected, Estimate(value, 1., low, high))
     save_claims([made], tmp_path / "c.json")
-    for one in (made, *load_claims(tmp_path / "c.json")): assert " ".join(status(one)) == said and one.decided is ("undecided" not in said)
+    for one in (made, *load_claims(tmp_path / "c.json")):
+        assert " ".join(status(one)) == said and one.decided is ("undecided" not in said)
+        assert measurement(one.measured) == measurement(made.measured) and "nan" not in claims_table([one])
     assert mark(made) == said.replace("holds", "✓").replace("fails", "✗").replace(" undecided", "?")
     assert ("undecided" in claims_table([made])) == ("undecided" in said) == ("undecided" in verdict([made]))
     smoke = replace(made, judged=False)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import wrap
 import numpy as np
-from ..ground.estimate import Estimate
+from ..ground.estimate import Estimate, between
 from ..runs import replace_file
 
 # %% ../../nbs/09_show/02_claims.ipynb #claim
@@ -103,7 +103,7 @@ def measurement(measured: Estimate) -> str:
     "A value with its interval, or the bare value where that is exact; what is not finite is no number."
     value, _, low, high = measured
     if not math.isfinite(value): return "no number"
-    return number(value) if low == high else f"{number(value)} [{number(low)}, {number(high)}]"
+    return number(value) + between(low, high).replace("inf", "∞") * (low != high)
 
 def claims_table(
     claims: Sequence[Claim],

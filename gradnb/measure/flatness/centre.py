@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor
-from ...ground.estimate import Estimate, in_unit
+from ...ground.estimate import Estimate, between, in_unit
 from ...models.losses import accuracies
 from ...problem import Problem
 from ...ground.registry import Registry
@@ -30,7 +30,7 @@ class Reading(NamedTuple):
     cost: float        # gradients over the examples that were measured on
 
     def __str__(self):
-        shown = f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}], {self.cost:.3g} gradients"
+        shown = f"{self.value:.4g}{between(self.low, self.high)}, {self.cost:.3g} gradients"
         return shown if self.converged else f"{shown}, NOT converged"
 
 MEASURES = Registry("flatness measure", "gradnb.measure.flatness.*")   # name → function of (centre, **options) that returns a Reading

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from ...data.sources import held
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, between
 from ...ground.roles import RULES, Rule, keeps_average
 from ...measure.noise.comparing import Counted
 from ...move.rules.schedule import Cosine, Scheduled
@@ -115,8 +115,8 @@ class Comparison:
     protocol: str           # what everyone was given, in words
 
     def __str__(self):
-        rows = [f"{r.task}: {r.rule} {r.steps:.4g} steps [{r.low:.4g}, {r.high:.4g}]" for r in self.table.itertuples()]
-        rows += [f"{r.task}: {r.first} / {r.second} = {r.ratio:.3g} [{r.low:.3g}, {r.high:.3g}], p = {r.holm:.2g} of {len(self.pairs)} (Holm){'' if r.told else ', not told apart'}" for r in self.pairs.itertuples()]
+        rows = [f"{r.task}: {r.rule} {r.steps:.4g} steps{between(r.low, r.high)}" for r in self.table.itertuples()]
+        rows += [f"{r.task}: {r.first} / {r.second} = {r.ratio:.3g}{between(r.low, r.high, 3)}, p = {r.holm:.2g} of {len(self.pairs)} (Holm){'' if r.told else ', not told apart'}" for r in self.pairs.itertuples()]
         flags = [f"! {r.task}, {name}: {r.flag}" for of, names in ((self.table, ("rule",)), (self.pairs, ("first", "second")))
                  for r in of.itertuples() if r.flag and (name := " / ".join(getattr(r, n) for n in names))]
         return "\n".join([self.protocol, *rows, *flags])

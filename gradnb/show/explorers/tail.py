@@ -16,7 +16,7 @@ import ipywidgets
 import numpy as np
 import torch
 from torch import Tensor
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, between
 from .drawing import Look
 from .explorer import Explorer
 from .series import DASHED, Line, Panel
@@ -145,7 +145,7 @@ class TailExplorer(Explorer):
     def judged(self, look: TailLook, records: dict[int, Magnitudes], m: int, said) -> list[Panel]:
         "The index in numbers, beside that of samples without a heavy tail, and what may be said."
         at = f"{look.method}, m = {m}" + f", k = {look.k:.2%}" * (look.method in EXTREME)
-        text = [f"{at}: {said or 'computing …'}" if not isinstance(said, Estimate) else f"{at}: α = {said.value:.3g} [{said.low:.3g}, {said.high:.3g}]"]
+        text = [f"{at}: {said or 'computing …'}" if not isinstance(said, Estimate) else f"{at}: α = {said.value:.3g}{between(said.low, said.high, 3)}"]
         name, title = "the index and its controls", "verdict"
         if self.sketch is not None:
             return [Panel(title, note=f"{text[0].rstrip(chr(46))}. A sketch keeps magnitudes only; controls and a verdict need a sample, TailExplorer(noise).", linked=False)]

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from torch import Tensor
-from ...ground.estimate import Estimate
+from ...ground.estimate import Estimate, between
 from ...ground.layout import Layout
 from .traces import palette, style
 from ...ground.streams import Stream
@@ -175,7 +175,7 @@ def caption(
 ) -> str:
     "All that the index depends on, and what it means, in words."
     data, (n, p), moving = row.loc["data"], noise.shape, alive(noise)
-    return (f"α = {data.value:.3g} [{data.low:.3g}, {data.high:.3g}], Mohammadi's estimator across draws: {n // m} blocks of m = {m} from "
+    return (f"α = {data.value:.3g}{between(data.low, data.high, 3)}, Mohammadi's estimator across draws: {n // m} blocks of m = {m} from "
             f"{n:,} draws of {p:,} parameters, of which {1 - moving.shape[1] / p:.1%} never move; {(moving == 0).double().mean().item():.1%} "
             f"of the other values are zero. {facts} It is {gaussian_verdict(row)}. "
             f"On single parameters that are seldom zero, each with its own scale: a power tail is {'seen' if isfinite(power.high) else 'not seen'} "
