@@ -1,12 +1,15 @@
 "Eigenvalues and traces against dense eigenvalues, SciPy, a textbook Lanczos and closed forms."
 from contextlib import contextmanager
 from math import pi, sqrt
+from threading import Barrier, Thread
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from scipy.sparse.linalg import LinearOperator, eigsh
 from gradnb.ground.estimate import Estimate
+from gradnb.ground.parts import Parts, parted
 from gradnb.linalg import Eigs, hutchinson, lanczos, lobpcg, power_iteration
+from gradnb.linalg import scan
 from gradnb.linalg.basis import Basis
 from gradnb.linalg.vectors import orthonormalise
 from gradnb.linalg.unseen import lanczos_bound
@@ -480,3 +483,44 @@ def test_a_bound_at_once_knows_of_the_top_of_a_spectrum():
     found = lanczos_bound(A.__matmul__, A[0], 1e-3, 40)
     assert found.converged and found.matvecs < 40 and len(found.sketch.values) == 5
     assert ((found.sketch.vectors[:, :2].double() * U[:, :2]).sum(0).abs() > .99).all() and (found.sketch.values[:2] - torch.tensor([9., 7.])).abs().max() < .01
+
+
+def on_shards(sizes, search):
+    "What each of so many threads gets, each with a part of every vector; `search` takes what makes vectors whole, and the part."
+    ends, pieces, found, wait = [0, *torch.tensor(sizes).cumsum(0).tolist()], {}, {}, Barrier(len(sizes), timeout=60)
+    def gathered(i, t):
+        pieces[i] = t.clone()
+        wait.wait()
+        all = [pieces[j] for j in range(len(sizes))]
+        wait.wait()
+        return all
+    def part(i):
+        mine = slice(ends[i], ends[i + 1])
+        whole = Parts(ends[-1], lambda t: sum(gathered(i, t)), lambda stream: torch.randn(ends[-1], generator=stream.generator(), dtype=F64)[mine])
+        try:
+            with parted(whole): found[i] = search(lambda v: torch.cat(gathered(i, v)), mine)
+        except BaseException:
+            wait.abort()
+            raise
+    threads = [Thread(target=part, args=(i,)) for i in range(len(sizes))]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    return [found[i] for i in range(len(sizes))]
+
+
+def test_what_a_scan_finds_on_shards_is_what_it_finds_alone(monkeypatch):
+    "A start that is blind to the largest eigenvalue, so that the rows of a scan are made once more; and a search that is warm from its sketch."
+    again, twice = scan._Bent.again, []
+    monkeypatch.setattr(scan._Bent, "again", lambda self, *args: twice.append(1) or again(self, *args))
+    A, U = symmetric(torch.cat([torch.tensor([9.5, 9, 7, 5, 3, 2.5]), torch.linspace(0, 1, 294)]).double())
+    start, moved = U[:, 1] + .01 * U[:, 7:].mean(1), A + .01 * (U[:, 5:6] @ U[:, 7:8].T + U[:, 7:8] @ U[:, 5:6].T)
+    def search(whole, mine):
+        cold = lanczos(lambda v: (A @ whole(v))[mine], start[mine], memory=14., keep=4)
+        return cold, lanczos(lambda v: (moved @ whole(v))[mine], cold.vectors, memory=14., keep=4, sketch=cold.sketch, stream=Stream(1))
+    known = lambda sketches: (V := torch.cat([s.vectors for s in sketches]).double()) * sketches[0].values @ V.T
+    for alone, *ranks in zip(search(lambda v: v, slice(None)), *on_shards([100, 151, 49], search)):
+        for r in ranks: assert r.converged and r.matvecs == alone.matvecs and torch.allclose(r.values, alone.values, rtol=1e-12) and torch.allclose(r.errors, alone.errors, rtol=1e-9)
+        assert abs(alone.values[0] - 9.5) <= alone.errors[0] <= .01
+        assert torch.allclose(torch.cat([r.vectors for r in ranks]), alone.vectors, atol=1e-10)
+        assert torch.allclose(known([r.sketch for r in ranks]), known([alone.sketch]), atol=1e-4)
+    assert len(twice) == 4
