@@ -142,8 +142,8 @@ def hill(s):
 def sharp(s, stream, **held): return sharpness(*hill(s), s.k, s.tol, stream=stream, **held)
 
 def in_few(s, stream):
-    "Within a memory between the least and what `sharpness` takes of a large θ, in one of the three ways."
-    least, way = 2 * s.k + 6, (cold, warm, sharp)[int(uniform(stream / "way", 1, high=3))]
+    "Within a memory between the least, what `sharpness` takes of a large θ, and more, in one of the three ways."
+    least, way = ((2 * s.k + 6, cold), (4 * s.k + 5, warm), (3 * s.k + 5, sharp))[int(uniform(stream / "way", 1, high=3))]
     return way(s, stream, memory=uniform(stream / "memory", 1, low=least, high=2 * least).item())
 
 def drawn_block(s, stream): return lobpcg(product(s.values), normal(stream / "block", len(s.values), s.k + 2).to(s.start), s.k, s.tol, stream=stream)

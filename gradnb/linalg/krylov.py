@@ -144,7 +144,7 @@ def lanczos(
     basis: int | None = None,            # basis vectors kept; as many as are needed, up to 2²⁶ numbers and the memory
     stream: Stream = Stream(0, ("lanczos",)),  # random directions
     sketch: Sketch | None = None,        # of a matrix nearby: an earlier answer's
-    memory: float | None = None,         # copies of the start held at a time, with the start and 3 for a product; None: as many as it wants
+    memory: float | None = None,         # copies of a vector held at a time, with the start, the old sketch and 3 for a product; None: as many as it wants
     keep: int = 0,                       # pairs in the sketch of the answer; 0: none is made
     vectors: bool = False,               # hold the residuals against tol too, for whoever needs the vectors
     check: bool = True,                  # False: columns of the start past k are guards, nobody looks further, errors are infinite
@@ -161,20 +161,23 @@ def lanczos(
     follow, guards = max(j, k + (j < k)), 0 if check else max(j - k, 0)
     budget, least = 200 + 20 * k if max_matvecs is None else max_matvecs, max(24, 16 + 2 * follow)
     lean, half, held, copies = memory is not None, None, 0, inf if memory is None else memory
-    if copies < 2 * k + 6:
-        raise ValueError(f"memory = {copies:g} copies cannot follow k = {k} pairs: a product takes 3, the start one and the search at least {2 * k + 2}; give {2 * k + 6} or more.")
+    own = 0 if made else j                                                   # of the start, which its owner keeps
+    spare = copies - own - 2 * k - 5                                         # for an old sketch and a new
+    if spare < (k if keep else 0):
+        raise ValueError(f"memory = {copies:g} copies cannot follow k = {k} pairs: the search takes {2 * k + 2}, a product 3{f', the start {own}' * (own > 0)}{f', sketches {k}' * (keep > 0)}; "
+                         f"give {2 * k + 5 + own + k * (keep > 0)} or more.")
     if lean:
         half = torch.bfloat16 if rows.dtype == torch.float32 else torch.float32
-        keep = min(keep, k + 6, max(k, int(copies - 2 * k - 7 + made)))         # of the old sketch and of the new
+        keep = min(keep, k + 6, max(k, int(spare) - 1))
         if sketch is not None:                                               # as much of it as fits
             column = sketch.vectors.element_size() / rows.element_size()
-            sketch = Sketch(*(x[..., :n] for x in sketch[:2])) if (n := int((copies - 2 * k - 6) / 2 / column)) else None
+            sketch = Sketch(*(x[..., :n] for x in sketch[:2])) if (n := int(spare / 2 / column)) else None
             held = sketch.vectors.shape[1] * column if sketch else 0
     size = min(p, basis if basis is not None else max(least + 16, min(budget + j, 2**26 // p)) if check else least)
     if size < min(p, follow + 2):
         raise ValueError(f"basis = {basis} is too small to follow {follow} pairs; give at least {follow + 2}.")
     if budget < k: raise ValueError(f"max_matvecs = {budget} cannot give k = {k} pairs; each takes a product.")
-    B = Basis(matvec, rows, size, copies - held - 4 + made, sketch)
+    B = Basis(matvec, rows, size, copies - own - held - 3, sketch)
     if not B.add(rows if made else rows.clone()): B.add_random(stream)
     done, new = _settle(B, k, guards, follow, tol, stream, budget, vectors, keep), None
     error = torch.full((k,), inf if B.m < p else 0, dtype=torch.float64)

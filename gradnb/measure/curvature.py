@@ -44,14 +44,16 @@ def _in_parts(problem, k, warm, stream, which, tol, memory, **options):
     if which == "magnitude": raise ValueError("of sharded parameters one end is searched at a time: which is 'largest' or 'smallest'.")
     grad, sign, sketch = problem.grad, 1 if which == "largest" else -1, None
     problem.finite(size := problem.length(grad), "the gradient")
-    noise = problem.parts.random(stream).to(grad)
-    start = noise / problem.length(noise)
-    if size: start += grad / size
-    if isinstance(warm, Sketch):
-        sketch, first = warm, warm.vectors[:, :k].to(grad.dtype, copy=True)
-        first[:, -1] += .03 * start
-        start = first
-    elif warm is not None: start = warm
+    if isinstance(warm, Sketch): sketch = warm
+    def start():
+        if isinstance(warm, Tensor): return warm.clone()
+        along = problem.parts.random(stream).to(grad)
+        along /= problem.length(along)
+        if size: along += grad / size
+        if sketch is None: return along
+        first = sketch.vectors[:, :k].to(grad.dtype, copy=True)
+        first[:, -1] += .03 * along
+        return first
     problem.error()                                    # of nobody's search so far
     with parted(problem.parts):
         eigs = lanczos(lambda v: sign * problem.hvp(v), start, k, tol, stream=stream / "lanczos", sketch=sketch, keep=k + 8, memory=memory, **options)
@@ -125,6 +127,6 @@ def sharpness(
     if memory is not None:
         one = point.theta.nbytes
         check_free(f"a search for {k} eigenvalue{'s' * (k > 1)} holds up to {memory:g} copies of θ,", memory * one, point.theta.device,
-                   lambda free: f"give it memory={int(free / one)}" if free >= (2 * k + 6) * one else f"it needs {2 * k + 6} copies, so free some")
+                   lambda free: f"give it memory={int(free / one)}" if free >= (3 * k + 5) * one else f"it needs {3 * k + 5} copies, so free some")
     options = dict(memory=memory, tol=tol, max_matvecs=max_matvecs, vectors=vectors, check=check)
     return _two_ends(point, k, warm, stream, **options) if which == "magnitude" else _one_end(point, k, warm, stream, which, **options)
