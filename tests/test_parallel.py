@@ -208,7 +208,7 @@ def test_sharded_parameters_are_those_of_one_process(n, which, tmp_path):
     names, shapes, sizes = zip(*((k, p.shape, p.numel()) for k, p in net.named_parameters()))
     theta = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
     def loss(t): return torch.nn.functional.cross_entropy(torch.func.functional_call(net, {k: b.view(s) for k, s, b in zip(names, shapes, t.split(sizes))}, x), y)
-    grad, H = torch.func.grad(loss)(theta), torch.autograd.functional.hessian(loss, theta)
+    grad, H = torch.func.grad(loss)(theta), torch.autograd.functional.hessian(loss, theta, vectorize=True)
     exact = torch.linalg.eigvalsh(H).flip(0)
     ranks, watched = zip(*(torch.load(tmp_path / f"{k}.pt", weights_only=True) for k in range(n)))
     for rank in ranks:
@@ -355,7 +355,7 @@ HALF = textwrap.dedent("""
                     for k in range(4):
                         net.set_requires_gradient_sync(k % 2 == 1)           # a step of two passes, with a look between them
                         loss(net, x, y).backward()
-                        if look and k in (0, 2): found = sharpness(Sharded(net, lambda model: loss(model, x, y)).frozen(), tol=1e-2, warm=found and found.sketch)
+                        if look and k in (0, 2): found = sharpness(Sharded(net, lambda model: loss(model, x, y)).frozen(), warm=found and found.sketch, max_matvecs=2)
                         if k % 2: opt.step(), opt.zero_grad()
                     state = [t for p in net.parameters() for t in opt.state[p].values()]
                     ends.append([getattr(t, "to_local", lambda: t)().clone() for t in (*net.parameters(), *state)])
@@ -379,7 +379,7 @@ def test_half_precision_is_measured_in_single(tmp_path):
         names, shapes, sizes = zip(*((k, p.shape, p.numel()) for k, p in net.named_parameters()))
         theta = torch.cat([seen["theta"][k].double().reshape(-1) for k in names])
         def loss(t): return made["loss"](lambda x: torch.func.functional_call(net, {k: b.view(s) for k, s, b in zip(names, shapes, t.split(sizes))}, x), *made["texts"]())
-        with sdpa_kernel(SDPBackend.MATH): exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, theta))[-1]
+        with sdpa_kernel(SDPBackend.MATH): exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, theta, vectorize=True))[-1]
         assert seen["same"] and other[kind]["same"]
         assert abs(seen["values"][0] - exact) <= seen["errors"][0] < .1 * exact, kind
 
@@ -422,7 +422,7 @@ KINKED = textwrap.dedent("""
                 problem, opt = Sharded(net, mean), torch.optim.SGD(net.parameters(), .5)
                 for step in range(1 + (kind == "cnn")):        # where the model is, as it moves
                     before = len(calls)
-                    found = sharpness(problem, tol=1e-2)
+                    found = sharpness(problem, tol=3e-2)
                     out[f"{kind} {step}"] = dict(found=(found.values[0], found.errors[0]), gradients=(len(calls) - before) / found.matvecs, theta={k: p.full_tensor().detach() for k, p in net.named_parameters()})
                     opt.zero_grad()
                     mean(net).backward()
@@ -444,7 +444,7 @@ def test_differences_keep_to_the_pieces_of_relus(tmp_path):
         names, shapes, sizes = zip(*((k, p.shape, p.numel()) for k, p in net.named_parameters()))
         theta = torch.cat([seen["theta"][k].double().reshape(-1) for k in names])
         def loss(t): return made["loss"](kind.split()[0], torch.func.functional_call(net, {k: b.view(s) for k, s, b in zip(names, shapes, t.split(sizes))}, x.double()), y)
-        exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, theta))[-1]
+        exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, theta, vectorize=True))[-1]
         value, error = seen["found"]
         assert abs(value - exact) <= error < .05 * exact, (kind, value, error, exact)
         assert seen["gradients"] < 7
