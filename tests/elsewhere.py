@@ -186,7 +186,7 @@ def test_estimators(estimator):
     same(lambda where: train(problem(where), Descent(GD(.1), ESTIMATORS.build(estimator)), 8, progress=False)[0].theta)
 
 
-ARGUMENTS = {"spectrum": "draws=2,steps=12", "generalized_sharpness": "norm=spectral,starts=1,tol=.1", "tail_index": "draws=80,surrogates=2", "noise_norms": "draws=48", "batch_tests": "examples=20",
+ARGUMENTS = {"spectrum": "draws=2,steps=12", "generalized_sharpness": "norm=spectral,starts=1,tol=.1", "tail_index": "draws=80,surrogates=3", "noise_norms": "draws=48", "batch_tests": "examples=20",
              "original_index": "size=10", "flatness": "measure=sam", "rule": "field=velocity", "subspace": "k=2,tol=.1", "gauss_newton": "k=2,tol=.1", "averaged": "probe=[grad_norm:every=2]",
              "batch_sharpness": "draws=8", "interaction_sharpness": "draws=8", "update_radius": "tol=.1,products=6", "sharpness": "tol=.1", "preconditioned_sharpness": "tol=.1", "stabilization": "tol=.1",
              "published_variance": "draws=8", "update_variance": "draws=8", "frobenius": "products=8,examples=20"}
