@@ -353,10 +353,12 @@ def test_first_the_error_then_the_note(error, line):
 # --- what lies in the working folder --------------------------------------------------------------------------------
 
 def test_workers_import_nothing_from_the_working_folder(tmp_path):
-    for module in "multiprocessing", "random", "gradnb": (tmp_path / f"{module}.py").write_text("open(__name__ + ' ran', 'w')")
-    line = ["-P", "-c", "import sys; from gradnb.cli import main; sys.exit(main())", *BASE.split(), "--lr", "0.1", "--axis", "seed=0", "--workers", "1", "--store", "s"]
-    done = subprocess.run([sys.executable, *line], cwd=tmp_path, capture_output=True, text=True)
-    assert [*tmp_path.glob("* ran")] == [] and done.returncode == 0 and "1 of 1 runs done" in done.stderr, done.stderr
+    "Of a command, which looks for modules beside itself; Python hands its own -P on."
+    (here := tmp_path / "here").mkdir()
+    (command := tmp_path / "command").write_text("import sys\nif __name__ == '__main__':\n from gradnb.cli import main\n sys.exit(main())")
+    for module in "multiprocessing", "random", "gradnb": (here / f"{module}.py").write_text("open(__name__ + ' ran', 'w')")
+    done = subprocess.run([sys.executable, command, *BASE.split(), "--lr", "0.1", "--axis", "seed=0", "--workers", "1", "--store", "s"], cwd=here, capture_output=True, text=True)
+    assert [*here.glob("* ran")] == [] and done.returncode == 0 and "1 of 1 runs done" in done.stderr, done.stderr
 
 
 def test_programs_are_not_looked_for_in_the_working_folder(tmp_path, monkeypatch):
