@@ -177,6 +177,7 @@ def test_the_original_number(problem, split):
 
 @pytest.mark.parametrize("spec, words", [
     ("tail_index:draws=79", "tail_index: draws=79 are too few for 20 blocks of 2 differences; take draws=80 or more"),
+    ("tail_index:surrogates=2", "tail_index needs a whole number 3 ≤ surrogates"), ("original_index:surrogates=0", "original_index needs a whole number 3 ≤ surrogates"),
     ("tail_index:draws=100,m=4", "take draws=160 or more"), ("tail_index:groups=all", "got 'all'"),
     ("tail_index:method=moh", "no tail estimator 'moh'"), ("noise_norms:draws=10", "take draws=40 or more"),
     ("original_index:split=valid", "got 'valid'"), ("tail_index:split=valid", "got 'valid'")])

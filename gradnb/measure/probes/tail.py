@@ -54,7 +54,7 @@ def tail_index_probe(
     draws: int = 160,            # gradients
     groups: str = "network",     # or "layers": each block too
     coordinates: int = 8192,     # of each group, drawn at random; a smaller group is taken whole
-    surrogates: int = 10,        # Gaussian samples of the same covariance; 0: none
+    surrogates: int = 10,        # Gaussian samples of the same covariance, at least 3; 0: none
     split: str = "train",        # or "test"
 ) -> Probe:
     """Tail index of the run's gradient noise across draws, and of its Gaussian surrogate; nan where the estimator refuses.
@@ -66,6 +66,7 @@ def tail_index_probe(
     if method not in METHODS: raise ValueError(f"there is no tail estimator {method!r}; choose among {', '.join(METHODS)}.")
     if (draws // 2) // (least := (m or 2) if method.startswith("mohammadi") else 1) < LEAST_BLOCKS:
         raise ValueError(f"tail_index: draws={draws} are too few for {LEAST_BLOCKS} blocks of {least} differences; take draws={2 * least * LEAST_BLOCKS} or more.")
+    if surrogates: check_number("tail_index", "surrogates", surrogates, 3, whole=True)
     def measure(view):
         where = sampled_groups(view, groups, coordinates)
         source = run_grads(view, draws, split)
@@ -120,6 +121,7 @@ def original_index_probe(
     title = of_split("original_index", split)
     check_number("original_index", "size", size, 1, whole=True)
     check_number("original_index", "most", most, 2, whole=True)
+    check_number("original_index", "surrogates", surrogates, 3, whole=True)
     def measure(view):
         problem = on_split(view.frozen, split)
         kept = min(problem.n // size, most)
