@@ -182,3 +182,12 @@ def test_loss_by_class_needs_classes():
     for word, says in (("class_loss:groups=-1", "groups"), ("class_loss:split=valid", "split"), ("class_loss:groups=2.5", "whole")):
         with pytest.raises(ValueError, match=says): PROBES.build(word)
     assert PROBES.build("class_loss:groups=3").name == "class_loss of 3" and PROBES.build("class_loss").name == "class_loss"
+
+
+@pytest.mark.parametrize("word, least", [
+    ("update_variance:draws=1", 2), ("published_variance:draws=2", 3), ("noise_scale:examples=1", 2), ("noise_scale:examples=-1", 2), ("batch_tests:examples=1", 2),
+    ("gradient_moments:examples=2", 3), ("tic:examples=1", 2), ("tic:samples=1", 2), ("flatness:measure=sam,examples=0", 1), ("noise_scales:examples=1", 2),
+    ("frobenius:products=5", 6), ("frobenius:examples=1", 2), ("tail_index:m=0", 1), ("tail_index:coordinates=0", 1), ("original_index:most=2", 3)])
+def test_what_is_too_little_for_any_network_is_refused_before_a_run(word, least):
+    name = word.rpartition(":")[2].rpartition(",")[2].partition("=")[0]
+    with pytest.raises(ValueError, match=f"{least} ≤ {name} < inf, got {name}="): PROBES.build(word)

@@ -9,7 +9,7 @@ from torch import nn
 
 from gradnb import Descent, GD, Groups, MiniBatch, Problem, Quadratic, Stream, build_model, load_dataset, optim, trajectory, update_radius
 from gradnb.data import Dataset
-from gradnb.ground.roles import RULES, State
+from gradnb.ground.roles import ESTIMATORS, RULES, State
 from gradnb.measure.thresholds.metrics import metric_of, preconditioned_sharpness
 from gradnb.move.faces.estimated import Estimated
 from gradnb.move.rules.kfac import KFAC
@@ -220,3 +220,8 @@ def test_groups_with_sophia_are_rules_that_resume():
     seen = [s.rule.states[0].refreshed for s in islice(trajectory(problem, Descent(rule)), 7)]
     assert seen == [0, 0, 0, 3, 3, 3, 6] or seen[1:] == [0, 0, 3, 3, 3, 6], seen
     with pytest.raises(ValueError, match="KFAC looks at the whole network.*give this group another rule"): Groups((("matrix", KFAC(.01)), ("*", GD(.1))))
+
+
+def test_rules_that_draw_examples_are_no_estimators_and_take_whole_numbers_of_them():
+    assert {"sophia", "kfac"} <= RULES.keys() and not {"sophia", "kfac"} & ESTIMATORS.keys()
+    with pytest.raises(ValueError, match="KFAC needs a whole number 1 ≤ size < inf, got size=2.5"): KFAC(.01, size=2.5)

@@ -113,7 +113,7 @@ def kind(
     if not is_dataclass(cls): raise TypeError(f"@kind stands above @dataclass(frozen=True), and {cls.__name__} is no dataclass.")
     steps, prepares = hasattr(cls, "step"), hasattr(cls, "prepare")
     for registry, name, files in ((KINDS, cls.__name__, True), (RULES, cls.__name__.lower(), steps and not prepares),
-                                  (ESTIMATORS, cls.__name__.lower(), hasattr(cls, "estimate")),
+                                  (ESTIMATORS, cls.__name__.lower(), hasattr(cls, "estimate") and not steps),
                                   (FLOWS, cls.__name__.lower(), steps and prepares)):
         if files: registry[name] = cls      # again, when a cell that defines it is run again
     return cls
@@ -166,7 +166,7 @@ def check_range(
 ):
     "Refuse a hyperparameter outside [low, high), one that is no number, and for a field that is an int one that is not whole."
     declared = getattr(owner, "__dataclass_fields__", {}).get(name)
-    check_number(type(owner).__name__, name, getattr(owner, name), low, high, declared is not None and declared.type in (int, "int"))
+    check_number(type(owner).__name__, name, getattr(owner, name), low, high, declared is not None and declared.type in (int, int | None, "int"))
 
 def check_number(
     who: str,            # whose argument it is

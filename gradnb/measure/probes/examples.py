@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from ...ground.estimate import Estimate
 from ...ground.draws import Draws
-from ...ground.roles import Batch, learning_rate
+from ...ground.roles import Batch, check_number, learning_rate
 from ...linalg import hutchinson
 from ..noise.batchsize import cabs, inner_product_test, norm_test, orthogonality_test
 from ..noise.coordinates import EVIDENCE, GSNR, NORMALIZED, Moments, means_over_parameters, tic_trace
@@ -38,6 +38,7 @@ def noise_scale_probe(
     run takes; where only means of batches are known, of up to 64 of them, in what weighs them: examples, or tokens.
     Costs a pass over all examples, two over some of them, two gradients for each batch; holds 4 copies of θ, of some examples 6.
     """
+    if examples: check_number("probe 'noise_scale'", "examples", examples, 2, whole=True)
     def measure(view):
         problem = view.problem
         batch = None if problem.dataset.whole else some_examples(view, examples)
@@ -70,6 +71,7 @@ def batch_tests_probe(
 
     Costs a pass over these examples, or one for each sweep of their layers where they need several parts, and holds 6 copies of θ.
     """
+    if examples: check_number("probe 'batch_tests'", "examples", examples, 2, whole=True)
     def measure(view):
         batch = some_examples(view, examples)
         spread = Spread.at(view.problem, view.theta, batch, turned=intervals)
@@ -93,6 +95,7 @@ def gradient_moments_probe(
 
     Costs two passes over these examples, one where a few vectors fit in 8 MB, and holds 6 copies of θ.
     """
+    if examples: check_number("probe 'gradient_moments'", "examples", examples, 3, whole=True)
     def measure(view):
         moments = Moments.at(view.problem, view.theta, some_examples(view, examples))
         found = zip(("gsnr", "evidence", "normalized"), means_over_parameters(moments, 1e-12, GSNR, EVIDENCE, NORMALIZED))
@@ -110,6 +113,8 @@ def tic_probe(
 
     Costs a Hessian product a sample and a pass over these examples, and holds 6 copies of θ beside the gradient's graph.
     """
+    if examples: check_number("probe 'tic'", "examples", examples, 2, whole=True)
+    check_number("probe 'tic'", "samples", samples, 2, whole=True)
     def measure(view):
         p = view.problem
         trace = hutchinson(view.point.hvp, p.p, samples, view.stream / "trace", p.dtype, p.device)

@@ -11,7 +11,7 @@ import torch
 from ..flatness.centre import MEASURES, Centre, logit_normalised
 from .view import PROBES, Probe
 from ...ground.registry import unknown
-from ...ground.roles import Batch
+from ...ground.roles import Batch, check_number
 
 # %% ../../../nbs/07_measure/09_probes/07_flatness.ipynb #probe
 @PROBES.add("flatness")
@@ -28,6 +28,7 @@ def flatness_probe(
     known = list(signature(MEASURES[measure]).parameters)[1:]
     for key in options:            # refused before the run, not during it
         if key not in known: raise unknown(f"argument of flatness measure {measure!r}", key, known)
+    if examples is not None: check_number("probe 'flatness'", "examples", examples, 1, whole=True)
     def look(view):
         problem = view.frozen if frozen else view.problem
         if normalised: problem = logit_normalised(problem)

@@ -78,7 +78,7 @@ def noise_scales_probe(
     Two gradients of each of the examples, at 5 copies of θ; of some parameters in one copy and theirs, without the gradients of the others' weights.
     Where only means of batches are known, in what weighs them: examples, or tokens.
     """
-    check_number("probe 'noise_scales'", "examples", examples, 0, whole=True)
+    if examples: check_number("probe 'noise_scales'", "examples", examples, 2, whole=True)
     def measure(view):
         problem, theta = view.problem, view.theta
         if params:

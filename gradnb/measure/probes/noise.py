@@ -13,7 +13,7 @@ from math import nan
 from ...problem.designs import Design, Exact, exact_variance
 from ...ground.estimate import Estimate
 from ...ground.draws import Draws, kept
-from ...ground.roles import ESTIMATORS, Estimator
+from ...ground.roles import ESTIMATORS, Estimator, check_number
 from ...ground.trees import flatten, unflatten
 from ..noise.compat import faghri2020
 from ..noise.coordinates import coordinate_normalized_variance
@@ -127,6 +127,7 @@ def update_variance_probe(
 
     Costs two steps a draw, one where all fit in 8 MB, and holds 2 copies of θ beside a gradient and the next θ.
     """
+    check_number("probe 'update_variance'", "draws", draws, 2, whole=True)
     def measure(view):
         rule, stepper = getattr(view.stepper, "rule", None), view.stepper
         if hasattr(rule, "unclipped"): stepper = replace(stepper, rule=rule.unclipped())
@@ -149,6 +150,7 @@ def published_variance_probe(
     Costs six times R gradients, twice R where they fit in 8 MB, and holds 6 copies of θ.
     """
     chosen = named_estimator(of)
+    check_number("probe 'published_variance'", "draws", draws, 3, whole=True)
     def measure(view):
         estimator, state = state_of(view, chosen)
         first, second = (kept(estimates(view, estimator, state, draws, half)) for half in ("first", "second"))

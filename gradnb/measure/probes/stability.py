@@ -47,8 +47,8 @@ def frobenius_probe(
     examples: int = 200,     # for the alignment; 0: it is left out
 ) -> Probe:
     "‖H‖_F, the loss alignment μ, and the largest norm at which SGD is linearly stable; columns value, low, high, alignment, alignment_low, alignment_high, threshold."
-    check_number("probe 'frobenius'", "products", products, 2, whole=True)
-    check_number("probe 'frobenius'", "examples", examples, 0, whole=True)
+    check_number("probe 'frobenius'", "products", products, 6, whole=True)
+    if examples: check_number("probe 'frobenius'", "examples", examples, 2, whole=True)
     def measure(view):
         point = view.point
         norm = frobenius(point.hvp, view.problem.p, products, view.stream / "norm", view.theta.dtype, view.theta.device)

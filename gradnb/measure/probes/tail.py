@@ -64,6 +64,8 @@ def tail_index_probe(
     if groups not in ("network", "layers"): raise ValueError(f"groups must be 'network' or 'layers', got {groups!r}.")
     title = of_split("tail_index", split)
     if method not in METHODS: raise ValueError(f"there is no tail estimator {method!r}; choose among {', '.join(METHODS)}.")
+    if m is not None: check_number("tail_index", "m", m, 1, whole=True)
+    check_number("tail_index", "coordinates", coordinates, 1, whole=True)
     if (draws // 2) // (least := (m or 2) if method.startswith("mohammadi") else 1) < LEAST_BLOCKS:
         raise ValueError(f"tail_index: draws={draws} are too few for {LEAST_BLOCKS} blocks of {least} differences; take draws={2 * least * LEAST_BLOCKS} or more.")
     if surrogates: check_number("tail_index", "surrogates", surrogates, 3, whole=True)
@@ -120,7 +122,7 @@ def original_index_probe(
     """
     title = of_split("original_index", split)
     check_number("original_index", "size", size, 1, whole=True)
-    check_number("original_index", "most", most, 2, whole=True)
+    check_number("original_index", "most", most, 3, whole=True)
     check_number("original_index", "surrogates", surrogates, 3, whole=True)
     def measure(view):
         problem = on_split(view.frozen, split)
