@@ -103,7 +103,7 @@ def measurement(measured: Estimate) -> str:
     "A value with its interval, or the bare value where that is exact; what is not finite is no number."
     value, _, low, high = measured
     if not math.isfinite(value): return "no number"
-    return number(value) + between(low, high).replace("inf", "∞") * (low != high)
+    return number(value) + (between(low, high).replace("inf", "∞") if low != high else "")
 
 def claims_table(
     claims: Sequence[Claim],
