@@ -119,13 +119,13 @@ def three_steps(
     build: Callable,                   # of parameters
     like: list[nn.Parameter],          # with the gradients to step along, which some peers overwrite
 ) -> torch.Tensor:                     # (p,), how far the parameters went
-    "Three steps along the same gradients."
-    params = [nn.Parameter(p.detach().clone()) for p in like]
+    "Three steps along the same gradients, in float64: what a step makes of rounding, as SOAP does of directions without a gradient, is nobody's."
+    params = [nn.Parameter(p.detach().double()) for p in like]
     optimizer = build(params)
     for _ in range(3):
-        for p, q in zip(params, like): p.grad = q.grad.clone()
+        for p, q in zip(params, like): p.grad = q.grad.double()
         optimizer.step()
-    return torch.cat([(p - q).detach().flatten() for p, q in zip(params, like)])
+    return torch.cat([(p - q.double()).detach().flatten() for p, q in zip(params, like)])
 
 def pooled(
     times: list[Times],    # 2 or more
