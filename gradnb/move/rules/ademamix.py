@@ -58,9 +58,7 @@ class AdEMAMix(InPlace):
         if self.weight_decay: torch._foreach_mul_(w, 1 - self.lr * self.weight_decay)
         m, s, v = ops.lerp(m, g, 1 - self.beta1), ops.lerp(s, g, 1 - beta3), ops.mul(v, self.beta2)
         torch._foreach_addcmul_(v, g, g, 1 - self.beta2)
-        root = torch._foreach_div(torch._foreach_sqrt(v), (1 - self.beta2 ** k) ** .5)
-        torch._foreach_add_(root, self.eps)
-        mean = torch._foreach_div(m, 1 - self.beta1 ** k)
-        torch._foreach_add_(mean, s, alpha=alpha)
-        torch._foreach_addcdiv_(w, mean, root, -self.lr)
+        first, second = 1 - self.beta1 ** k, (1 - self.beta2 ** k) ** .5          # both corrections in one number
+        root, mean = torch._foreach_add(torch._foreach_sqrt(v), self.eps * second), torch._foreach_add(m, s, alpha=alpha * first)
+        torch._foreach_addcdiv_(w, mean, root, -self.lr * second / first)
         return AdEMAMixState(k, *(dict(zip(blocks, t)) for t in (m, s, v)))
