@@ -212,9 +212,9 @@ def tail_panels(
         axes["profile"].set(title="sums of m draws", ylabel="index")
         axes["profile"].legend()
         error = 2 * said.laws.stderr
+        axes["laws"].set_xscale("symlog", linthresh=.01)                     # before there is anything, or its margins stay those of a linear one
         plot_rows(axes["laws"], said.laws.assign(value=said.laws.behind, low=said.laws.behind - error, high=said.laws.behind + error))
         axes["laws"].set(title="laws on unseen draws", xlabel="behind the best (nats a value)")
-        axes["laws"].set_xscale("symlog", linthresh=.01)
         plot_quantiles(axes["quantiles"], (some / unit).flatten(), near)
         plot_ccdf(axes["ccdf"], (some / unit).flatten(), near)
         for x, label, color in ((some / unit, "coordinates", DATA), (noise_norms(noise), "norms", OTHER)):
