@@ -25,7 +25,7 @@ def gradnb(*words, cwd):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_train_again_and_read(tmp_path):
+def test_train_again_and_read(tmp_path, monkeypatch, capsys):
     line = [*LINE.split(), "--steps", "60", "--drop", "30:0.1"]
     code, out, err = gradnb(*line, cwd=tmp_path)
     assert code == 0, err
@@ -36,9 +36,12 @@ def test_train_again_and_read(tmp_path):
     code, csv, _ = gradnb("runs", "frame", run_hash, "--csv", cwd=tmp_path)
     rows = csv.splitlines()
     assert code == 0 and rows[0].startswith("step,loss,sharpness") and len(rows) == 62
-    assert gradnb("runs", "list", "--hashes", cwd=tmp_path)[1].split() == [run_hash]
-    assert "finished" in gradnb("runs", "list", cwd=tmp_path)[1]
-    assert '"kind": "Piecewise"' in gradnb("runs", "show", run_hash[:5], cwd=tmp_path)[1]
+    monkeypatch.chdir(tmp_path)                                  # the rest in this process
+    monkeypatch.setenv("GRADNB_STORE", "here")
+    def runs(*words): return main(["runs", *words]), capsys.readouterr().out
+    code, listed = runs("list", "--hashes")
+    assert code == 0 and listed.split() == [run_hash]
+    assert "finished" in runs("list")[1] and '"kind": "Piecewise"' in runs("show", run_hash[:5])[1]
 
 
 def test_ctrl_c_keeps_everything_and_the_same_line_goes_on(tmp_path):

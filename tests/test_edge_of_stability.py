@@ -42,10 +42,10 @@ def sharpness_of(dataset, model, stepper, steps, loss="mse", every=20, probe="pr
 def cifar(n): return f"npz:cifar10-5k.npz{n}"
 
 
-@pytest.mark.parametrize("degree", [3, pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
-def test_polynomials(degree):
-    "Acceptance 4: the mean of the second half of 8,000 steps was 1.001, 1.013 and 1.017."
-    steps, ratio = sharpness_of(f"chebyshev-{degree}-20", "regression", Descent(GD(.2)), 8000, every=40)
+@pytest.mark.parametrize("degree, lr, many", [(3, .4, 2400), *(pytest.param(d, .2, 8000, marks=pytest.mark.slow) for d in (3, 4, 5))])
+def test_polynomials(degree, lr, many):
+    "Acceptance 4: the mean of the second half of 8,000 steps was 1.001, 1.013 and 1.017, at twice the rate that of 2,400 steps 1.020."
+    steps, ratio = sharpness_of(f"chebyshev-{degree}-20", "regression", Descent(GD(lr)), many, every=40)
     assert ratio[0] < .6 and .98 < ratio[len(ratio) // 2:].mean() < 1.05
 
 

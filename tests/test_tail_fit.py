@@ -129,10 +129,10 @@ def test_columns_share_the_index_and_keep_their_scales(alpha):
 
 def test_held_out_likelihood_names_the_law():
     for name in ("laplace", "student", "stable", "mixture"):
-        table = compare_laws(draws(name, 6000, "name"))
+        table = compare_laws(draws(name, 6000, "name"), folds=5)
         assert table.index[0] == name
         assert table.behind["gaussian"] > .05
-    table = compare_laws(draws("gaussian", 6000, "name"))
+    table = compare_laws(draws("gaussian", 6000, "name"), folds=5)
     assert table.behind["gaussian"] < 1e-3 and table.alpha["stable"] > 1.98 and table.nu["student"] > 30
     assert table.behind["laplace"] > 4 * table.stderr["laplace"]
 
@@ -180,9 +180,9 @@ def test_the_statistic_is_scipys():
 @pytest.mark.parametrize("n", [pytest.param(200, id="values"), pytest.param(2500, id="bins", marks=pytest.mark.slow)])
 def test_size_of_the_fit_test(n):
     "A true law is rejected as often as it should be, whether the sample is kept or binned."
-    p = [ks_test(LAWS["student"], draws("student", n, "size", k), Stream(k), 19).p_value for k in range(50)]
+    p = [ks_test(LAWS["student"], draws("student", n, "size", k), Stream(k), 9).p_value for k in range(50)]
     assert stats.binomtest(sum(v <= .1 for v in p), len(p), .1).pvalue > .005
-    assert stats.kstest(np.array(p) - 1 / 40, "uniform").pvalue > .005
+    assert stats.kstest(np.array(p) - 1 / 20, "uniform").pvalue > .005
 
 
 def test_columns_are_joined_without_independence():
