@@ -13,6 +13,7 @@ from torch import nn
 
 import gradnb
 from gradnb import Descent, GD, MiniBatch, Momentum, Problem, Store, every, load_dataset, measure_weights, probe, train
+from gradnb.cli import main
 from gradnb.runs.foreign.checkpoints import find_weights, read_weights, step_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,7 +224,7 @@ def test_steps(tmp_path):
     with pytest.raises(ValueError, match="must have shape"): measure_weights(problem, torch.zeros(3))
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom torch import nn\nfrom gradnb import Problem, load_dataset\ntorch.manual_seed(0)\n"
         "net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\ndef problem(): return Problem(net, 'ce', load_dataset('digits-60'))\n")
@@ -238,11 +239,13 @@ def test_the_command(tmp_path):
     assert [float(line[1]) for line in lines[1:]] == pytest.approx([right[20], right[100]], rel=1e-5)
     stored, = Store(tmp_path / "runs").list(origin="measured")
     assert stored.trace("grad_norm").values.tolist() == pytest.approx([right[20], right[100]], rel=1e-5)
-    one = run("mine.py:problem", "--weights", "step20.ckpt", "--probe", "grad_norm")
-    assert one.returncode == 0 and "measured" in one.stdout and f"{right[20]:.4f}"[:5] in one.stdout and [*tmp_path.glob("runs*")] == [tmp_path / "runs"]
-    spread = run("mine:problem", "--weights", "step20.ckpt", "step100.ckpt", "--probe", "grad_norm", "--store", "others", "--csv")
-    assert spread.stdout == many.stdout                                      # as a shell spells step*.ckpt out
-    none = run("mine:problem", "--weights", "step20.ckpt", "--probe", "grad_variance")
-    assert none.returncode and not none.stdout and "--batch 128" in none.stderr
+    monkeypatch.chdir(tmp_path)                                             # the rest in this process
+    def measure(*words): return main(["measure", *words]), *capsys.readouterr()
+    code, out, _ = measure("mine.py:problem", "--weights", "step20.ckpt", "--probe", "grad_norm")
+    assert code == 0 and "measured" in out and f"{right[20]:.4f}"[:5] in out and [*tmp_path.glob("runs*")] == [tmp_path / "runs"]
+    _, out, _ = measure("mine:problem", "--weights", "step20.ckpt", "step100.ckpt", "--probe", "grad_norm", "--store", "others", "--csv")
+    assert out == many.stdout                                      # as a shell spells step*.ckpt out
+    code, out, err = measure("mine:problem", "--weights", "step20.ckpt", "--probe", "grad_variance")
+    assert code and not out and "--batch 128" in err
     bad = run("mine:nothing", "--weights", "step20.ckpt")
     assert bad.returncode == 2 and "has no 'nothing'" in bad.stderr and "Traceback" not in bad.stderr

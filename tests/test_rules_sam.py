@@ -24,7 +24,7 @@ from gradnb.move.steppers import Descent, trajectory
 @pytest.fixture(scope="module")
 def problem():
     digits = load_dataset("digits-200").to(dtype=torch.float64)
-    return Problem(build_model("fc-tanh:width=10,depth=1", digits), "ce", digits)
+    return Problem(build_model("fc-tanh:width=5,depth=1", digits), "ce", digits)
 
 
 @pytest.mark.parametrize("estimator", [SAM(.1), SAM(.1, MiniBatch(16)), ASAM(.5, MiniBatch(16)), SAM(.05, ASAM(.1)), Projected(3, "top"), Projected(3, "bulk", MiniBatch(16), every=4, since=2)], ids=repr)
@@ -72,7 +72,7 @@ def test_both_parts_are_those_of_the_dense_hessian_and_add_up(problem, every):
     import numpy as np
     runs = [trajectory(problem, Descent(GD(.1), Projected(4, part, MiniBatch(16), every, since=2, tol=1e-6))) for part in ("top", "bulk")] + [trajectory(problem, Descent(GD(.1), MiniBatch(16)))]
     known = {}
-    for k, (top, bulk, plain) in enumerate(islice(zip(*runs), 8)):
+    for k, (top, bulk, plain) in enumerate(islice(zip(*runs), 6 if every == 1 else 8)):
         if k <= 2: assert torch.equal(top.theta, plain.theta) and torch.equal(bulk.theta, plain.theta)
         if k < 2: assert torch.equal(top.grad, plain.grad) and torch.equal(bulk.grad, plain.grad)
         else:
