@@ -351,7 +351,7 @@ def test_a_kernel_takes_the_step_of_the_passes(rule, monkeypatch):
     close(walked(rule, torch.float64), truth)
 
 
-@pytest.mark.parametrize("rule", [*KERNELS, Momentum(.1, 0.), RMSProp(.01), AdEMAMix(.01), ScheduleFreeAdamW(.01)], ids=repr)
+@pytest.mark.parametrize("rule", [*KERNELS, Momentum(.1, 0.), RMSProp(.01), AdEMAMix(.01), SOAP(.01), ScheduleFreeAdamW(.01)], ids=repr)
 def test_a_derivative_is_taken_of_every_step(rule):
     "A kernel, or what is written over a root, would lose it without a word."
     gen = torch.Generator().manual_seed(0)

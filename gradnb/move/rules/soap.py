@@ -108,8 +108,7 @@ class SOAP(InPlace):
         "A step of Adam in the bases; returns both moments."
         turn, there = self.turn, [self.turn(t, q) for t, q in zip(g, Q)]
         m, v = ops.lerp(m, there, 1 - self.beta1), ops.lerp(v, torch._foreach_mul(there, there), 1 - self.beta2)
-        root = torch._foreach_sqrt(v)
-        torch._foreach_add_(root, self.eps)
+        root = torch._foreach_add(torch._foreach_sqrt(v), self.eps)          # not in place, which torch.func.grad would not see
         steps = [turn(t / r, q, True) for t, q, r in zip(m, Q, root)]
         torch._foreach_add_(w, steps, alpha=-self.rate(k))
         if self.weight_decay: torch._foreach_mul_(w, 1 - self.lr * self.weight_decay)
