@@ -1,5 +1,6 @@
 "Both ends of the Hessian's spectrum, its traces and its blocks, against dense matrices, SciPy and curvlinops, on every family of networks."
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from gradnb import GD, PROBES, Dataset, Descent, MiniBatch, Probe, Problem, Quadratic, Stream, build_model, load_dataset, sharpness, train
 from gradnb.bench.harness import peak_bytes
+from gradnb.ground.parts import Parts
 from gradnb.linalg.spectra import diagonal_block, spectrum, xtrace
 from gradnb.linalg.trace import hutchinson
 from gradnb.measure.noise.spread import Spread, grad_variance
@@ -297,6 +299,14 @@ def test_a_search_for_which_no_memory_is_left_says_what_fits(monkeypatch):
     with pytest.raises(MemoryError, match="up to 16 copies of θ.*give it memory=11"): sharpness(point)
     with pytest.raises(ValueError, match="0 ≤ memory < inf, got memory=nan"): sharpness(point, memory=float("nan"))
     assert sharpness(point, memory=11).converged
+
+
+def test_a_search_of_shards_begins_where_a_whole_answer_ends():
+    values = torch.linspace(0, 1, 300, dtype=F64)**4
+    shards = SimpleNamespace(p=300, grad=torch.ones(300, dtype=F64), kinks=(), parts=Parts(300, lambda t: t, lambda stream: torch.randn(300, generator=stream.generator(), dtype=F64)),
+                             finite=lambda *_: None, length=lambda v: float(v.norm()), error=lambda: 0., hvp=lambda v: torch.einsum("i,i...->i...", values, v))
+    found = sharpness(shards)
+    for warm in found, found.sketch: assert sharpness(shards, warm=warm, check=False, max_matvecs=1).values[0] > .99 > sharpness(shards, check=False, max_matvecs=1).values[0]
 
 
 @cache

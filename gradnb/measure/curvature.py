@@ -44,7 +44,7 @@ def _in_parts(problem, k, warm, stream, which, tol, memory, **options):
     if which == "magnitude": raise ValueError("of sharded parameters one end is searched at a time: which is 'largest' or 'smallest'.")
     grad, sign, sketch = problem.grad, 1 if which == "largest" else -1, None
     problem.finite(size := problem.length(grad), "the gradient")
-    if isinstance(warm, Sketch): sketch = warm
+    if not (warm is None or isinstance(warm, Tensor)): sketch = Sketch(*warm[:2])      # or a whole answer
     def start():
         if isinstance(warm, Tensor): return warm.clone()
         along = problem.parts.random(stream).to(grad)
