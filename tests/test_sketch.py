@@ -125,6 +125,11 @@ def test_a_cluster_as_wide_as_the_tolerance_does_not_stop_a_search_in_little_mem
             assert e.converged and 0 <= values.max() - e.values[0] <= e.errors[0] <= 1.001 * tol * e.values[0], (seed, look, e)
 
 
+def test_a_memory_without_end_is_none():
+    endless, untold = (lanczos(lambda v: EDGE * v, torch.ones(P, dtype=torch.float64), keep=5, memory=m) for m in (float("inf"), None))
+    assert torch.equal(endless.vectors, untold.vectors) and endless.matvecs == untold.matvecs
+
+
 @pytest.mark.parametrize("keep", [0, 9])
 def test_little_memory_keeps_to_its_budget_of_products(keep):
     "Wherever it ends: beside the second eigenvector, inside the scan that finds the first, or while that is put together."

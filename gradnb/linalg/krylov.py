@@ -160,7 +160,8 @@ def lanczos(
     j, p = len(rows), entries(rows)
     follow, guards = max(j, k + (j < k)), 0 if check else max(j - k, 0)
     budget, least = 200 + 20 * k if max_matvecs is None else max_matvecs, max(24, 16 + 2 * follow)
-    lean, half, held, copies = memory is not None, None, 0, inf if memory is None else memory
+    half, held, copies = None, 0, inf if memory is None else memory
+    lean = copies < inf
     own = 0 if made else j                                                   # of the start, which its owner keeps
     spare = copies - own - 2 * k - 5                                         # for an old sketch and a new
     if spare < (k if keep else 0):
