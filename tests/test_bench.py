@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gradnb import GD, Descent, Problem, Quadratic, build_model, load_dataset, sharpness, trajectory
-from gradnb.bench import curvature, harness, train
+from gradnb.bench import curvature, harness, rules, train
 from gradnb.bench.harness import Row, alternate, attempt, find_benches, peer, run_benches, table, to_json
 from gradnb.cli import main
 from gradnb.measure.thresholds.norms import NORMS, generalized_sharpness
@@ -26,6 +26,13 @@ KEYS = ["name", "ours", "reference", "ratio", "target", "holds", "unit", "note"]
 def diagonal(*values):
     "The quadratic with these eigenvalues, in float64."
     return Quadratic(torch.diag(torch.tensor(values, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_that_are_compared_leave_their_parameters_alone(dtype):
+    p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    assert torch.allclose(rules.three_steps(lambda q: torch.optim.SGD(q, .1), [p]), torch.full((3,), -.3).double()) and (p == 1).all()
 
 
 @pytest.fixture

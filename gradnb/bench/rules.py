@@ -120,10 +120,10 @@ def three_steps(
     like: list[nn.Parameter],          # with the gradients to step along, which some peers overwrite
 ) -> torch.Tensor:                     # (p,), how far the parameters went
     "Three steps along the same gradients, in float64: what a step makes of rounding, as SOAP does of directions without a gradient, is nobody's."
-    params = [nn.Parameter(p.detach().double()) for p in like]
+    params = [nn.Parameter(p.detach().to(torch.float64, copy=True)) for p in like]
     optimizer = build(params)
     for _ in range(3):
-        for p, q in zip(params, like): p.grad = q.grad.double()
+        for p, q in zip(params, like): p.grad = q.grad.to(torch.float64, copy=True)
         optimizer.step()
     return torch.cat([(p - q.double()).detach().flatten() for p, q in zip(params, like)])
 
