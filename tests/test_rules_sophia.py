@@ -1,5 +1,5 @@
 "Sophia: against pytorch_optimizer's on the same draws and the authors' formula, its estimates against dense diagonals, its face and its edge."
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from itertools import islice
 
 import pytest
@@ -9,7 +9,7 @@ from torch import nn
 
 from gradnb import Descent, GD, Groups, MiniBatch, Problem, Quadratic, Stream, build_model, load_dataset, optim, trajectory, update_radius
 from gradnb.data import Dataset
-from gradnb.ground.roles import ESTIMATORS, RULES, State
+from gradnb.ground.roles import ESTIMATORS, RULES, State, check_range
 from gradnb.measure.thresholds.metrics import metric_of, preconditioned_sharpness
 from gradnb.move.faces.estimated import Estimated
 from gradnb.move.rules.kfac import KFAC
@@ -225,3 +225,4 @@ def test_groups_with_sophia_are_rules_that_resume():
 def test_rules_that_draw_examples_are_no_estimators_and_take_whole_numbers_of_them():
     assert {"sophia", "kfac"} <= RULES.keys() and not {"sophia", "kfac"} & ESTIMATORS.keys()
     with pytest.raises(ValueError, match="KFAC needs a whole number 1 ≤ size < inf, got size=2.5"): KFAC(.01, size=2.5)
+    with pytest.raises(ValueError, match="whole"): check_range(make_dataclass("Mine", [("size", "int | None")])(2.5), "size", 1)      # as after from __future__ import annotations

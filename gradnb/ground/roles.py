@@ -166,7 +166,7 @@ def check_range(
 ):
     "Refuse a hyperparameter outside [low, high), one that is no number, and for a field that is an int one that is not whole."
     declared = getattr(owner, "__dataclass_fields__", {}).get(name)
-    check_number(type(owner).__name__, name, getattr(owner, name), low, high, declared is not None and declared.type in (int, int | None, "int"))
+    check_number(type(owner).__name__, name, getattr(owner, name), low, high, declared is not None and declared.type in (int, int | None, "int", "int | None"))
 
 def check_number(
     who: str,            # whose argument it is

@@ -43,7 +43,7 @@ def independent_examples(view: View) -> float:
 @PROBES.add("frobenius")
 def frobenius_probe(
     every: int = 100,        # steps between measurements
-    products: int = 48,      # with the Hessian; as many as parameters, and the norm is exact
+    products: int = 48,      # with the Hessian, at least 6; as many as parameters, and the norm is exact
     examples: int = 200,     # for the alignment; 0: it is left out
 ) -> Probe:
     "‖H‖_F, the loss alignment μ, and the largest norm at which SGD is linearly stable; columns value, low, high, alignment, alignment_low, alignment_high, threshold."
