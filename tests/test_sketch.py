@@ -198,3 +198,14 @@ def test_a_budget_of_memory_is_kept_and_the_bound_holds(k, memory, dtype, reques
         assert e.converged and (-1e-5 * truth[0] <= truth - e.values).all() and (truth - e.values <= e.errors).all()
         sketch = e.sketch
     assert max(held) <= memory - 2 and (4 in found or k > 1), (held, found)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_sketch_that_promises_too_much_of_a_negative_matrix_is_refuted_soon(seed):
+    "Every eigenvalue was another, the largest above all that there are now; products that find nothing of it must go to its old vectors."
+    gen = torch.Generator().manual_seed(seed)
+    values = -1 - torch.linspace(0, 1, 1000, dtype=torch.float64).sqrt()
+    before, start = values * (1 + .1 * torch.randn(1000, generator=gen, dtype=torch.float64)), torch.randn(1000, generator=gen, dtype=torch.float64)
+    old = lanczos(lambda v: before * v, start, keep=9)
+    cold, warm = lanczos(lambda v: values * v, start), lanczos(lambda v: values * v, old.vectors, sketch=old.sketch, keep=9)
+    assert warm.converged and warm.values[0] <= -1 <= warm.values[0] + warm.errors[0] and warm.matvecs < 2 * cold.matvecs, (warm.matvecs, cold.matvecs)

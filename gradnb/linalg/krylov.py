@@ -123,7 +123,7 @@ def _settle(B: Basis, k: int, guards: int, follow: int, tol: float, stream: Stre
         wanted = open & (torch.arange(len(r)) < k)
         worst = int((error * (wanted if wanted.any() else open)).argmax())
         worked[worst], y, W = True, joint.inside[worst], None
-        if B.sketch is not None and joint.values[worst] > 0: W = ahead(B, joint, worst)
+        if B.sketch is not None: W = ahead(B, joint, worst)
         if B.full:                                                           # thick restart
             again = updated(B, joint, keep) if keep and B.most == inf else None
             if again is None: y, W = Y[worst], None                          # the rows go, and with them what they said of the old sketch

@@ -23,7 +23,7 @@ class Joint(NamedTuple):
     values: Tensor    # (n,) descending
     inside: Tensor    # (n, m) vectors: their part in Q
     outside: Tensor   # (n, v) and their part in U, as multiples of V − V Qᵀ Q
-    ahead: Tensor     # (n, v) that part, less what A turns `inside` into, divided by the value
+    ahead: Tensor     # (n, v) that part times the value, less what A turns `inside` into there
     across: Tensor    # (u, m) U A Qᵀ
 
 def joined(B: Basis) -> Joint:
@@ -38,7 +38,7 @@ def joined(B: Basis) -> Joint:
     UAQ, VU = E @ (D - C @ K), (G - C @ C.T) @ E.T
     values, Z = torch.linalg.eigh(torch.cat([torch.cat([K, UAQ.T], 1), torch.cat([UAQ, VU.T * lam @ VU], 1)]))
     values, (inside, U) = values.flip(0), Z.T.flip(0).split([B.m, len(E)], 1)
-    return Joint(values, inside, U @ E, (U - inside @ UAQ.T / values[:, None]) @ E, UAQ)
+    return Joint(values, inside, U @ E, (values[:, None] * U - inside @ UAQ.T) @ E, UAQ)
 
 def ahead(
     B: Basis,
@@ -46,7 +46,7 @@ def ahead(
     i: int,                   # of which pair
 ) -> Tensor:                  # (1, p)
     "Where the search for eigenpair i goes on: its predicted vector, as far as it is not in the basis, but for old vectors' parts in it."
-    y = torch.cat([joint.inside[i] @ B.F, joint.ahead[i] * joint.values[i]])
+    y = torch.cat([joint.inside[i] @ B.F, joint.ahead[i]])
     return combine(y[None], [*B.R, *B.V], B.like.new_zeros(1, B.width), add=1)
 
 def updated(
