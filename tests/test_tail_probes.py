@@ -68,7 +68,7 @@ def test_draws_are_the_views_own(problem):
 def test_paired_noise_has_the_covariance_of_one_draw():
     g = Stream(0).generator()
     bowl = Quadratic(torch.eye(5, dtype=torch.float64), torch.randn(30, 5, generator=g, dtype=torch.float64))
-    z = paired_noise(Draws.of(bowl, MiniBatch(4), bowl.theta0, 2000, Stream(1)))
+    z = paired_noise(Draws.of(bowl, MiniBatch(4), bowl.theta0, 8000, Stream(1)))
     expected = bowl.batch_variance(4)
     total = z.square().sum(1)
     assert abs(total.mean() - expected) < 4 * total.std() / sqrt(len(z))
