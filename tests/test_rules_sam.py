@@ -47,7 +47,7 @@ def test_it_is_biased(problem):
 
 @pytest.mark.parametrize("adaptive, estimator", [(False, SAM(.1)), (True, ASAM(.5, eta=0.))])
 def test_parity(adaptive, estimator, problem):
-    net, data = build_model("fc-tanh:width=10,depth=1", problem.dataset), problem.dataset
+    net, data = build_model("fc-tanh:width=5,depth=1", problem.dataset), problem.dataset
     sam = po.SAM(net.parameters(), torch.optim.SGD, rho=estimator.rho, adaptive=adaptive, lr=.1, momentum=.9)
     for state in islice(trajectory(problem, Descent(Momentum(.1), estimator)), 30):
         theirs = torch.cat([p.detach().flatten() for p in net.parameters()])
