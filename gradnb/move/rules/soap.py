@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ...ground.roles import check_range, kind
 from .inplace import InPlace, columns, refuse_complex
-from .shampoo import gather, packed, squares, turned, wide
+from .shampoo import accumulate, packed, squares, turned, wide
 
 # %% ../../../nbs/06_move/02_rules/19_soap.ipynb #basis
 def eigenbasis(
@@ -79,7 +79,7 @@ class SOAP(InPlace):
         if k: m, v = self.go(w, g, Q, m, v, k, ops)
         shapes, due = [self.sides(b) for b in g], k % self.every == 0
         F = ops.own(F)
-        for f, b, dims in zip(F, g, shapes): gather(f, b.reshape(b.shape or (1,)).to(wide(b)), dims, decay, 1 - decay)
+        for f, b, dims in zip(F, g, shapes): accumulate(f, b.reshape(b.shape or (1,)).to(wide(b)), dims, decay, 1 - decay)
         if due: Q, still = ops.own(Q), [self.turn(t, q, True) for t, q in zip(m, Q)]
         for dims, f, q, second in zip(shapes, F, Q, v) if due else ():
             for i, (A, basis) in enumerate(zip(squares(f, dims), squares(q, dims))):
